@@ -1,0 +1,58 @@
+"""The LoRA ops made of two primitives, so that every backend writes only those.
+
+add_(y, x, a, b, scale, p, rng) -> t        y += scale * t b^T in place, t = drop(x) a^T [M, r] fp32
+backward_(dx, g, x, a, b, t, scale, p, rng, need_da, need_db) -> (da, db)        dx += drop'(dt a) in place unless None
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+
+def why_not(op: str):
+    """why_not_<op>: the reason why kernels of these primitives cannot serve the arguments, or ""."""
+
+    def reason(*args) -> str:
+        for a in args:
+            if isinstance(a, torch.Tensor) and a.dtype not in DTYPES and a.dtype != torch.int64:
+                return f"{op} has no kernel for {a.dtype}"
+        return ""
+
+    return reason
+
+
+def compose(add_, backward_):
+    """(lora_add, lora_add_, lora_add_backward, lora_linear, lora_linear_backward) over the primitives."""
+
+    def lora_add(y, x, a, b, scale, p, rng):
+        y = y.clone(memory_format=torch.contiguous_format)
+        return y, add_(y, x.contiguous(), a.contiguous(), b.contiguous(), scale, p, rng)
+
+    def lora_add_inplace(y, x, a, b, scale, p, rng):
+        if not y.is_contiguous():
+            return lora_add(y, x, a, b, scale, p, rng)
+        return y, add_(y, x.contiguous(), a.contiguous(), b.contiguous(), scale, p, rng)
+
+    def gradients(dx, g, x, a, b, t, scale, p, rng, needs):
+        a, b = a.contiguous(), b.contiguous()
+        da, db = backward_(dx, g.contiguous(), x.contiguous(), a, b, t, scale, p, rng, needs[1], needs[2])
+        none = g.new_empty(0)
+        return none if dx is None else dx, da if needs[1] else none, db if needs[2] else none
+
+    def lora_add_backward(g, x, a, b, t, scale, p, rng, needs):
+        dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs[0] else None
+        return gradients(dx, g, x, a, b, t, scale, p, rng, needs)
+
+    def lora_linear(x, w, bias, a, b, scale, p, rng):
+        x = x.contiguous()
+        y = F.linear(x, w, bias)
+        return y, add_(y, x, a.contiguous(), b.contiguous(), scale, p, rng)
+
+    def lora_linear_backward(g, x, w, a, b, t, scale, p, rng, needs):
+        g = g.contiguous()
+        return gradients(g @ w if needs[0] else None, g, x, a, b, t, scale, p, rng, needs)
+
+    return lora_add, lora_add_inplace, lora_add_backward, lora_linear, lora_linear_backward

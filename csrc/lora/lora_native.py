@@ -1,0 +1,25 @@
+"""LoRA on the C++ launchers of the ops library, CPU and CUDA."""
+
+from __future__ import annotations
+
+import torch
+
+from ..common.library import unavailable  # noqa: F401  (part of a backend module's interface)
+from ._compose import compose, why_not
+
+VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
+
+
+def add_(*args):
+    return torch.ops._peft_kernels.lora_add_(*args)
+
+
+def backward_(*args):
+    return torch.ops._peft_kernels.lora_backward_(*args)
+
+
+lora_add, lora_add_, lora_add_backward, lora_linear, lora_linear_backward = compose(add_, backward_)
+why_not_lora_add = why_not("lora_add")
+why_not_lora_linear = why_not("lora_linear")
+why_not_lora_add_backward = why_not("lora_add_backward")
+why_not_lora_linear_backward = why_not("lora_linear_backward")

@@ -1,0 +1,31 @@
+"""Rescaling on the C++ launchers of the ops library, CPU and CUDA."""
+
+from __future__ import annotations
+
+import torch
+
+from ..common.library import unavailable  # noqa: F401  (part of a backend module's interface)
+
+VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
+
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+
+def why_not_rescale(x, l) -> str:
+    if x.dtype not in _DTYPES:
+        return f"rescale has no kernel for {x.dtype}"
+    if l.dtype not in (x.dtype, torch.float32):
+        return f"l is {l.dtype}; the kernels take {x.dtype} or float32"
+    return ""
+
+
+def rescale(x, l):
+    return torch.ops._peft_kernels.rescale(x.contiguous(), l.contiguous())
+
+
+def why_not_rescale_backward(g, x, l, needs) -> str:
+    return why_not_rescale(x, l) or ("" if g.dtype == x.dtype else f"g is {g.dtype} and x {x.dtype}")
+
+
+def rescale_backward(g, x, l, needs):
+    return torch.ops._peft_kernels.rescale_backward(g.contiguous(), x.contiguous(), l.contiguous(), *needs)

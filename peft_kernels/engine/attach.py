@@ -1,0 +1,327 @@
+"""attach and detach: swapping a module's class for one whose forward runs the tuners, and taking it back bit by bit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .method import Method, Tuner, method_of
+from .roles import resolve
+from .site import Adapters, Parts, Site, adapted, base_modules, base_parameters, is_adapted
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One method of an adapter with the targets it was attached to."""
+
+    method: Method
+    targets: tuple[str, ...]
+    exclude: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+
+
+@dataclass
+class Adapter:
+    parts: list[Part]
+    seed: int
+
+
+@dataclass
+class State:
+    """What the engine remembers about a model, on its root module."""
+
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: list[str] = field(default_factory=list)
+    requires_grad: dict[str, bool] = field(default_factory=dict)  # of the base parameters before the first attach
+    merged: list[str] = field(default_factory=list)
+    stash: dict[str, Tensor | None] | None = None  # base values before the merge; None: a parameter the merge created
+
+
+_KEY = "_peft_kernels"  # in vars(root)
+
+
+def state_of(model: nn.Module) -> State:
+    """The model's State; ValueError if nothing is attached to it."""
+    state = vars(model).get(_KEY)
+    if state is None:
+        raise ValueError(f"{type(model).__name__} has no adapter; attach one with pk.attach(model, pk.LoRA())")
+    return state
+
+
+def names_of(model: nn.Module, name: str | None) -> list[str]:
+    """[name], or every attached name for None; ValueError for an unknown one."""
+    state = state_of(model)
+    if name is not None and name not in state.adapters:
+        raise ValueError(f"no adapter {name!r}; attached are {', '.join(state.adapters)}")
+    return list(state.adapters) if name is None else [name]
+
+
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of the modules that carry tuners."""
+    for path, module in base_modules(model):
+        if isinstance(module._modules.get("peft"), Adapters):
+            yield path, module
+
+
+def tuners(model: nn.Module, name: str) -> Iterator[tuple[str, Tuner]]:
+    """(path of the site, tuner) of one adapter, in model order."""
+    for path, module in adapted_modules(model):
+        if name in module.peft:
+            yield path, module.peft[name]
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    targets: Sequence[str] | str | None = None,
+    *,
+    exclude: Iterable[str] = (),
+    layers: Sequence[int] | int | None = None,
+    name: str = "default",
+    seed: int = 0,
+    train: Iterable[str] = (),
+) -> nn.Module:
+    """Attaches `method` to the model in place and returns the model.
+
+    targets: roles (q k v o up gate down attn ffn norm embed block head model) or globs over module paths; default the
+        method's own roles.   exclude: the same, left out.   layers: layer numbers, negative from the end.
+    name: several adapters may be attached; they stack in the order of attachment.
+    train: roles or globs of modules trained whole, such as ("head",). They too become separate tensors.
+    seed: the initial values depend on it and on the module's path alone.
+    The base model's parameters are frozen and stay bit-equal; only the adapter's are trainable.
+    Raises ValueError when nothing matches, on a bad name or value, and where a swapped module would not be seen.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"attach got a {type(model).__name__}; expected a torch.nn.Module")
+    if not isinstance(method, Method):
+        raise ValueError(f"attach got {method!r}; expected a method instance such as pk.LoRA(rank=8)")
+    part = Part(method, _words(method.roles if targets is None else targets), _words(exclude), _numbers(layers))
+    parts = [part]
+    if train := _words(train):
+        parts.append(Part(method_of("head")(), train))
+    return attach_parts(model, name, Adapter(parts, seed))
+
+
+def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
+    """Attaches a complete Adapter, all or nothing."""
+    state = vars(model).get(_KEY) or State()
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"adapter name {name!r}; expected letters, digits, '_' and '-'")
+    if name in state.adapters:
+        raise ValueError(f"adapter {name!r} is attached already; choose another name or pk.detach(model, {name!r})")
+    if state.merged:
+        raise RuntimeError(f"{', '.join(state.merged)} is merged; pk.unmerge(model) before attaching another adapter")
+    chosen = _choose(model, adapter)
+    _guard(model, chosen)
+    built = [(site, cfg.tuner(cfg, site)) for cfg, site in chosen]
+
+    if not state.adapters:
+        state.requires_grad = {path: p.requires_grad for path, p in base_parameters(model)}
+    for _, p in base_parameters(model):
+        p.requires_grad_(False)
+    for module, tuner in _by_module(built):
+        _swap(module).put(name, tuner)
+    state.adapters[name] = adapter
+    state.active.append(name)
+    vars(model)[_KEY] = state
+    refresh(model)
+    return model
+
+
+def _choose(model: nn.Module, adapter: Adapter) -> list[tuple[Method, Site]]:
+    """(method, site) in model order; a module trained whole belongs to that part alone."""
+    chosen: dict[tuple, tuple[Method, Site]] = {}
+    for part in adapter.parts:
+        found = resolve(model, part.targets, exclude=part.exclude, layers=part.layers, seed=adapter.seed)
+        sites = part.method.select(found)
+        if not sites:
+            kinds = ", ".join(sorted({s.kind for s in found})) or "nothing"
+            raise ValueError(f"{part.method.key} cannot tune what {part.targets} match ({kinds}); choose other targets")
+        for site in sites:
+            for key in [k for k, (_, s) in chosen.items() if _inside(s.name, site.name) and part.method.tuner.opaque]:
+                del chosen[key]
+            chosen[(site.name, site.rows)] = (part.method.at(site), site)
+    return list(chosen.values())
+
+
+def _inside(path: str, other: str) -> bool:
+    return path == other or other == "" or path.startswith(other + ".")
+
+
+def _by_module(built: list[tuple[Site, Tuner]]) -> list[tuple[Site, Tuner]]:
+    """One (site of the module, tuner) per module: parts of a fused linear are gathered."""
+    grouped: dict[str, list[tuple[Site, Tuner]]] = {}
+    for site, tuner in built:
+        grouped.setdefault(site.name, []).append((site, tuner))
+    out = []
+    for members in grouped.values():
+        site, tuner = members[0]
+        if any(s.rows is None for s, _ in members) and len(members) > 1:
+            raise ValueError(f"{site.name} is targeted both whole and by rows ({[s.role for s, _ in members]})")
+        if site.rows is not None:
+            tuner = Parts({s.role: (s, t) for s, t in members})
+            site = Site(site.name, site.module)
+        out.append((site, tuner))
+    return out
+
+
+def _guard(model: nn.Module, chosen: list[tuple[Method, Site]]) -> None:
+    """Refuses what would be silently wrong."""
+    ancestors = dict(base_modules(model))
+    meta = all(p.device.type == "meta" for _, p in base_parameters(model))
+    for cfg, site in chosen:
+        parts = site.name.split(".") if site.name else []
+        line = [ancestors.get(".".join(parts[:i]), model) for i in range(len(parts))]
+        for module in [*line, site.module]:
+            if any(c.__name__ == "FSDPModule" for c in type(module).__mro__):
+                raise ValueError(f"{site.name} is under fully_shard; attach first, then fully_shard the model")
+        for module in line:
+            if isinstance(module, nn.MultiheadAttention):
+                raise ValueError(
+                    f"{site.name} is inside torch.nn.MultiheadAttention, which reads weights without calling the module, "
+                    "so a tuner there would never run; exclude it"
+                )
+            if isinstance(module, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+                raise ValueError(
+                    f"{site.name} is inside torch.nn.TransformerEncoderLayer, whose fast path skips the tuner; call "
+                    "torch.backends.mha.set_fastpath_enabled(False) first"
+                )
+            if isinstance(module._modules.get("peft"), Adapters) and any(t.opaque for _, t in module.peft.items()):
+                raise ValueError(f"{site.name} is inside a module that is trained whole, so a tuner there would never run")
+        hidden = [p for p, m in adapted_modules(site.module) if any(p or not t.opaque for _, t in m.peft.items())]
+        if cfg.tuner.opaque and hidden:
+            raise ValueError(
+                f"{cfg.key} replaces {site.name or 'the model'} whole and would hide the tuners inside it; detach them first"
+            )
+        for path, p in base_parameters(site.module):
+            if type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor":
+                raise ValueError(f"{site.name}.{path} is a DTensor; attach before sharding the model")
+            if p.device.type == "meta" and not meta and not hasattr(site.module, "_hf_hook"):
+                raise ValueError(f"{site.name}.{path} is on the meta device while others are not; load its values first")
+
+
+def _swap(site: Site) -> Adapters:
+    """Gives the site's module its `peft` and the class that runs it; a second adapter finds them there."""
+    module = site.module
+    if is_adapted(module):
+        return module.peft
+    site.lifted = vars(module).pop("forward", None)
+    module.__class__ = adapted(type(module))
+    module._modules["peft"] = Adapters(site)
+    return module.peft
+
+
+def refresh(model: nn.Module) -> None:
+    """Rebuilds every chain from the active, unmerged adapters."""
+    state = state_of(model)
+    running = [n for n in state.active if n not in state.merged]
+    for _, module in adapted_modules(model):
+        module.peft.activate(running)
+
+
+def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Takes one adapter (None: all) off the model and returns the model, its classes, flags and bits as before.
+
+    A merge is undone first; one made with stash=False stays in the weights (merge, then detach, gives a plain model).
+    RuntimeError if a class was laid over ours since attach (FSDP2), or an instance forward still calls it.
+    """
+    from .merge import unmerge  # merge builds on attach
+
+    state = state_of(model)
+    names = names_of(model, name)
+    leaving = [m for _, m in adapted_modules(model) if all(n in names for n, _ in m.peft.items())]
+    for module in leaving:
+        if not is_adapted(module):
+            raise RuntimeError(
+                f"a class was laid over {type(module).__name__} after attach (fully_shard?); undo that before detach"
+            )
+        planted = vars(module).get("forward")
+        if planted is not None and getattr(planted, "__func__", None) is not type(module).forward:
+            raise RuntimeError(
+                f"{type(module).__name__} got an instance forward after attach (an accelerate hook?); remove it before detach"
+            )
+    if state.merged and state.stash is not None:
+        unmerge(model)
+    for module in leaving:
+        site = module.peft.site
+        vars(module).pop("forward", None)  # a bound leftover of our class, as removed hooks leave behind
+        del module._modules["peft"]
+        module.__class__ = type(module).base_class
+        if site.lifted is not None:
+            module.forward = site.lifted
+    for _, module in adapted_modules(model):
+        for n in names:
+            module.peft._modules.pop(n, None)
+    for n in names:
+        del state.adapters[n]
+    state.active = [n for n in state.active if n not in names]
+    state.merged = [n for n in state.merged if n not in names]
+    if state.adapters:
+        refresh(model)
+        return model
+    for path, p in base_parameters(model):
+        p.requires_grad_(state.requires_grad.get(path, p.requires_grad))
+    del vars(model)[_KEY]
+    return model
+
+
+def rename(model: nn.Module, old: str, new: str) -> nn.Module:
+    """Gives an adapter another name; its place in the stack stays."""
+    state = state_of(model)
+    names_of(model, old)
+    if not _NAME.fullmatch(new) or new in state.adapters:
+        raise ValueError(f"adapter name {new!r}; expected a new name of letters, digits, '_' and '-'")
+    for _, module in adapted_modules(model):
+        children = [(new if n == old else n, t) for n, t in module.peft.items()]
+        module.peft._modules.clear()
+        module.peft._modules.update(children)
+    state.adapters = {(new if n == old else n): a for n, a in state.adapters.items()}
+    state.active = [new if n == old else n for n in state.active]
+    state.merged = [new if n == old else n for n in state.merged]
+    refresh(model)
+    return model
+
+
+def active(model: nn.Module) -> list[str]:
+    """The names of the active adapters, bottom of the stack first."""
+    return list(state_of(model).active)
+
+
+def set_active(model: nn.Module, names: Sequence[str] | str) -> nn.Module:
+    """Makes exactly these adapters run; they stack in the order of attachment. RuntimeError while merged."""
+    state = state_of(model)
+    names = _words(names)
+    for n in names:
+        names_of(model, n)
+    if state.merged:
+        raise RuntimeError(f"{', '.join(state.merged)} is merged; pk.unmerge(model) before changing the active adapters")
+    state.active = [n for n in state.adapters if n in names]
+    refresh(model)
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the `with`, the model is the frozen base (heads too). RuntimeError while merged."""
+    before = active(model)
+    set_active(model, [])
+    try:
+        yield model
+    finally:
+        set_active(model, before)
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _numbers(layers: Any) -> tuple[int, ...] | None:
+    return None if layers is None else (layers,) if isinstance(layers, int) else tuple(layers)

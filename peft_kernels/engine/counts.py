@@ -1,0 +1,56 @@
+"""Counting: how many numbers a method trains, changes and stores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .attach import names_of, tuners
+from .site import base_parameters
+from .store import tensors
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The three counts of the survey, and the two of the file.
+
+    trainable: numbers that get a gradient.   changed: numbers of the base whose value a merge changes.
+    rank: sum over the changed matrices of an upper bound on the rank of the change.
+    stored: numbers in the saved adapter.   bytes: their size.   total: numbers of the base model.
+    """
+
+    trainable: int
+    changed: int
+    rank: int
+    stored: int
+    total: int
+    bytes: int
+
+    def __str__(self) -> str:
+        def row(label: str, n: int) -> str:
+            return f"{label:<10}{n:>16,}  {100 * n / max(self.total, 1):8.4f} %"
+
+        return "\n".join(
+            (
+                row("trainable", self.trainable),
+                row("changed", self.changed),
+                f"{'rank':<10}{self.rank:>16,}",
+                row("stored", self.stored) + f"  {self.bytes:,} bytes",
+                f"{'total':<10}{self.total:>16,}",
+            )
+        )
+
+
+def counts(model: nn.Module, name: str | None = None) -> Counts:
+    """Counts of one adapter (None: all attached). print() gives the survey's report."""
+    trainable = changed = rank = stored = size = 0
+    for n in names_of(model, name):
+        for _, tuner in tuners(model, n):
+            trainable += sum(p.numel() for p in tuner.parameters() if p.requires_grad)
+            c, r = tuner.changes()
+            changed, rank = changed + c, rank + r
+        values = tensors(model, n).values()
+        stored += sum(t.numel() for t in values)
+        size += sum(t.numel() * t.element_size() for t in values)
+    return Counts(trainable, changed, rank, stored, sum(p.numel() for _, p in base_parameters(model)), size)

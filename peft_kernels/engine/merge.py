@@ -1,0 +1,152 @@
+"""merge and unmerge: writing folded weights into the base in place, and taking them back bit by bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .attach import adapted_modules, names_of, refresh, state_of
+from .method import NotMergeable, promoted
+from .site import Adapters, Site, base_modules, base_parameters
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    names: the adapters.   modules: how many modules changed.   numbers: how many base numbers were written.
+    rounding: the largest difference between a folded weight and what its dtype could store.
+    created: biases the base did not have and now has.
+    """
+
+    names: tuple[str, ...]
+    modules: int
+    numbers: int
+    rounding: float
+    created: tuple[str, ...]
+
+    def __str__(self) -> str:
+        created = f", {len(self.created)} new biases" if self.created else ""
+        return (
+            f"merged {', '.join(self.names)} into {self.modules} modules: {self.numbers:,} numbers written{created}, "
+            f"largest rounding {self.rounding:.3g}"
+        )
+
+
+def merge(model: nn.Module, name: str | None = None, *, into: None = None, stash: bool = True) -> MergeReport:
+    """Folds one adapter (None: all active ones) into the base weights, in place and all or nothing.
+
+    Folding runs in fp32 or wider and each weight is rounded once. stash=True keeps the original values, so that
+    unmerge is bit-exact; stash=False keeps nothing (then `detach` leaves a plain merged model).
+    into: the weight format to write; None, the weights' own, is the only one for dense models.
+    RuntimeError if a tuner has no weight-space form, is not at the bottom of its stack, a weight is tied to another
+    module, or a folded weight is not finite; the model is untouched then.
+    """
+    if into is not None:
+        raise ValueError(f"into={into!r}; a dense model merges into its own format, into=None")
+    state = state_of(model)
+    if state.merged:
+        raise RuntimeError(f"{', '.join(state.merged)} is merged already; pk.unmerge(model) first")
+    names = [n for n in names_of(model, name) if name is not None or n in state.active]
+    if idle := [n for n in names if n not in state.active]:
+        raise RuntimeError(f"{idle[0]} is not active; pk.set_active(model, ...) before merging it")
+    places = [(path, m) for path, m in adapted_modules(model) if any(n in m.peft for n in names)]
+    for path, module in places:
+        _check(path, module.peft, names, state.active)
+    _check_ties(model, places)
+
+    for path, module in places:  # first pass: nothing is written until every weight is known to be finite
+        for key, value in _folded(module, names).items():
+            if not torch.isfinite(value).all():
+                raise RuntimeError(f"{path}.{key} would not be finite after the merge; the model is unchanged")
+    before: dict[str, Tensor | None] = {}
+    numbers, rounding, created = 0, 0.0, []
+    for path, module in places:
+        for key, value in _folded(module, names).items():
+            full = f"{path}.{key}" if path else key
+            owner, leaf = _owner(module, key)
+            target = owner._parameters[leaf]
+            if target is None:
+                owner._parameters[leaf] = nn.Parameter(value.to(owner.weight.dtype), requires_grad=False)
+                before[full] = None
+                created.append(full)
+            else:
+                before[full] = target.detach().clone() if stash else None
+                with torch.no_grad():
+                    target.copy_(value)
+            stored = owner._parameters[leaf].detach()
+            numbers += stored.numel()
+            if stored.numel() and stored.device.type != "meta":
+                rounding = max(rounding, (stored.to(value.dtype) - value).abs().max().item())
+    state.merged, state.stash = names, before if stash else None
+    refresh(model)
+    return MergeReport(tuple(names), len(places), numbers, rounding, tuple(created))
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Restores the base weights bit by bit. RuntimeError if nothing is merged or it was merged with stash=False."""
+    state = state_of(model)
+    if not state.merged:
+        raise RuntimeError("nothing is merged; pk.merge(model) comes first")
+    if state.stash is None:
+        raise RuntimeError("merged with stash=False, so the original weights are gone; load the base model again")
+    modules = dict(base_modules(model))
+    for full, value in state.stash.items():
+        path, _, leaf = full.rpartition(".")
+        if value is None:
+            modules[path]._parameters[leaf] = None
+        else:
+            with torch.no_grad():
+                modules[path]._parameters[leaf].copy_(value)
+    state.merged, state.stash = [], None
+    refresh(model)
+    return model
+
+
+def _check(path: str, adapters: Adapters, names: list[str], active: list[str]) -> None:
+    stack = [n for n, _ in adapters.items() if n in active]
+    below = [n for n in stack[: 1 + max(stack.index(n) for n in names if n in stack)] if n not in names]
+    if below:
+        raise RuntimeError(f"{path}: {below[0]} lies below in the stack and would not be merged; merge it too or deactivate it")
+    for n in names:
+        if n in adapters and not adapters[n].mergeable:
+            raise NotMergeable(f"{path}: {type(adapters[n]).__name__} of {n!r} has no weight-space form; it cannot be merged")
+    module = adapters.site.module
+    if adapters.site.lifted is not None and any(p.device.type == "meta" for p in module.parameters(recurse=False)):
+        raise RuntimeError(f"{path}: its weights are offloaded; load the whole model before merging")
+
+
+def _check_ties(model: nn.Module, places: list[tuple[str, nn.Module]]) -> None:
+    owners: dict[int, list[str]] = {}
+    for path, module in base_modules(model):
+        for leaf, p in module._parameters.items():
+            if p is not None:
+                owners.setdefault(id(p), []).append(f"{path}.{leaf}" if path else leaf)
+    for path, module in places:
+        for _, p in base_parameters(module):
+            outside = [o for o in owners[id(p)] if path and not o.startswith(path + ".")]
+            if outside:
+                raise RuntimeError(f"{path} shares its weight with {outside[0]}, which a merge would change too; untie them first")
+
+
+def _folded(module: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """The module's parameters, by path inside it, with the tuners of `names` folded in, in fp32 or wider."""
+    site: Site = module.peft.site
+    with torch.no_grad():
+        own = dict(base_parameters(module)) if site.kind == "module" else _own(module)
+        params = {key: p.detach().to(promoted(p.dtype)) for key, p in own.items()}
+        for n, tuner in module.peft.items():
+            if n in names:
+                params = {key: v.to(promoted(v.dtype)) for key, v in tuner.folded(site, params).items()}
+    return params
+
+
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    return {key: p for key, p in module._parameters.items() if p is not None}
+
+
+def _owner(module: nn.Module, key: str) -> tuple[nn.Module, str]:
+    path, _, leaf = key.rpartition(".")
+    return dict(base_modules(module))[path], leaf

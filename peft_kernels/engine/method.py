@@ -1,0 +1,149 @@
+"""What a method writes: a `Method` (the user's call, the saved JSON, the documentation) and its `Tuner`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .site import Base, Site
+
+_registry: dict[str, type[Method]] = {}
+
+
+def methods() -> dict[str, type[Method]]:
+    """Registry key -> method class, in the order of definition."""
+    return dict(_registry)
+
+
+def method_of(key: str) -> type[Method]:
+    """The method class of a registry key; ValueError lists the known ones."""
+    if key not in _registry:
+        raise ValueError(f"unknown method {key!r}; expected one of {', '.join(_registry)}")
+    return _registry[key]
+
+
+class Method:
+    """A parameter-efficient method: a frozen dataclass whose fields are its hyper-parameters.
+
+    Subclass keywords: `roles` (default targets), `lr` (a sensible learning rate), `tiny` (fields for tests on small
+    models), `key` (registry key; default the class name in lower case), `kinds` (of sites it can tune; None: any).
+    """
+
+    key: ClassVar[str]
+    roles: ClassVar[tuple[str, ...]]
+    lr: ClassVar[float]
+    tiny: ClassVar[dict[str, Any]]
+    kinds: ClassVar[tuple[str, ...] | None]
+    tuner: ClassVar[type[Tuner]]
+
+    def __init_subclass__(
+        cls,
+        *,
+        roles: tuple[str, ...],
+        lr: float,
+        tiny: dict[str, Any],
+        key: str | None = None,
+        kinds: tuple[str, ...] | None = ("linear",),
+    ):
+        cls.key, cls.roles, cls.lr, cls.tiny, cls.kinds = key or cls.__name__.lower(), roles, lr, tiny, kinds
+        _registry[cls.key] = cls
+
+    def select(self, sites: list[Site]) -> list[Site]:
+        """Of the sites that match the targets, those the method can tune."""
+        return [s for s in sites if self.kinds is None or s.kind in self.kinds]
+
+    def at(self, site: Site) -> Method:
+        """The method's fields at one site, where patterns override them."""
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        return {"method": self.key, **dataclasses.asdict(self)}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Method:
+        """The inverse of to_json; ValueError on an unknown method or field."""
+        fields = dict(data)
+        cls = method_of(fields.pop("method", None))
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := set(fields) - known:
+            raise ValueError(f"{cls.key} has no field {sorted(unknown)}; it has {sorted(known)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+class NotMergeable(RuntimeError):
+    """The method has no weight-space form, so it cannot be merged."""
+
+
+class Tuner(nn.Module):
+    """The trainable part of a method at one site. Write at least one of `fold` and `forward`.
+
+    fold(weight [out, in], bias [out] or None) -> the same pair, tuned: pure, in plain torch; makes the method mergeable.
+    forward(base, *args): around-advice on the frozen callable `base`; without it, the site runs with folded weights.
+    Where both exist they must agree (the fold law).
+    """
+
+    fresh: ClassVar[bool] = False  # forward returns a tensor nobody else holds, which a tuner above may write into
+    opaque: ClassVar[bool] = False  # forward never calls the modules below: nothing else may tune them
+
+    def __init_subclass__(cls, *, method: type[Method] | None = None):
+        if method is not None:
+            method.tuner = cls
+
+    def __init__(self, cfg: Method, site: Site):
+        super().__init__()
+        self.site_name = site.name
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        raise NotMergeable(f"{self.site_name}: {type(self).__name__} has no weight-space form")
+
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        return base.site.apply(*self.fold(*base.effective()), *args, **kwargs)
+
+    @property
+    def mergeable(self) -> bool:
+        return type(self).fold is not Tuner.fold or type(self).folded is not Tuner.folded
+
+    def folded(self, site: Site, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The site's own parameters by name -> their values with this tuner folded in."""
+        return site.written(*self.fold(*site.read(params)))
+
+    def changes(self) -> tuple[int, int]:
+        """(original numbers whose value a merge changes, upper bound of the rank of that change)."""
+        return 0, 0
+
+    def extra_repr(self) -> str:
+        return f"{sum(p.numel() for p in self.parameters(recurse=False)):,} numbers"
+
+
+class Replica(Tuner):
+    """A trainable copy of the whole module at the site: what full tuning and a trained head are."""
+
+    opaque = True
+
+    def __init__(self, cfg: Method, site: Site):
+        super().__init__(cfg, site)
+        self.copy = site.replicate()
+        self.transposed = site.transposed
+
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        return self.copy(*args, **kwargs)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        own = self.copy.weight.T if self.transposed else self.copy.weight
+        return own, getattr(self.copy, "bias", None)
+
+    def folded(self, site: Site, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.copy.named_parameters()}
+
+    def changes(self) -> tuple[int, int]:
+        matrices = [p for p in self.copy.parameters() if p.dim() == 2]
+        return sum(p.numel() for p in self.copy.parameters()), sum(min(p.shape) for p in matrices)
+
+
+def promoted(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a base of `dtype` is tuned: at least fp32."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32

@@ -1,0 +1,172 @@
+"""save and load: adapter_model.safetensors and adapter_config.json, written whole or not at all, never unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .._version import __version__
+from .attach import Adapter, Part, attach_parts, detach, names_of, state_of, tuners
+from .method import Method
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_FORMAT = "peft_kernels"
+
+
+def tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """What the adapter file holds: <site path>.<tensor> -> tensor; tensors tied to each other come once."""
+    out: dict[str, Tensor] = {}
+    for path, tuner in tuners(model, name):
+        kept = {id(p) for p in tuner.parameters()}
+        seen: set[int] = set()
+        for key, value in tuner.state_dict(keep_vars=True).items():
+            if id(value) in seen and id(value) in kept:
+                continue
+            seen.add(id(value))
+            out[f"{path}.{key}" if path else key] = value.detach()
+    return out
+
+
+def save(model: nn.Module, directory: str | os.PathLike, name: str | None = None, *, force: bool = False) -> Path:
+    """Writes one adapter (None: all) and returns the directory.
+
+    "default" goes to the directory itself, any other name to a subdirectory of that name. An adapter that exists is
+    overwritten only with force=True (FileExistsError). Refuses a directory that holds a model's config.json
+    (ValueError), because transformers would take the adapter for part of that model.
+    """
+    directory = Path(directory)
+    if (directory / "config.json").exists():
+        raise ValueError(f"{directory} holds a model (config.json); choose a directory of its own for the adapter")
+    places = {n: directory if n == "default" else directory / n for n in names_of(model, name)}
+    for place in places.values():
+        if (place / CONFIG).exists() and not force:
+            raise FileExistsError(f"{place} holds an adapter already; pass force=True to overwrite it")
+    for n, place in places.items():
+        _write(place, tensors(model, n), _config(model, n))
+    return directory
+
+
+def load(model: nn.Module, directory: str | os.PathLike, name: str | None = None, *, trainable: bool = False) -> nn.Module:
+    """Attaches a saved adapter, named as it was saved unless `name` says otherwise, and returns the model.
+
+    FileNotFoundError if the directory holds none; ValueError if the file is broken, of another format, or belongs to
+    another model. The model is untouched then. Loading reads safetensors and JSON only.
+    """
+    directory = Path(directory)
+    config = _read_config(directory)
+    values = _read_tensors(directory / WEIGHTS)
+    try:
+        parts = [
+            Part(
+                Method.from_json(part["method"]),
+                tuple(part["targets"]),
+                tuple(part["exclude"]),
+                None if part["layers"] is None else tuple(part["layers"]),
+            )
+            for part in config["parts"]
+        ]
+        adapter, saved_name = Adapter(parts, config["seed"]), config["name"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{directory / CONFIG} is not a complete adapter configuration ({error!r})") from None
+    name = saved_name if name is None else name
+    attach_parts(model, name, adapter)
+    try:
+        _fill(tensors(model, name), values, directory)
+    except ValueError:
+        detach(model, name)
+        raise
+    if not trainable:
+        for _, tuner in tuners(model, name):
+            tuner.requires_grad_(False)
+    return model
+
+
+def _fill(own: dict[str, Tensor], values: dict[str, Tensor], directory: Path) -> None:
+    for word, keys in (("lacks", own.keys() - values.keys()), ("has unknown", values.keys() - own.keys())):
+        if keys:
+            some = ", ".join(sorted(keys)[:3])
+            raise ValueError(f"{directory} does not fit this model: it {word} {len(keys)} tensors ({some}); was it another model?")
+    for key, value in values.items():
+        if value.shape != own[key].shape:
+            raise ValueError(
+                f"{directory} does not fit this model: {key} is {tuple(value.shape)}, expected {tuple(own[key].shape)}"
+            )
+    for key, value in values.items():
+        own[key].copy_(value)
+
+
+def _config(model: nn.Module, name: str) -> dict[str, Any]:
+    adapter = state_of(model).adapters[name]
+    return {
+        "format": _FORMAT,
+        "version": __version__,
+        "name": name,
+        "model": {"class": type(model).__name__, "type": getattr(getattr(model, "config", None), "model_type", None)},
+        "seed": adapter.seed,
+        "parts": [
+            {"method": p.method.to_json(), "targets": p.targets, "exclude": p.exclude, "layers": p.layers}
+            for p in adapter.parts
+        ],
+    }
+
+
+def _write(place: Path, values: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Into a temporary directory beside `place`, synced, then renamed: a reader never sees half an adapter."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+    try:
+        contiguous = {key: t.contiguous() for key, t in values.items()}
+        save_file(contiguous, temporary / WEIGHTS, metadata={"format": "pt"})
+        (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        for file in (WEIGHTS, CONFIG):
+            _sync(temporary / file)
+        temporary.chmod(0o755)
+        if not place.exists():
+            os.rename(temporary, place)
+        else:
+            for file in (WEIGHTS, CONFIG):
+                os.replace(temporary / file, place / file)
+        _sync(place.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG
+    if not path.exists():
+        raise FileNotFoundError(f"{directory} holds no adapter ({CONFIG} is missing)")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+    if not isinstance(config, dict) or config.get("format") != _FORMAT:
+        peft = isinstance(config, dict) and "peft_type" in config
+        raise ValueError(f"{path} was written by {'Hugging Face PEFT' if peft else 'another program'}, not by peft_kernels")
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} holds no adapter weights ({WEIGHTS} is missing; pickled files are not read)")
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, torch.cuda.OutOfMemoryError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from None

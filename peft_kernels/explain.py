@@ -1,0 +1,58 @@
+"""explain: which kernel serves each tuner of a model, and why the faster ones do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .engine.attach import adapted_modules, state_of
+from .ops._op import recording
+
+
+class Explanation(list):
+    """Rows dict(site, adapter, op, backend, reasons); str() is the table, equal rows folded into one line."""
+
+    def __str__(self) -> str:
+        groups: dict[tuple, list[str]] = {}
+        for row in self:
+            why = "; ".join(f"{k}: {v}" for k, v in row["reasons"].items())
+            groups.setdefault((row["adapter"], row["op"], row["backend"], why), []).append(row["site"] or "(model)")
+        lines = [("sites", "adapter", "op", "backend", "why not another")]
+        for (adapter, op, backend, why), sites in groups.items():
+            shown = sites[0] if len(sites) == 1 else f"{len(sites)} sites, {sites[0]} ..."
+            lines.append((shown, adapter, op, backend, why))
+        widths = [max(len(line[i]) for line in lines) for i in range(4)]
+        return "\n".join("  ".join((*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[4])).rstrip() for line in lines)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Runs every adapted linear once on one row and reports dict(site, adapter, op, backend, reasons).
+
+    op "torch" means that the tuner is plain torch there: a folded weight, or a module trained whole.
+    """
+    rows = Explanation()
+    for path, module in adapted_modules(model):
+        names = [n for n, _ in module.peft.items() if n in state_of(model).active]
+        for name in names:
+            choices = _probe(module, name)
+            for choice in choices or [{"op": "torch", "backend": "torch", "reasons": {}}]:
+                rows.append({"site": path, "adapter": name, **choice})
+    return rows
+
+
+def _probe(module: nn.Module, name: str) -> list[dict[str, Any]]:
+    site = module.peft.site
+    chain = module.peft.chain
+    while chain.tuner is not None and chain.tuner is not module.peft[name]:
+        chain = chain.below
+    if site.kind != "linear" or chain.tuner is None:
+        return []
+    x = torch.zeros(1, site.n_in, dtype=site.weight.dtype, device=site.weight.device)
+    with torch.no_grad(), recording() as choices:
+        chain.below(x)
+    below = len(choices)
+    with torch.no_grad(), recording() as choices:
+        chain(x)
+    return choices[below:]

@@ -1,0 +1,98 @@
+"""The one place that imports transformers: loads models and tokenizers, with errors of one line."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+EXTRA = 'pip install "peft-kernels[cli]"'
+
+
+def need(*modules: str) -> Any:
+    """Imports modules of the `cli` extra and returns the first; ImportError says how to install them."""
+    found = []
+    for name in modules:
+        try:
+            found.append(importlib.import_module(name))
+        except ModuleNotFoundError as error:
+            raise ImportError(f"{error.name or name} is not installed; {EXTRA}") from None
+    return found[0]
+
+
+def load_classifier(source: str, classes: list[str]) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) of a pretrained encoder or decoder with a head for `classes`, new unless the file has one."""
+    transformers, source = need("transformers"), os.path.expanduser(source)
+    with _loading(source, "a sequence classifier"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            source,
+            num_labels=len(classes),
+            id2label=dict(enumerate(classes)),
+            label2id={name: i for i, name in enumerate(classes)},
+            problem_type="single_label_classification",
+            ignore_mismatched_sizes=True,  # a head for other classes is replaced by a new one
+        )
+    if tokenizer.pad_token is None:  # decoders have none; any token does, since padding is masked
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ValueError(f"the tokenizer of {source} has neither a padding nor an end token; add a pad_token to it")
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def load_model(source: str) -> nn.Module:
+    """The model of the class that its config names, or the bare one."""
+    transformers, source = need("transformers"), os.path.expanduser(source)
+    with _loading(source, "a model"):
+        config = transformers.AutoConfig.from_pretrained(source)
+        cls = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+        return cls.from_pretrained(source)
+
+
+def max_length(model: nn.Module, tokenizer: Any) -> int | None:
+    """The longest input that model and tokenizer take, or None if neither says."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    known = [n for n in (positions, tokenizer.model_max_length) if n and n < 10**6]  # 10**30 stands for "not known"
+    return min(known, default=None)
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """What turns tokens into hidden states, without the head (of encoder-decoder models: the encoder)."""
+    return model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+
+
+def quiet_padding(tokenizer: Any) -> Any:
+    """Lets `tokenizer.pad` be called on token lists without the advice to tokenize and pad in one go."""
+    tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
+    return tokenizer
+
+
+@contextmanager
+def _loading(source: str, what: str):
+    """Quiet, and whatever goes wrong inside becomes one line that names `source`."""
+    path = Path(source)
+    looks_local = path.is_absolute() or source.startswith(".") or source.count("/") > 1
+    if not path.exists() and looks_local:
+        raise FileNotFoundError(f"no model directory {source}; expected one with config.json and weights, or a hub id")
+    if path.exists() and not (path / "config.json").is_file():
+        raise ValueError(f"{source} holds no config.json; expected the directory of a transformers model")
+    logging = need("transformers.utils.logging")
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except Exception as error:  # the loaders raise what a broken file makes them raise: all of it means the same here
+        reason = " ".join(str(error).split())
+        offline = " (HF_HUB_OFFLINE is set)" if not path.exists() and os.environ.get("HF_HUB_OFFLINE") else ""
+        raise ValueError(f"cannot load {what} from {source}{offline}: {reason[:300]}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

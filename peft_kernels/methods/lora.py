@@ -1,0 +1,74 @@
+"""LoRA: y = Wx + (alpha/r) B A x. Hu et al. 2021, arXiv:2106.09685."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..engine.method import Method, Tuner
+from ..engine.site import Base, Site, matches
+
+
+@dataclass(frozen=True)
+class LoRA(Method, roles=("q", "v"), lr=2e-3, tiny={"rank": 2, "dropout": 0.25}):
+    """Low-rank update of linear layers. Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732."""
+
+    rank: int = 8  # rows of A, columns of B
+    alpha: float = 16.0  # the update is scaled by alpha / rank
+    dropout: float = 0.0  # of the input of A, in training
+    rslora: bool = False  # scale by alpha / sqrt(rank) instead
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # role or glob -> rank there
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # role or glob -> alpha there
+
+    def __post_init__(self):
+        for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
+            if rank < 1:
+                raise ValueError(f"LoRA {where} = {rank}; expected at least 1")
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"LoRA dropout = {self.dropout}; expected a probability from 0 to 1")
+
+    def at(self, site: Site) -> LoRA:
+        rank = _last(self.rank_pattern, site, self.rank)
+        limit = min(site.n_in, site.n_out)
+        if rank > limit:
+            raise ValueError(f"LoRA rank = {rank} at {site.name}; a {site.n_out} x {site.n_in} layer takes at most {limit}")
+        return replace(self, rank=rank, alpha=_last(self.alpha_pattern, site, self.alpha))
+
+
+def _last(pattern: dict[str, Any], site: Site, default: Any) -> Any:
+    """The value of the last pattern that matches the site."""
+    return next((v for k, v in reversed(pattern.items()) if site.matches((k,))), default)
+
+
+class LoRATuner(Tuner, method=LoRA):
+    fresh = True
+
+    def __init__(self, cfg: LoRA, site: Site):
+        super().__init__(cfg, site)
+        self.scale = cfg.alpha / (math.sqrt(cfg.rank) if cfg.rslora else cfg.rank)
+        self.dropout = cfg.dropout
+        self.a = site.param(cfg.rank, site.n_in, init="kaiming")  # [r, in]
+        self.b = site.param(site.n_out, cfg.rank, init="zeros")  # [out, r]
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.scale * (self.b @ self.a), bias
+
+    def forward(self, base: Base, x: Tensor) -> Tensor:
+        p, rng = 0.0, None
+        if self.training and self.dropout:
+            # From torch's generator, so that seeds, checkpointing and compile all see the draw.
+            p, rng = self.dropout, torch.randint(-(2**62), 2**62, (2,), device=x.device)
+        if base.innermost:
+            weight, bias = base.effective()
+            return ops.lora_linear(x, weight, bias, self.a, self.b, self.scale, p=p, rng=rng)
+        add = ops.lora_add_ if base.fresh else ops.lora_add
+        return add(base(x), x, self.a, self.b, self.scale, p=p, rng=rng)
+
+    def changes(self) -> tuple[int, int]:
+        rank, n_in = self.a.shape
+        return self.b.shape[0] * n_in, rank

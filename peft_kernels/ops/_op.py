@@ -1,0 +1,411 @@
+"""The dispatcher: an `Op` is a contract with backends, and every call goes the same way.
+
+A call takes one of two roads to the same kernel. The short road (eager, plain tensors) reaches it through one
+`autograd.Function`, or none without gradients; the other is the dispatcher op `torch.ops.peft_kernels.<name>`, which
+torch.compile, autocast, dispatch modes and tensor subclasses need. Under functorch the reference itself runs, because
+plain torch is what `grad`, `jvp` and `vmap` know how to transform.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("peft_kernels")
+
+KERNELS = "peft_kernels.kernels"
+# In the order in which choose() asks them: name, file suffix of the module, device it serves.
+BACKENDS = (("cuda", "native", "cuda"), ("triton", "triton", "cuda"), ("cpu", "native", "cpu"))
+NAMES = ("reference", *(name for name, _, _ in BACKENDS))
+
+_STRICT = os.environ.get("PEFT_KERNELS_STRICT") == "1"
+_EXPLAIN = os.environ.get("PEFT_KERNELS_EXPLAIN") == "1"
+_UNVERIFIED = os.environ.get("PEFT_KERNELS_UNVERIFIED") == "1"
+
+_library = torch.library.Library("peft_kernels", "FRAGMENT")
+_registry: dict[str, Op] = {}
+_said: set[str] = set()  # what _EXPLAIN has printed already: one line per op and backend
+
+
+class BackendError(RuntimeError):
+    """A backend asked for by name cannot serve a call; the text lists every reason."""
+
+
+class _Thread(threading.local):
+    backend: str | None = None  # pk.backend(...)
+    record: list | None = None  # explain() collects the choices of a probe here
+
+
+_thread = _Thread()
+
+
+def _known(name: str, origin: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{origin} {name!r} is not a backend; expected one of {', '.join(NAMES)}")
+    return name
+
+
+_default = os.environ.get("PEFT_KERNELS_BACKEND") or None
+if _default:
+    _known(_default, "PEFT_KERNELS_BACKEND")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Within the `with`, every op of this thread runs on backend `name` or raises BackendError with its reasons.
+
+    name: "reference", "cpu", "triton" or "cuda". Backward passes keep the choice of their forward.
+    """
+    before, _thread.backend = _thread.backend, _known(name, "backend")
+    try:
+        yield
+    finally:
+        _thread.backend = before
+
+
+@contextmanager
+def recording() -> Iterator[list[dict]]:
+    """Collects dict(op, backend, reasons) for every kernel that runs in this thread."""
+    before, _thread.record = _thread.record, []
+    try:
+        yield _thread.record
+    finally:
+        _thread.record = before
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """How an op is differentiated.
+
+    keep(args, outputs) -> tuple: what backward needs (tensors and constants).
+    backward(kept, grads, needs) -> tuple: one gradient (or None) per argument; `needs` says which are wanted. It calls
+    backward ops, which have no Gradient of their own: with grad mode on (create_graph) those run as their reference, so
+    second derivatives are those of plain torch. Kept outputs carry no history, hence must not be used then.
+    """
+
+    keep: Callable[[tuple, Any], tuple]
+    backward: Callable[[tuple, tuple, tuple], tuple]
+
+
+class Sample(NamedTuple):
+    """One test input of an op: an id, the op's arguments, and which of them are differentiated."""
+
+    id: str
+    args: tuple
+    differentiable: tuple[int, ...] = ()
+
+
+class Cost(NamedTuple):
+    """What the roofline needs: floating point operations and the bytes that must move."""
+
+    flops: int
+    bytes: int
+
+
+class _Kernel(NamedTuple):
+    name: str
+    why_not: Callable[..., str]
+    run: Callable[..., Any]
+    run_: Callable[..., Any] | None  # the form that writes into the first argument
+
+
+def _contiguous(out: Any) -> Any:
+    return out.contiguous() if isinstance(out, Tensor) else tuple(o.contiguous() for o in out)
+
+
+class Op:
+    """A contract and its backends.
+
+    name: also the dispatcher name, `torch.ops.peft_kernels.<name>`.
+    schema: the dispatcher schema without the name; arguments are positional, outputs past the first are auxiliary
+        (not differentiable, private to backward).
+    reference: plain differentiable torch over the same arguments. It is the documentation, the fallback, the fake
+        kernel and the oracle of the tests.
+    samples(dtype, device): the test inputs.   cost(*args) -> Cost.
+    gradient: None for ops that are themselves a backward; those are differentiated through the reference.
+    autocast: positions of the arguments that autocast casts; the others keep their dtype.
+    Outputs are contiguous and alias no input.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        family: str,
+        reference: Callable[..., Any],
+        samples: Callable[[torch.dtype, str], Iterable[Sample]],
+        cost: Callable[..., Cost],
+        gradient: Gradient | None = None,
+        autocast: tuple[int, ...] = (),
+    ):
+        self.name, self.schema, self.family = name, schema, family
+        self.reference, self.samples, self.cost = reference, samples, cost
+        self.gradient, self.autocast = gradient, autocast
+        self._kernels: dict[str, list[_Kernel]] = {}  # device type -> kernels, loaded at the first call there
+        self._absent: dict[str, str] = {}  # backend -> why it serves no call in this process
+        self._register()
+        _registry[name] = self
+
+    def __repr__(self) -> str:
+        return f"Op({self.name}{self.schema})"
+
+    # -- calling ------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.dispatch(*args)
+        return self._call(args, inplace=False)
+
+    def call_(self, *args: Any) -> Any:
+        """As `__call__`, but may overwrite args[0] and return it; the caller must own it and use only the result."""
+        if torch.compiler.is_compiling():
+            return self.dispatch(*args)
+        return self._call(args, inplace=True)
+
+    def _call(self, args: tuple, inplace: bool) -> Any:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return self.reference(*args)
+        grad = torch.is_grad_enabled()
+        needed = False
+        plain = torch._C._len_torch_dispatch_stack() == 0 and not torch._C._is_any_autocast_enabled()
+        for a in args:
+            if isinstance(a, Tensor):
+                kind = type(a)
+                plain = plain and (kind is Tensor or kind is torch.nn.Parameter)
+                needed = needed or (grad and a.requires_grad)
+        if needed and self.gradient is None:
+            return self.reference(*args)
+        if not plain:
+            return self.dispatch(*args)
+        if needed:
+            return _Short.apply(self, inplace, *args)
+        return self.run(*args, inplace=inplace)
+
+    def run(self, *args: Any, inplace: bool = False) -> Any:
+        """Chooses a backend and runs it, below autograd."""
+        kernel, reasons = self.choose(*args)
+        if _thread.record is not None or _EXPLAIN:
+            self._tell(kernel, reasons)
+        if kernel is None:
+            return _contiguous(self.reference(*args))
+        if inplace and kernel.run_ is not None:
+            return kernel.run_(*args)
+        return kernel.run(*args)
+
+    # -- choosing -----------------------------------------------------------------------------------------------------
+
+    def choose(self, *args: Any) -> tuple[_Kernel | None, dict[str, str]]:
+        """The first backend without a reason not to serve these arguments (None: the reference), and the reasons met."""
+        device = _device(args)
+        name = _thread.backend or _default
+        reasons: dict[str, str] = {}
+        if name == "reference":
+            return None, reasons
+        kernels = self._kernels.get(device)
+        if kernels is None:
+            kernels = self._load(device)
+        for kernel in kernels:
+            if name is not None and kernel.name != name:
+                continue
+            if kernel.name == "triton" and device == "cpu" and name is None:
+                continue  # the interpreter is for tests: asked for by name only
+            reason = kernel.why_not(*args)
+            if not reason:
+                return kernel, reasons
+            reasons[kernel.name] = reason
+        if name is not None or _STRICT:
+            why = {**{k: v for k, v in self._absent.items() if name in (None, k)}, **reasons}
+            if name is not None and not why:
+                why = {name: f"it does not serve {device} tensors"}
+            asked = f"backend {name!r}" if name else "every backend (PEFT_KERNELS_STRICT=1)"
+            raise BackendError(f"{self.name}: {asked} refused: " + "; ".join(f"{k}: {v}" for k, v in why.items()))
+        if device == "cpu":
+            _warn_without_binary()
+        return None, reasons
+
+    def explain(self, *args: Any) -> dict:
+        """dict(op, backend, reasons): which backend serves these arguments and why the others do not."""
+        kernel, reasons = self.choose(*args)
+        return self._row(kernel, reasons)
+
+    def backends(self, device: str | None = None) -> dict[str, str]:
+        """Backend -> "" if it can serve calls on `device` (default: any device) in this process, else the reason."""
+        out = {}
+        for name, _, serves in BACKENDS:
+            if device in (None, serves):
+                self._load(serves)
+                out[name] = self._absent.get(name, "")
+        return {**out, "reference": ""}
+
+    def _row(self, kernel: _Kernel | None, reasons: dict[str, str]) -> dict:
+        name = kernel.name if kernel else "reference"
+        return {"op": self.name, "backend": name, "reasons": {**self._absent, **reasons}}
+
+    def _tell(self, kernel: _Kernel | None, reasons: dict[str, str]) -> None:
+        row = self._row(kernel, reasons)
+        if _thread.record is not None:
+            _thread.record.append(row)
+        line = f"{row['op']}: {row['backend']}" + "".join(f"; not {k}: {v}" for k, v in row["reasons"].items())
+        if _EXPLAIN and line not in _said:
+            _said.add(line)
+            print(f"peft_kernels: {line}")
+
+    def _load(self, device: str) -> list[_Kernel]:
+        kernels = []
+        for name, suffix, serves in BACKENDS:
+            if serves != device and not (name == "triton" and _interpreting()):
+                continue
+            module, reason = _module(self.family, suffix)
+            if module is not None and not hasattr(module, self.name):
+                reason = f"{self.family} has no {name} kernel for this op"
+            elif module is not None:
+                reason = module.unavailable(serves) or (_unverified(module) if serves == device == "cuda" else "")
+            if reason:
+                self._absent[name] = reason
+                continue
+            why_not = getattr(module, f"why_not_{self.name}")
+            kernels.append(_Kernel(name, why_not, getattr(module, self.name), getattr(module, self.name + "_", None)))
+        self._kernels[device] = kernels
+        return kernels
+
+    # -- the dispatcher op --------------------------------------------------------------------------------------------
+
+    def _register(self) -> None:
+        name, qualname = self.name, f"peft_kernels::{self.name}"
+        _library.define(name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, self.run, "CompositeExplicitAutograd")
+        torch.library.register_fake(qualname, lambda *args: _contiguous(self.reference(*args)), lib=_library)
+        self.dispatch = getattr(torch.ops.peft_kernels, name).default
+        if self.gradient is not None:
+
+            def setup_context(ctx, inputs, output):
+                _keep(ctx, self, inputs, output)
+
+            torch.library.register_autograd(qualname, _backward, setup_context=setup_context, lib=_library)
+        if self.autocast:
+            for device in ("cpu", "cuda"):
+                _library.impl(name, self._autocast(device), f"Autocast{device.upper()}")
+
+    def _autocast(self, device: str) -> Callable[..., Any]:
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+        def cast(i: int, a: Any, dtype: torch.dtype) -> Any:
+            eligible = i in self.autocast and isinstance(a, Tensor) and a.is_floating_point()
+            return a.to(dtype) if eligible and a.dtype != torch.float64 else a
+
+        def autocast(*args: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return self.dispatch(*(cast(i, a, dtype) for i, a in enumerate(args)))
+
+        return autocast
+
+
+def _keep(ctx, op: Op, args: tuple, out: Any) -> None:
+    kept = op.gradient.keep(args, out)
+    ctx.op, ctx.backend = op, _thread.backend
+    ctx.constants = tuple(None if isinstance(k, Tensor) else k for k in kept)
+    ctx.save_for_backward(*(k if isinstance(k, Tensor) else None for k in kept))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, *grads):
+    kept = tuple(c if t is None else t for t, c in zip(ctx.saved_tensors, ctx.constants, strict=True))
+    needs = ctx.needs_input_grad
+    if grads[0] is None:
+        return (None,) * len(needs)
+    before, _thread.backend = _thread.backend, ctx.backend
+    try:
+        return ctx.op.gradient.backward(kept, grads, needs)
+    finally:
+        _thread.backend = before
+
+
+class _Short(torch.autograd.Function):
+    """The short road with gradients: one Function for all ops."""
+
+    @staticmethod
+    def forward(ctx, op: Op, inplace: bool, *args):
+        out = op.run(*args, inplace=inplace)
+        _keep(ctx, op, args, out)
+        first = out if isinstance(out, Tensor) else out[0]
+        if first is args[0]:
+            ctx.mark_dirty(first)
+        if not isinstance(out, Tensor):
+            ctx.mark_non_differentiable(*out[1:])
+        return out
+
+    @staticmethod
+    def backward(ctx, *grads):
+        ctx_needs = ctx.needs_input_grad
+        return None, None, *_backward(_Shifted(ctx, ctx_needs[2:]), *grads)
+
+
+class _Shifted:
+    """A Function's ctx seen by `_backward`: without the two leading arguments that are not the op's."""
+
+    __slots__ = ("constants", "saved_tensors", "op", "backend", "needs_input_grad")
+
+    def __init__(self, ctx, needs: tuple):
+        self.constants, self.saved_tensors = ctx.constants, ctx.saved_tensors
+        self.op, self.backend, self.needs_input_grad = ctx.op, ctx.backend, needs
+
+
+def all_ops() -> dict[str, Op]:
+    """Every registered op by name."""
+    return dict(_registry)
+
+
+def _device(args: tuple) -> str:
+    for a in args:
+        if isinstance(a, Tensor):
+            return a.device.type
+    raise ValueError("an op needs at least one tensor argument")
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _module(family: str, suffix: str) -> tuple[Any, str]:
+    """The backend module of an op family, or the reason why there is none."""
+    name = f"{KERNELS}.{family}.{family}_{suffix}"
+    try:
+        found = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        return None, f"{family} has no {suffix} kernels"
+    if suffix == "triton" and importlib.util.find_spec("triton") is None:
+        return None, "Triton is not installed: pip install triton"
+    return importlib.import_module(name), ""
+
+
+def _unverified(module: Any) -> str:
+    capability = "{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else ""
+    if _UNVERIFIED or not capability or capability in module.VERIFIED_ON:
+        return ""
+    return (
+        f"no correct run on compute capability {capability} is on record; "
+        "PEFT_KERNELS_UNVERIFIED=1 takes the kernel all the same"
+    )
+
+
+def _warn_without_binary() -> None:
+    native = importlib.import_module(f"{KERNELS}.common.library")
+    reason = native.unavailable("cpu")
+    if reason and "binary" not in _said:
+        _said.add("binary")
+        warnings.warn(f"peft_kernels runs without its C++ kernels, in plain torch: {reason}", stacklevel=2)

@@ -1,0 +1,330 @@
+"""LoRA: a frozen linear plus a low-rank update. Hu et al. 2021, arXiv:2106.09685.
+
+    y = x W^T + bias + scale * (drop(x) A^T) B^T        x [..., K]   W [N, K]   A [r, K]   B [N, r]   y [..., N]
+
+With t = drop(x) A^T and g = dL/dy:
+
+    dt = scale * g B      dA = dt^T drop(x)      dB = scale * g^T t      dx = g W + drop'(dt A)
+
+x, y and W share one dtype (fp32, bf16, fp16 or fp64); A and B may be fp32 beside a 16-bit x. Kernels sum in fp32, round y
+once, and keep only x and t [M, r] for the backward. dx has the dtype of x, dA and dB that of A and B.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _philox
+from ._checks import check
+from ._op import Cost, Gradient, Op, Sample
+
+# -- references -------------------------------------------------------------------------------------------------------
+
+
+def _common(*tensors: Tensor) -> torch.dtype:
+    dtype = tensors[0].dtype
+    for t in tensors[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K]."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _shrink(x: Tensor, a: Tensor, p: float, rng: Tensor | None) -> tuple[Tensor, Tensor]:
+    """drop(x) [M, K] and t [M, r] in the wider of the two dtypes."""
+    dtype = _common(x, a)
+    dropped = _philox.dropout(_rows(x), p, rng).to(dtype)
+    return dropped, F.linear(dropped, a.to(dtype))
+
+
+def _kept(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _add_reference(y, x, a, b, scale, p, rng):
+    _, t = _shrink(x, a, p, rng)
+    delta = F.linear(t, b.to(t.dtype)) * scale
+    return (y + delta.view(y.shape)).to(y.dtype), _kept(t)
+
+
+def _linear_reference(x, w, bias, a, b, scale, p, rng):
+    return _add_reference(F.linear(x, w, bias), x, a, b, scale, p, rng)
+
+
+def _add_backward_reference(g, x, a, b, t, scale, p, rng, needs):
+    dtype = _common(g, a, b)
+    dropped, recomputed = _shrink(x, a, p, rng)
+    t = recomputed if t is None else t
+    g2 = _rows(g).to(dtype)  # [M, N]
+    dt = (g2 @ b.to(dtype)) * scale  # [M, r]
+    none = g.new_empty(0)
+    dx = _philox.dropout(dt @ a.to(dtype), p, rng).view(x.shape).to(x.dtype) if needs[0] else none
+    da = (dt.T @ dropped.to(dtype)).to(a.dtype) if needs[1] else none.to(a.dtype)
+    db = (g2.T @ t.to(dtype) * scale).to(b.dtype) if needs[2] else none.to(b.dtype)
+    return dx, da, db
+
+
+def _linear_backward_reference(g, x, w, a, b, t, scale, p, rng, needs):
+    dx, da, db = _add_backward_reference(g, x, a, b, t, scale, p, rng, needs)
+    return (g @ w + dx if needs[0] else dx), da, db
+
+
+# -- test inputs and costs --------------------------------------------------------------------------------------------
+
+# id: leading dims, K, N, r, p
+_SHAPES = {
+    "one_row": ((1,), 16, 8, 4, 0.0),
+    "odd": ((3, 5), 17, 13, 3, 0.0),
+    "odd_dropout": ((3, 5), 17, 13, 3, 0.25),
+    "wide_dropout": ((33,), 100, 51, 8, 0.5),
+    "rank_zero": ((4,), 8, 6, 0, 0.0),
+    "rank_24": ((9,), 64, 72, 24, 0.0),
+    "one_column": ((7,), 1, 1, 1, 0.0),
+    "no_rows": ((0,), 12, 10, 2, 0.1),
+    "all_dropped": ((6,), 24, 8, 2, 1.0),
+}
+
+
+def _tensors(dtype, device, lead, k, n, r, p, low=None):
+    made = torch.Generator().manual_seed(sum((*lead, 3 * k, 5 * n, 7 * r)))
+
+    def normal(*shape, scale=1.0, dtype=dtype):
+        return (torch.randn(shape, generator=made, dtype=torch.float64) * scale).to(device, dtype)
+
+    x, w, bias = normal(*lead, k), normal(n, k, scale=k**-0.5), normal(n)
+    low = low or dtype
+    a, b = normal(r, k, scale=k**-0.5, dtype=low), normal(n, r, scale=max(r, 1) ** -0.5, dtype=low)
+    rng = torch.tensor([2**40 + 7, -3], device=device) if p else None
+    return x, w, bias, a, b, normal(*lead, n), rng
+
+
+def _layouts(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tuple]]:
+    """(id, (x, w, bias, a, b, y, scale, p, rng)) over shapes, strides and mixed dtypes."""
+    for name, (lead, k, n, r, p) in _SHAPES.items():
+        x, w, bias, a, b, y, rng = _tensors(dtype, device, lead, k, n, r, p)
+        yield name, (x, w, bias, a, b, y, 2.0, p, rng)
+    x, w, bias, a, b, y, _ = _tensors(dtype, device, (6, 4), 20, 12, 4, 0.0)
+    yield "transposed", (x.transpose(0, 1), w, bias, a.T.contiguous().T, b.T.contiguous().T, y.transpose(0, 1), -0.5, 0.0, None)
+    yield "expanded", (x[:1].expand(6, 4, 20), w, None, a, b, y[:1].expand(6, 4, 12), 1.0, 0.0, None)
+    if dtype in (torch.bfloat16, torch.float16):
+        x, w, bias, a, b, y, rng = _tensors(dtype, device, (5, 3), 40, 24, 8, 0.25, low=torch.float32)
+        yield "mixed", (x, w, bias, a, b, y, 2.0, 0.25, rng)
+
+
+def _add_samples(dtype, device):
+    for name, (x, _, _, a, b, y, scale, p, rng) in _layouts(dtype, device):
+        yield Sample(name, (y, x, a, b, scale, p, rng), (0, 1, 2, 3))
+
+
+def _linear_samples(dtype, device):
+    for name, (x, w, bias, a, b, _, scale, p, rng) in _layouts(dtype, device):
+        yield Sample(name, (x, w, bias, a, b, scale, p, rng), (0, 3, 4))
+
+
+def _add_backward_samples(dtype, device):
+    for name, (x, _, _, a, b, y, scale, p, rng) in _layouts(dtype, device):
+        t = _kept(_shrink(x, a, p, rng)[1])
+        yield Sample(name, (y, x, a, b, t, scale, p, rng, (True, True, True)))
+        yield Sample(name + "_b_only", (y, x, a, b, t, scale, p, rng, (False, False, True)))
+
+
+def _linear_backward_samples(dtype, device):
+    for name, (x, w, _, a, b, y, scale, p, rng) in _layouts(dtype, device):
+        t = _kept(_shrink(x, a, p, rng)[1])
+        yield Sample(name, (y, x, w, a, b, t, scale, p, rng, (True, True, True)))
+        yield Sample(name + "_x_only", (y, x, w, a, b, t, scale, p, rng, (True, False, False)))
+
+
+def _sizes(x: Tensor, a: Tensor, b: Tensor) -> tuple[int, int, int, int]:
+    return x[..., 0].numel(), x.shape[-1], b.shape[0], a.shape[0]  # M K N r
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _add_cost(y, x, a, b, *_):
+    m, k, n, r = _sizes(x, a, b)
+    return Cost(2 * m * r * (k + n), _bytes(y, y, x, a, b))
+
+
+def _linear_cost(x, w, bias, a, b, *_):
+    m, k, n, r = _sizes(x, a, b)
+    return Cost(2 * m * (k * n + r * (k + n)), _bytes(x, w, bias, a, b) + m * n * x.element_size())
+
+
+def _add_backward_cost(g, x, a, b, *_):
+    m, k, n, r = _sizes(x, a, b)
+    return Cost(4 * m * r * (k + n), _bytes(g, x, x, a, a, b, b))
+
+
+def _linear_backward_cost(g, x, w, a, b, *_):
+    m, k, n, r = _sizes(x, a, b)
+    return Cost(2 * m * k * n + 4 * m * r * (k + n), _bytes(g, x, x, w, a, a, b, b))
+
+
+# -- ops --------------------------------------------------------------------------------------------------------------
+
+_add_backward = Op(
+    "lora_add_backward",
+    "(Tensor g, Tensor x, Tensor a, Tensor b, Tensor? t, float scale, float p, Tensor? rng, bool[3] needs)"
+    " -> (Tensor, Tensor, Tensor)",
+    family="lora",
+    reference=_add_backward_reference,
+    samples=_add_backward_samples,
+    cost=_add_backward_cost,
+)
+
+_linear_backward = Op(
+    "lora_linear_backward",
+    "(Tensor g, Tensor x, Tensor w, Tensor a, Tensor b, Tensor? t, float scale, float p, Tensor? rng, bool[3] needs)"
+    " -> (Tensor, Tensor, Tensor)",
+    family="lora",
+    reference=_linear_backward_reference,
+    samples=_linear_backward_samples,
+    cost=_linear_backward_cost,
+)
+
+
+def _wanted(grads: tuple, needs: tuple) -> tuple:
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def _add_gradient(kept, grads, needs):
+    x, a, b, t, scale, p, rng = kept
+    wanted = (needs[1], needs[2], needs[3])
+    out = (None,) * 3
+    if any(wanted):
+        t = None if torch.is_grad_enabled() else t
+        out = _wanted(_add_backward(grads[0], x, a, b, t, scale, p, rng, wanted), wanted)
+    return grads[0], *out, None, None, None
+
+
+def _linear_gradient(kept, grads, needs):
+    x, w, a, b, t, scale, p, rng = kept
+    if needs[1] or needs[2]:
+        raise RuntimeError("lora_linear: w and bias are frozen; train them through F.linear and lora_add")
+    wanted = (needs[0], needs[3], needs[4])
+    t = None if torch.is_grad_enabled() else t
+    dx, da, db = _wanted(_linear_backward(grads[0], x, w, a, b, t, scale, p, rng, wanted), wanted)
+    return dx, None, None, da, db, None, None, None
+
+
+_add = Op(
+    "lora_add",
+    "(Tensor y, Tensor x, Tensor a, Tensor b, float scale, float p, Tensor? rng) -> (Tensor, Tensor)",
+    family="lora",
+    reference=_add_reference,
+    samples=_add_samples,
+    cost=_add_cost,
+    gradient=Gradient(
+        keep=lambda args, out: (args[1], args[2], args[3], out[1], args[4], args[5], args[6]),
+        backward=_add_gradient,
+    ),
+    autocast=(0, 1),
+)
+
+_linear = Op(
+    "lora_linear",
+    "(Tensor x, Tensor w, Tensor? bias, Tensor a, Tensor b, float scale, float p, Tensor? rng) -> (Tensor, Tensor)",
+    family="lora",
+    reference=_linear_reference,
+    samples=_linear_samples,
+    cost=_linear_cost,
+    gradient=Gradient(
+        keep=lambda args, out: (args[0], args[1], args[3], args[4], out[1], args[5], args[6], args[7]),
+        backward=_linear_gradient,
+    ),
+    autocast=(0, 1, 2),
+)
+
+
+def _checked(op: str, x: Tensor, a: Tensor, b: Tensor, scale, p: float, rng: Tensor | None):
+    """The arguments shared by both ops, checked; a tensor scale moves into b, where autograd and capture follow it."""
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != x.shape[-1] or b.shape[1] != a.shape[0]:
+        raise ValueError(
+            f"{op}: a {tuple(a.shape)} and b {tuple(b.shape)} do not fit x {tuple(x.shape)}; "
+            f"expected a [r, {x.shape[-1]}] and b [out, r]"
+        )
+    if a.device != x.device or b.device != x.device:
+        raise ValueError(f"{op}: x is on {x.device}, a on {a.device}, b on {b.device}; move them to one device")
+    check(a.dtype == b.dtype, op, lambda: f"a is {a.dtype} and b {b.dtype}; give both the same dtype")
+    if p:
+        check(0 <= p <= 1, op, lambda: f"p is {p}; expected a probability from 0 to 1")
+        check(
+            rng is not None and rng.dtype == torch.int64 and rng.shape == (2,) and rng.device == x.device,
+            op,
+            lambda: f"dropout p={p} needs rng, an int64[2] tensor (seed, offset) on {x.device}; draw one with "
+            "torch.randint(2**62, (2,), device=x.device)",
+        )
+    else:
+        rng = None
+    if isinstance(scale, Tensor):
+        b, scale = b * scale, 1.0
+    return b, float(scale), float(p), rng
+
+
+def lora_add(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, *, p: float = 0.0, rng: Tensor | None = None
+) -> Tensor:
+    """y + scale * (drop(x) a^T) b^T, a new tensor.
+
+    y [..., out]   x [..., in]   a [r, in]   b [out, r]   scale float or 0-d tensor (differentiable)
+    p, rng: dropout of x with probability p; rng is int64[2] (seed, offset) on x's device and alone decides the mask.
+    dtypes: y any floating dtype and kept; a and b equal, and x's dtype or wider. Differentiable in y, x, a, b.
+    Raises ValueError on shapes, dtypes or devices that do not fit. Hu et al. 2021, arXiv:2106.09685.
+    """
+    return _add(*_add_args("lora_add", y, x, a, b, scale, p, rng))[0]
+
+
+def lora_add_(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, *, p: float = 0.0, rng: Tensor | None = None
+) -> Tensor:
+    """`lora_add` that may write into y, for a caller that owns y and goes on with the result alone."""
+    return _add.call_(*_add_args("lora_add_", y, x, a, b, scale, p, rng))[0]
+
+
+def _add_args(op, y, x, a, b, scale, p, rng):
+    b, scale, p, rng = _checked(op, x, a, b, scale, p, rng)
+    check(
+        y.shape[:-1] == x.shape[:-1] and y.shape[-1:] == b.shape[:1],
+        op,
+        lambda: f"y is {tuple(y.shape)}; expected {(*x.shape[:-1], b.shape[0])} from x and b",
+    )
+    return y, x, a, b, scale, p, rng
+
+
+def lora_linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor,
+    *,
+    p: float = 0.0,
+    rng: Tensor | None = None,
+) -> Tensor:
+    """x w^T + bias + scale * (drop(x) a^T) b^T in one op: the update accumulates into the linear's own output.
+
+    x [..., in]   w [out, in]   bias [out] or None   a [r, in]   b [out, r]   scale float or 0-d tensor
+    Arguments and errors otherwise as in lora_add. w and bias are meant to be frozen: the gradients are those of x, a
+    and b. If w or bias does require grad, the op falls back to F.linear followed by lora_add, which trains them too.
+    """
+    b, scale, p, rng = _checked("lora_linear", x, a, b, scale, p, rng)
+    check(
+        w.dim() == 2 and w.shape == (b.shape[0], x.shape[-1]),
+        "lora_linear",
+        lambda: f"w is {tuple(w.shape)}; expected [{b.shape[0]}, {x.shape[-1]}] from b and x",
+    )
+    if torch.is_grad_enabled() and (w.requires_grad or (bias is not None and bias.requires_grad)):
+        return _add.call_(F.linear(x, w, bias), x, a, b, scale, p, rng)[0]
+    return _linear(x, w, bias, a, b, scale, p, rng)[0]
