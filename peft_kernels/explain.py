@@ -24,7 +24,9 @@ class Explanation(list):
             shown = sites[0] if len(sites) == 1 else f"{len(sites)} sites, {sites[0]} ..."
             lines.append((shown, adapter, op, backend, why))
         widths = [max(len(line[i]) for line in lines) for i in range(4)]
-        return "\n".join("  ".join((*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[4])).rstrip() for line in lines)
+        return "\n".join(
+            "  ".join((*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[4])).rstrip() for line in lines
+        )
 
 
 def explain(model: nn.Module) -> Explanation:

@@ -67,6 +67,16 @@ def backbone(model: nn.Module) -> nn.Module:
     return model.get_encoder() if model.config.is_encoder_decoder else model.base_model
 
 
+def head(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the modules between the hidden states and the scores, which a new task has to train.
+
+    That is what stands beside the backbone, and BERT's pooler: frozen, it costs most of the accuracy.
+    """
+    paths = [name for name, m in model.named_children() if m is not model.base_model]
+    paths += [f"{model.base_model_prefix}.pooler"] if hasattr(model.base_model, "pooler") else []
+    return tuple(path for path in paths if any(True for _ in model.get_submodule(path).parameters()))
+
+
 def quiet_padding(tokenizer: Any) -> Any:
     """Lets `tokenizer.pad` be called on token lists without the advice to tokenize and pad in one go."""
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True

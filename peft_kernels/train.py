@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from . import hf
-from .engine.attach import attach
+from .engine.attach import attach, disabled
 from .engine.counts import Counts, counts
 from .engine.fit import fit
 from .engine.merge import merge, unmerge
@@ -33,7 +33,7 @@ from .engine.store import CONFIG, WEIGHTS, save
 
 LOG, PICTURE, SUMMARY = "log.jsonl", "curves.png", "summary.json"
 HELD_OUT = 0.2  # of each class, where the data has no split of its own
-TRAIN_NAMES, TEST_NAMES = ("train",), ("test", "validation", "valid", "dev")  # of TEST_NAMES the first that occurs counts
+TEST_NAMES = ("test", "validation", "valid", "dev")  # in a split column; the first that occurs is used
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,16 @@ class Data:
 def read_data(path: str, text: str = "text", label: str = "label", split: str | None = None, seed: int = 0) -> Data:
     """Reads FILE.{tsv,csv,jsonl}, possibly .gz or .xz, and splits it.
 
-    Tab-separated values have no quoting, comma-separated ones do, .jsonl has one object per line. Without a split column
-    a fifth of each class is held out. FileNotFoundError; ValueError for a broken file, missing column or a single class.
+    Tab-separated values have no quoting, comma-separated ones do, .jsonl has one object per line. Without a split
+    column a fifth of each class is held out. FileNotFoundError; ValueError for a broken file or useless data.
     """
     rows = list(_rows(Path(path)))
     if not rows:
         raise ValueError(f"{path} has no rows; expected texts with labels")
     for column, option in ((text, "--text-column"), (label, "--label-column"), (split, "--split-column")):
         if column is not None and not any(column in row for row in rows):
-            raise ValueError(f"{path} has no column {column!r}, it has {', '.join(rows[0])}; name the right one with {option}")
+            has = ", ".join(rows[0])
+            raise ValueError(f"{path} has no column {column!r}, it has {has}; name the right one with {option}")
     if split is None and "split" in rows[0]:
         split = "split"
     items = []
@@ -160,11 +161,11 @@ def _objects(path: Path, file: Any) -> Iterator[dict[str, Any]]:
 def _given(path: str, items: list[list[str]], column: str) -> tuple[list, list]:
     found = Counter(item[2] for item in items)
     test_name = next((name for name in TEST_NAMES if name in found), None)
-    if not test_name or not any(name in found for name in TRAIN_NAMES):
+    if "train" not in found or test_name is None:
         some = ", ".join(sorted(found)[:5])
         raise ValueError(f"{path}: column {column!r} holds {some}; expected train and one of {', '.join(TEST_NAMES)}")
-    sides = {side: [(t, y) for t, y, s in items if s == side] for side in ("train", test_name)}
-    return sides["train"], sides[test_name]
+    train, test = ([(t, y) for t, y, s in items if s == side] for side in ("train", test_name))
+    return train, test
 
 
 def _cut(path: str, items: list[list[str]], seed: int) -> tuple[list, list]:
@@ -178,7 +179,7 @@ def _cut(path: str, items: list[list[str]], seed: int) -> tuple[list, list]:
         texts = rng.sample(by_class[label], len(by_class[label]))
         held_out.update(texts[: round(HELD_OUT * len(texts))])
     if not held_out:
-        raise ValueError(f"{path} has too few texts per class to hold some out; expected three or more, or a split column")
+        raise ValueError(f"{path} has too few texts per class to hold some out; add texts or a split column")
     test = list(dict.fromkeys((t, y) for t, y in items if t in held_out))
     return [(t, y) for t, y in items if t not in held_out], test
 
@@ -187,9 +188,9 @@ def _cut(path: str, items: list[list[str]], seed: int) -> tuple[list, list]:
 
 
 class Batches:
-    """Batches of texts of similar length, for fit (shuffled by seed and epoch) and for `outputs` (in order of length)."""
+    """Batches of texts of similar length: shuffled by seed and epoch for fit, in order of length for `outputs`."""
 
-    def __init__(self, rows: Sequence[tuple[str, int]], tokenizer: Any, *, max_length: int, batch_size: int, seed: int = 0):
+    def __init__(self, rows: Sequence[tuple[str, int]], tokenizer: Any, *, max_length: int, batch_size: int, seed: int):
         encoded = tokenizer([t for t, _ in rows], truncation=True, max_length=max_length)
         self.examples = [{key: encoded[key][i] for key in encoded} for i in range(len(rows))]
         self.lengths = [len(ids) for ids in encoded["input_ids"]]
@@ -210,8 +211,8 @@ class Batches:
         """Sorting inside 16 batches at a time saves most of the padding and keeps the order random enough."""
         rng = random.Random(f"{self.seed} {self.epoch}")
         order = rng.sample(range(len(self.examples)), len(self.examples))
-        span = 16 * self.batch_size
-        order = [i for k in range(0, len(order), span) for i in sorted(order[k : k + span], key=self.lengths.__getitem__)]
+        span, length = 16 * self.batch_size, self.lengths.__getitem__
+        order = [i for k in range(0, len(order), span) for i in sorted(order[k : k + span], key=length)]
         batches = self._sliced(order)
         rng.shuffle(batches)
         return batches
@@ -250,7 +251,8 @@ def features(model: nn.Module, batches: Batches) -> Tensor:
     body = hf.backbone(model)
 
     def pooled(batch: dict[str, Tensor]) -> Tensor:
-        hidden, mask = body(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)  # [rows, t, d], [rows, t, 1]
+        hidden = body(**batch).last_hidden_state  # [rows, t, d]
+        mask = batch["attention_mask"].unsqueeze(-1)  # [rows, t, 1]
         return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
     return outputs(batches, _device_of(model), pooled)
@@ -309,21 +311,227 @@ def tune(job: Job, *, progress: bool = True) -> dict[str, Any]:
 
 
 def _run(job: Job, directory: Path, progress: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    clock = _Clock()
+    began = time.perf_counter()
     data = read_data(job.data, job.text_column, job.label_column, job.split_column, job.seed)
     torch.manual_seed(job.seed)  # the new head's first values
     model, tokenizer = hf.load_classifier(job.model, data.classes)
-    longest = hf.max_length(model, tokenizer)
+    length = _length(job, hf.max_length(model, tokenizer))
+    cuda = torch.cuda.is_available() if job.device is None else job.device.startswith("cuda")
+    model.to(job.device or ("cuda" if cuda else "cpu"))
+    # The new head is trained too, unless the method trains the whole model anyway. Attached before the probe runs, so
+    # that a bad target costs no waiting.
+    whole = "model" in (job.targets or job.method.roles)
+    attach(model, job.method, job.targets, seed=job.seed, train=() if whole else hf.head(model))
+    options = {"max_length": length, "batch_size": job.batch_size, "seed": job.seed}
+    train, test = (Batches(rows, tokenizer, **options) for rows in (data.train, data.test))
+
+    probe_began = time.perf_counter()
+    with disabled(model):
+        frozen = [(features(model, side), side.labels) for side in (train, test)]
+    baseline = probe(*frozen, seed=job.seed)
+    probe_seconds = time.perf_counter() - probe_began
+
+    last, away = {}, [0.0, 0.0]  # wall and CPU seconds spent on evaluation, which are no training seconds
+
+    def on_epoch(epoch: int, model: nn.Module) -> dict[str, float]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        last["logits"] = scores = logits(model, test)
+        away[0] += time.perf_counter() - wall
+        away[1] += time.process_time() - cpu
+        return {"accuracy": accuracy(scores, test.labels), "test_loss": _cross_entropy(scores, test.labels)}
+
+    wall, cpu = time.perf_counter(), time.process_time()
+    log = fit(model, train, epochs=job.epochs, lr=job.lr, seed=job.seed, progress=progress, on_epoch=on_epoch)
+    seconds = time.perf_counter() - wall - away[0]
+    cpu_seconds = time.process_time() - cpu - away[1]
+
+    save(model, directory)
+    epochs = [row for row in log if "accuracy" in row]
+    summary = {
+        "model": job.model,
+        "data": {
+            "file": job.data,
+            "train": len(data.train),
+            "test": len(data.test),
+            "classes": data.classes,
+            "dropped": data.dropped,
+        },
+        "method": job.method.to_json(),
+        "targets": list(job.targets or job.method.roles),
+        "settings": {
+            "epochs": job.epochs,
+            "batch_size": job.batch_size,
+            "lr": job.lr or job.method.lr,
+            "max_length": length,
+            "seed": job.seed,
+            "threads": torch.get_num_threads(),
+            "device": str(_device_of(model)),
+        },
+        "accuracy": {"probe": baseline["accuracy"], "tuned": epochs[-1]["accuracy"]},
+        "probe": baseline,
+        "epochs": epochs,
+        "counts": asdict(counts(model)),
+        "merge": merged_check(model, test, last["logits"]),
+        "peak_memory_bytes": peak_memory(cuda),
+        "adapter_bytes": (directory / WEIGHTS).stat().st_size,
+        "seconds": {
+            "training": seconds,
+            "training_cpu": cpu_seconds,
+            "evaluation": away[0],
+            "probe": probe_seconds,
+            "total": time.perf_counter() - began,
+        },
+    }
+    return summary, log
+
+
+def _length(job: Job, longest: int | None) -> int:
     if job.max_length and longest and job.max_length > longest:
         raise ValueError(f"--max-length {job.max_length}; {job.model} takes at most {longest} tokens")
-    length = job.max_length or min(128, longest or 128)
-    model.to(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    # Attached before the probe runs, so that a bad target costs no time; at this point it is not trained yet.
-    sides = [
-        Batches(rows, tokenizer, max_length=length, batch_size=job.batch_size, seed=job.seed)
-        for rows in (data.train, data.test)
+    return job.max_length or min(128, longest or 128)
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    return (scores.argmax(-1) == labels).float().mean().item()
+
+
+def _cross_entropy(scores: Tensor, labels: Tensor) -> float:
+    return nn.functional.cross_entropy(scores, labels).item()
+
+
+def merged_check(model: nn.Module, test: Batches, adapted: Tensor) -> dict[str, Any]:
+    """Merges, predicts the test rows again, unmerges: how many predictions stay, and the largest logit difference."""
+    try:
+        merge(model)
+    except RuntimeError as error:  # a method without a weight-space form is a fact about it, not a failure
+        return {"merged": False, "reason": str(error)}
+    scores = logits(model, test)
+    unmerge(model)
+    same = (scores.argmax(-1) == adapted.argmax(-1)).sum().item()
+    difference = (scores - adapted).abs().max().item()
+    return {"merged": True, "same": same, "of": len(scores), "largest_difference": difference}
+
+
+def peak_memory(cuda: bool) -> int:
+    """Bytes: of the GPU where the model is on one, else of this whole process."""
+    if cuda:
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# -- what comes out ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _output(out: Path, force: bool) -> Iterator[Path]:
+    """A hidden directory beside `out`, which it replaces at the end; whatever goes wrong leaves `out` as it was."""
+    out = out.expanduser().resolve()
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no directory {out.parent}; create it first")
+    if out.exists():
+        if not force:
+            raise FileExistsError(f"{out} exists; choose another --out, or --force to replace it")
+        if not out.is_dir() or (any(out.iterdir()) and not (out / SUMMARY).exists()):
+            raise ValueError(f"--force only replaces an earlier result; {out} is none, it has no {SUMMARY}")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        old = temporary.with_name(temporary.name + "-old")
+        if out.exists():
+            os.rename(out, old)
+        os.rename(temporary, out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The one table that a run prints."""
+    n, merged, seconds = Counts(**summary["counts"]), summary["merge"], summary["seconds"]
+    settings, data, base = summary["settings"], summary["data"], summary["probe"]
+    tuned = summary["accuracy"]["tuned"]
+    gain = 100 * (tuned - base["accuracy"])
+    if merged["merged"]:
+        check = f"{merged['same']:,} of {merged['of']:,}"
+        note = f"predictions the same; largest logit difference {merged['largest_difference']:.1e}"
+    else:
+        check, note = "no", merged["reason"]
+    where = "of the GPU" if settings["device"].startswith("cuda") else "of the whole process"
+    rows = [
+        (
+            "accuracy, linear probe",
+            f"{base['accuracy']:.1%}",
+            f"on frozen features, C = {base['C']:g}{'' if base['converged'] else ', NOT converged'}",
+        ),
+        ("accuracy, tuned", f"{tuned:.1%}", f"{gain:+.1f} points; {data['test']:,} held-out texts"),
+        ("trainable", f"{n.trainable:,}", f"{n.trainable / n.total:.3%} of the model"),
+        ("changed", f"{n.changed:,}", "numbers of the model that a merge changes"),
+        ("rank", f"{n.rank:,}", "of the change, summed over its matrices"),
+        ("stored", f"{n.stored:,}", "numbers in the adapter"),
+        ("total", f"{n.total:,}", "numbers in the model"),
+        ("adapter file", size(summary["adapter_bytes"]), WEIGHTS),
+        (
+            "training",
+            f"{seconds['training']:.1f} s",
+            f"{seconds['training_cpu']:.0f} s of CPU; epochs x texts: {settings['epochs']} x {data['train']:,}",
+        ),
+        ("peak memory", size(summary["peak_memory_bytes"]), where),
+        ("merged model", check, note),
     ]
-    train, test = sides
-    frozen = [None, None]
-    attach(model, job.method, job.targets, seed=job.seed, train=("head",))
-    ...
+    names = Path(summary["model"]).name, Path(data["file"]).name
+    title = f"{summary['method']['method']} on {names[0]}; {names[1]}, {len(data['classes'])} classes"
+    left, right = (max(len(row[i]) for row in rows) for i in (0, 1))
+    lines = [f"{name:<{left}}  {value:>{right}}  {note}" for name, value, note in rows]
+    return "\n".join([title, "-" * max(map(len, lines)), *lines])
+
+
+def size(n: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.2f} GB"
+
+
+def draw(path: Path, log: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    """Loss by step and accuracy by epoch, beside the probe's."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: it would ask for a display
+    from matplotlib.figure import Figure
+
+    steps = [row for row in log if "step" in row]
+    epochs = [row for row in log if "accuracy" in row]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+
+    loss = [row["loss"] for row in steps]
+    left.plot([row["step"] for row in steps], loss, color="0.75", linewidth=0.8, label="train, each batch")
+    left.plot([row["step"] for row in steps], _smoothed(loss), color="C0", label="train, running mean")
+    ends = [max(row["step"] for row in steps if row["epoch"] == epoch["epoch"]) for epoch in epochs]
+    left.plot(ends, [row["test_loss"] for row in epochs], "o", color="C1", label="held out, each epoch")
+    left.set(title="Loss", xlabel="step", ylabel="cross-entropy", ylim=(0, None))
+    left.legend(frameon=False)
+
+    values = [100 * row["accuracy"] for row in epochs]
+    name = summary["method"]["method"]
+    right.plot([row["epoch"] for row in epochs], values, "o-", color="C1", label=f"{name}, tuned")
+    for row, value in zip(epochs, values, strict=True):
+        right.annotate(f"{value:.1f}", (row["epoch"], value), textcoords="offset points", xytext=(0, 7), ha="center")
+    base = 100 * summary["accuracy"]["probe"]
+    right.axhline(base, color="0.4", linestyle="--", label=f"linear probe on frozen features, {base:.1f}")
+    right.set(title="Accuracy on held-out texts", xlabel="epoch", ylabel="%", xticks=[row["epoch"] for row in epochs])
+    low, high = min([base, *values]), max([base, *values])
+    margin = max(1.0, 0.25 * (high - low))
+    right.set(xlim=(0.5, len(epochs) + 0.5), ylim=(low - margin, high + margin))
+    right.legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=150)
+
+
+def _smoothed(values: list[float], keep: float = 0.95) -> list[float]:
+    """Exponential running mean, corrected for its start."""
+    out, mean = [], 0.0
+    for n, value in enumerate(values, 1):
+        mean = keep * mean + (1 - keep) * value
+        out.append(mean / (1 - keep**n))
+    return out

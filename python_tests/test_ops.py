@@ -3,12 +3,13 @@
 import itertools
 import threading
 
-import peft_kernels as pk
 import pytest
 import torch
-from peft_kernels.ops import _philox
 from torch import Tensor
 from torch.utils._pytree import tree_map
+
+import peft_kernels as pk
+from peft_kernels.ops import _philox
 
 OPS = pk.ops.all_ops()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -162,7 +163,9 @@ def test_functorch(op):
     a = sample.args[i]
     tangent = torch.randn_like(a)
     assert torch.equal(torch.func.grad(lambda a: call(a).sum())(a), torch.func.grad(lambda a: plain(a).sum())(a))
-    for ours, theirs in zip(torch.func.jvp(call, (a,), (tangent,)), torch.func.jvp(plain, (a,), (tangent,)), strict=True):
+    for ours, theirs in zip(
+        torch.func.jvp(call, (a,), (tangent,)), torch.func.jvp(plain, (a,), (tangent,)), strict=True
+    ):
         assert torch.equal(ours, theirs)
     stacked = torch.stack([a, tangent])
     assert torch.allclose(torch.func.vmap(call)(stacked), torch.stack([plain(a), plain(tangent)]), atol=1e-6)
@@ -179,7 +182,9 @@ def test_inputs_are_not_modified_and_runs_repeat(op, name, device):
         for a, b in zip(first, again, strict=True):
             assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), sample.id
         for out in first:
-            assert all(out.data_ptr() != a.data_ptr() for a in sample.args if isinstance(a, Tensor) and a.numel()), sample.id
+            assert all(out.data_ptr() != a.data_ptr() for a in sample.args if isinstance(a, Tensor) and a.numel()), (
+                sample.id
+            )
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
@@ -268,7 +273,15 @@ def test_every_backend_drops_the_same_elements(name):
         with pk.backend(name):
             _, t = OPS["lora_add"].run(torch.zeros(rows, 1), x, eye, torch.zeros(1, columns), 1.0, p, rng)
             dx, da, _ = OPS["lora_add_backward"].run(
-                torch.ones(rows, 1), x, torch.ones(1, columns), torch.ones(1, 1), t[:, :1], 1.0, p, rng, (True, True, False)
+                torch.ones(rows, 1),
+                x,
+                torch.ones(1, columns),
+                torch.ones(1, 1),
+                t[:, :1],
+                1.0,
+                p,
+                rng,
+                (True, True, False),
             )
         assert torch.equal(t != 0, keep)
         assert torch.equal(dx != 0, keep)
@@ -324,7 +337,9 @@ def test_autocast_casts_x_and_leaves_the_adapter_in_fp32():
     expected = pk.ops.lora_linear(x.bfloat16(), w.bfloat16(), None, a, b, 1.0)
     assert y.dtype == added.dtype == torch.bfloat16
     assert torch.equal(y, expected)
-    for ours, theirs in zip(torch.autograd.grad(y.sum(), (x, a, b)), torch.autograd.grad(expected.sum(), (x, a, b)), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(y.sum(), (x, a, b)), torch.autograd.grad(expected.sum(), (x, a, b)), strict=True
+    ):
         assert ours.dtype == torch.float32
         assert torch.equal(ours, theirs)
 

@@ -12,16 +12,12 @@ import torch.nn.functional as F
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
-def why_not(op: str):
-    """why_not_<op>: the reason why kernels of these primitives cannot serve the arguments, or ""."""
-
-    def reason(*args) -> str:
-        for a in args:
-            if isinstance(a, torch.Tensor) and a.dtype not in DTYPES and a.dtype != torch.int64:
-                return f"{op} has no kernel for {a.dtype}"
-        return ""
-
-    return reason
+def why_not(*args) -> str:
+    """The reason why kernels of these primitives cannot serve the arguments of a LoRA op, or ""."""
+    for a in args:
+        if isinstance(a, torch.Tensor) and a.dtype not in DTYPES and a.dtype != torch.int64:
+            return f"no kernel for {a.dtype}"
+    return ""
 
 
 def compose(add_, backward_):
@@ -39,8 +35,9 @@ def compose(add_, backward_):
     def gradients(dx, g, x, a, b, t, scale, p, rng, needs):
         a, b = a.contiguous(), b.contiguous()
         da, db = backward_(dx, g.contiguous(), x.contiguous(), a, b, t, scale, p, rng, needs[1], needs[2])
-        none = g.new_empty(0)
-        return none if dx is None else dx, da if needs[1] else none, db if needs[2] else none
+        return tuple(
+            out if need else u.new_empty(0) for need, out, u in zip(needs, (dx, da, db), (x, a, b), strict=True)
+        )
 
     def lora_add_backward(g, x, a, b, t, scale, p, rng, needs):
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs[0] else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..common.library import unavailable  # noqa: F401  (part of a backend module's interface)
-from ._compose import compose, why_not
+from ._compose import compose, why_not  # noqa: F401
 
 VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
 
@@ -19,7 +19,3 @@ def backward_(*args):
 
 
 lora_add, lora_add_, lora_add_backward, lora_linear, lora_linear_backward = compose(add_, backward_)
-why_not_lora_add = why_not("lora_add")
-why_not_lora_linear = why_not("lora_linear")
-why_not_lora_add_backward = why_not("lora_add_backward")
-why_not_lora_linear_backward = why_not("lora_linear_backward")

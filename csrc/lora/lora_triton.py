@@ -7,8 +7,8 @@ Forward and backward are the same three products, all bound by memory:
     wgrad    da = dt^T drop(x)      db = scale * g^T t
 
 Sums are fp32 and a result is rounded once. Nothing is atomic: a sum that is split to fill the GPU goes through partial
-buffers added in a fixed order, the shrink's inside the expand that follows it. shrink and expand stay two kernels because
-one would have only M / BM programs, each with two dependent sweeps, and t and dt have to reach memory anyway.
+buffers added in a fixed order, the shrink's inside the expand that follows it. shrink and expand stay two kernels: one
+would have only M / BM programs, each with two dependent sweeps, and t and dt have to reach memory anyway.
 Dropout's mask is regenerated wherever it is needed; its scale multiplies sums, not x, which is never rounded again.
 """
 
@@ -17,7 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.triton_util import cast, dot, keep_mask, split, tile
+from ..common.triton_util import cast, dot, interpreting, keep_mask, split, tile
+from ._compose import compose, why_not  # noqa: F401  (why_not is part of a backend module's interface)
+
+VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
+
+
+def unavailable(device: str) -> str:
+    """ "" if these kernels run on `device` ("cpu": the interpreter), else the reason."""
+    return "" if device == "cuda" or interpreting() else "Triton runs on the CPU only with TRITON_INTERPRET=1"
+
 
 # M moves from batch to batch and the others only steer masks and loops: no recompilation for their values.
 _FREE = ("M", "chunk", "splits", "threshold")
@@ -151,7 +160,7 @@ def _shrink(u: Tensor, f: Tensor, scale: float, threshold: int, rng: Tensor | No
 
 
 def _expand_(y: Tensor, parts: Tensor, f: Tensor, scale: float, threshold: int, rng: Tensor | None) -> Tensor:
-    """y [M, N] += scale * mask * (v f) with v [M, r] the sum of the parts, which is returned; f is [r, N], any strides."""
+    """y [M, N] += scale * mask * (v f); v [M, r], the sum of the parts, is returned. f is [r, N], any strides."""
     (splits, m, r), n = parts.shape, y.shape[1]
     bm, bn, br = tile(m, 16, 64), tile(n, 16, 64), tile(r, 16, 32)
     v = parts[0] if splits == 1 else torch.empty_like(parts[0])
@@ -203,7 +212,7 @@ def backward_(
     need_da: bool,
     need_db: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx [..., K] += drop'(dt a) in place unless dx is None, with dt = scale * g b; returns (da, db), None if not needed.
+    """dx [..., K] += drop'(dt a) in place unless dx is None, dt = scale * g b; returns (da, db), None if not needed.
 
     da [r, K] = dt^T drop(x) in a's dtype, db [N, r] = scale * g^T t in b's. All contiguous; t as `add_` returned it.
     """
@@ -226,3 +235,6 @@ def backward_(
         if need_db:
             _wgrad(g, t.view(-1, r), db, scale, 0, None)
     return da, db
+
+
+lora_add, lora_add_, lora_add_backward, lora_linear, lora_linear_backward = compose(add_, backward_)

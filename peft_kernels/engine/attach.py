@@ -127,8 +127,8 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
         state.requires_grad = {path: p.requires_grad for path, p in base_parameters(model)}
     for _, p in base_parameters(model):
         p.requires_grad_(False)
-    for module, tuner in _by_module(built):
-        _swap(module).put(name, tuner)
+    for site, tuner in _by_module(built):
+        _swap(site).put(name, tuner.train(site.module.training))
     state.adapters[name] = adapter
     state.active.append(name)
     vars(model)[_KEY] = state
@@ -183,19 +183,21 @@ def _guard(model: nn.Module, chosen: list[tuple[Method, Site]]) -> None:
         for module in [*line, site.module]:
             if any(c.__name__ == "FSDPModule" for c in type(module).__mro__):
                 raise ValueError(f"{site.name} is under fully_shard; attach first, then fully_shard the model")
+        if any(isinstance(module, nn.MultiheadAttention) for module in line):
+            raise ValueError(
+                f"{site.name} is inside torch.nn.MultiheadAttention, which reads weights without calling the module, "
+                "so a tuner there would never run; exclude it"
+            )
         for module in line:
-            if isinstance(module, nn.MultiheadAttention):
-                raise ValueError(
-                    f"{site.name} is inside torch.nn.MultiheadAttention, which reads weights without calling the module, "
-                    "so a tuner there would never run; exclude it"
-                )
             if isinstance(module, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
                 raise ValueError(
                     f"{site.name} is inside torch.nn.TransformerEncoderLayer, whose fast path skips the tuner; call "
                     "torch.backends.mha.set_fastpath_enabled(False) first"
                 )
             if isinstance(module._modules.get("peft"), Adapters) and any(t.opaque for _, t in module.peft.items()):
-                raise ValueError(f"{site.name} is inside a module that is trained whole, so a tuner there would never run")
+                raise ValueError(
+                    f"{site.name} is inside a module that is trained whole, so a tuner there would never run"
+                )
         hidden = [p for p, m in adapted_modules(site.module) if any(p or not t.opaque for _, t in m.peft.items())]
         if cfg.tuner.opaque and hidden:
             raise ValueError(
@@ -205,7 +207,9 @@ def _guard(model: nn.Module, chosen: list[tuple[Method, Site]]) -> None:
             if type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor":
                 raise ValueError(f"{site.name}.{path} is a DTensor; attach before sharding the model")
             if p.device.type == "meta" and not meta and not hasattr(site.module, "_hf_hook"):
-                raise ValueError(f"{site.name}.{path} is on the meta device while others are not; load its values first")
+                raise ValueError(
+                    f"{site.name}.{path} is on the meta device while others are not; load its values first"
+                )
 
 
 def _swap(site: Site) -> Adapters:
@@ -302,7 +306,9 @@ def set_active(model: nn.Module, names: Sequence[str] | str) -> nn.Module:
     for n in names:
         names_of(model, n)
     if state.merged:
-        raise RuntimeError(f"{', '.join(state.merged)} is merged; pk.unmerge(model) before changing the active adapters")
+        raise RuntimeError(
+            f"{', '.join(state.merged)} is merged; pk.unmerge(model) before changing the active adapters"
+        )
     state.active = [n for n in state.adapters if n in names]
     refresh(model)
     return model

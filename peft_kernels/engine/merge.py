@@ -109,10 +109,14 @@ def _check(path: str, adapters: Adapters, names: list[str], active: list[str]) -
     stack = [n for n, _ in adapters.items() if n in active]
     below = [n for n in stack[: 1 + max(stack.index(n) for n in names if n in stack)] if n not in names]
     if below:
-        raise RuntimeError(f"{path}: {below[0]} lies below in the stack and would not be merged; merge it too or deactivate it")
+        raise RuntimeError(
+            f"{path}: {below[0]} lies below in the stack and would not be merged; merge it too or deactivate it"
+        )
     for n in names:
         if n in adapters and not adapters[n].mergeable:
-            raise NotMergeable(f"{path}: {type(adapters[n]).__name__} of {n!r} has no weight-space form; it cannot be merged")
+            raise NotMergeable(
+                f"{path}: {type(adapters[n]).__name__} of {n!r} has no weight-space form; it cannot be merged"
+            )
     module = adapters.site.module
     if adapters.site.lifted is not None and any(p.device.type == "meta" for p in module.parameters(recurse=False)):
         raise RuntimeError(f"{path}: its weights are offloaded; load the whole model before merging")
@@ -128,7 +132,9 @@ def _check_ties(model: nn.Module, places: list[tuple[str, nn.Module]]) -> None:
         for _, p in base_parameters(module):
             outside = [o for o in owners[id(p)] if path and not o.startswith(path + ".")]
             if outside:
-                raise RuntimeError(f"{path} shares its weight with {outside[0]}, which a merge would change too; untie them first")
+                raise RuntimeError(
+                    f"{path} shares its weight with {outside[0]}, which a merge would change too; untie them first"
+                )
 
 
 def _folded(module: nn.Module, names: list[str]) -> dict[str, Tensor]:

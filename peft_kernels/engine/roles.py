@@ -13,9 +13,9 @@ from torch import nn
 
 from .site import Site, base_modules, matches
 
-ROLES = (
-    "q k v o up gate down attn ffn norm embed block head model cross.q cross.k cross.v cross.o cross.attn".split()
-)  # every word that is a role and not a glob
+# Every word that is a role and not a glob.
+ROLES = ("q", "k", "v", "o", "up", "gate", "down", "attn", "ffn", "norm", "embed", "block", "head", "model")
+ROLES += tuple(f"cross.{role}" for role in ("q", "k", "v", "o", "attn"))
 
 _T5_FFN = "block.#.layer.#.DenseReluDense"
 
@@ -117,13 +117,15 @@ def resolve(
         found = 0
         for test, part, role in _tests(model, target):
             for path, module in modules.items():
-                if not test(path) or any(skip(path) for skip in exclude):
-                    continue
-                rows = _rows(path, module, part)
-                found += 1
-                sites.setdefault((path, rows), Site(path, module, role, rows, seed))
+                if test(path):
+                    found += 1
+                    rows = _rows(path, module, part)
+                    if not any(skip(path) for skip in exclude):
+                        sites.setdefault((path, rows), Site(path, module, role, rows, seed))
         if not found:
             raise ValueError(f"target {target!r} matches nothing in {type(model).__name__}; {_hint(model, modules)}")
+    if not sites:
+        raise ValueError(f"exclude leaves none of the targets {tuple(targets)}")
     order = {path: i for i, path in enumerate(modules)}
     chosen = sorted(sites.values(), key=lambda s: (order[s.name], s.rows or (0, 0)))
     return _in_layers(chosen, layers)
@@ -181,7 +183,9 @@ def _in_layers(sites: list[Site], layers: Sequence[int] | None) -> list[Site]:
     depth = max(numbers, default=-1) + 1
     wanted = {n + depth if n < 0 else n for n in layers}
     if unknown := wanted - numbers:
-        raise ValueError(f"layers {sorted(unknown)} do not exist among the targets; they are in layers {sorted(numbers)}")
+        raise ValueError(
+            f"layers {sorted(unknown)} do not exist among the targets; they are in layers {sorted(numbers)}"
+        )
     return [s for s in sites if layer_of(s.name) in wanted]
 
 

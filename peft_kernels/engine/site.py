@@ -30,7 +30,9 @@ class Site:
     kind: "linear" (also transformers' Conv1D), "embedding", "norm" or "module".
     """
 
-    def __init__(self, name: str, module: nn.Module, role: str = "", rows: tuple[int, int] | None = None, seed: int = 0):
+    def __init__(
+        self, name: str, module: nn.Module, role: str = "", rows: tuple[int, int] | None = None, seed: int = 0
+    ):
         self.name, self.module, self.role, self.rows, self.seed = name, module, role, rows, seed
         self.kind = _kind(module)
         # transformers' Conv1D keeps [in, out]; everybody above sees [out, in].
@@ -97,7 +99,9 @@ class Site:
             return F.linear(x, weight, bias)
         if isinstance(self.module, nn.LayerNorm):
             return F.layer_norm(x, self.module.normalized_shape, weight, bias, self.module.eps)
-        raise TypeError(f"{self.name}: {type(self.module).__name__} has no functional form; the tuner must write forward")
+        raise TypeError(
+            f"{self.name}: {type(self.module).__name__} has no functional form; the tuner must write forward"
+        )
 
     # -- what a tuner asks for --------------------------------------------------------------------------------------
 
@@ -311,7 +315,9 @@ def _rebuild(cls: type[nn.Module]) -> nn.Module:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    return "base_class" in type(module).__dict__ and isinstance(module.__dict__.get("_modules", {}).get("peft"), Adapters)
+    return "base_class" in type(module).__dict__ and isinstance(
+        module.__dict__.get("_modules", {}).get("peft"), Adapters
+    )
 
 
 def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -56,7 +56,9 @@ def save(model: nn.Module, directory: str | os.PathLike, name: str | None = None
     return directory
 
 
-def load(model: nn.Module, directory: str | os.PathLike, name: str | None = None, *, trainable: bool = False) -> nn.Module:
+def load(
+    model: nn.Module, directory: str | os.PathLike, name: str | None = None, *, trainable: bool = False
+) -> nn.Module:
     """Attaches a saved adapter, named as it was saved unless `name` says otherwise, and returns the model.
 
     FileNotFoundError if the directory holds none; ValueError if the file is broken, of another format, or belongs to
@@ -95,7 +97,9 @@ def _fill(own: dict[str, Tensor], values: dict[str, Tensor], directory: Path) ->
     for word, keys in (("lacks", own.keys() - values.keys()), ("has unknown", values.keys() - own.keys())):
         if keys:
             some = ", ".join(sorted(keys)[:3])
-            raise ValueError(f"{directory} does not fit this model: it {word} {len(keys)} tensors ({some}); was it another model?")
+            raise ValueError(
+                f"{directory} does not fit this model: it {word} {len(keys)} tensors ({some}); was it another model?"
+            )
     for key, value in values.items():
         if value.shape != own[key].shape:
             raise ValueError(
@@ -159,13 +163,17 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON ({error})") from None
     if not isinstance(config, dict) or config.get("format") != _FORMAT:
         peft = isinstance(config, dict) and "peft_type" in config
-        raise ValueError(f"{path} was written by {'Hugging Face PEFT' if peft else 'another program'}, not by peft_kernels")
+        raise ValueError(
+            f"{path} was written by {'Hugging Face PEFT' if peft else 'another program'}, not by peft_kernels"
+        )
     return config
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.exists():
-        raise FileNotFoundError(f"{path.parent} holds no adapter weights ({WEIGHTS} is missing; pickled files are not read)")
+        raise FileNotFoundError(
+            f"{path.parent} holds no adapter weights ({WEIGHTS} is missing; pickled files are not read)"
+        )
     try:
         return load_file(path)
     except (SafetensorError, ValueError, torch.cuda.OutOfMemoryError) as error:

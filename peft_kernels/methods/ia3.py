@@ -26,6 +26,7 @@ class IA3Tuner(Tuner, method=IA3):
         super().__init__(cfg, site)
         self.on_input = site.matches(cfg.feedforward)
         self.shape = (site.n_out, site.n_in)
+        self.scaled_biases = 0 if self.on_input or site.bias is None else site.n_out
         self.l = site.param(site.n_in if self.on_input else site.n_out, init="ones")
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -39,4 +40,4 @@ class IA3Tuner(Tuner, method=IA3):
         return ops.rescale(base(x), self.l)
 
     def changes(self) -> tuple[int, int]:
-        return self.shape[0] * self.shape[1], min(self.shape)
+        return self.shape[0] * self.shape[1] + self.scaled_biases, min(self.shape)

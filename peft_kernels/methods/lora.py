@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..engine.method import Method, Tuner
-from ..engine.site import Base, Site, matches
+from ..engine.site import Base, Site
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class LoRA(Method, roles=("q", "v"), lr=2e-3, tiny={"rank": 2, "dropout": 0.25})
         rank = _last(self.rank_pattern, site, self.rank)
         limit = min(site.n_in, site.n_out)
         if rank > limit:
-            raise ValueError(f"LoRA rank = {rank} at {site.name}; a {site.n_out} x {site.n_in} layer takes at most {limit}")
+            raise ValueError(
+                f"LoRA rank = {rank} at {site.name}; a {site.n_out} x {site.n_in} layer takes at most {limit}"
+            )
         return replace(self, rank=rank, alpha=_last(self.alpha_pattern, site, self.alpha))
 
 

@@ -271,11 +271,11 @@ class Op:
             if module is not None and not hasattr(module, self.name):
                 reason = f"{self.family} has no {name} kernel for this op"
             elif module is not None:
-                reason = module.unavailable(serves) or (_unverified(module) if serves == device == "cuda" else "")
+                reason = module.unavailable(device) or (_unverified(module) if device == "cuda" else "")
             if reason:
                 self._absent[name] = reason
                 continue
-            why_not = getattr(module, f"why_not_{self.name}")
+            why_not = getattr(module, f"why_not_{self.name}", None) or module.why_not
             kernels.append(_Kernel(name, why_not, getattr(module, self.name), getattr(module, self.name + "_", None)))
         self._kernels[device] = kernels
         return kernels

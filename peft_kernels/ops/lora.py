@@ -26,13 +26,6 @@ from ._op import Cost, Gradient, Op, Sample
 # -- references -------------------------------------------------------------------------------------------------------
 
 
-def _common(*tensors: Tensor) -> torch.dtype:
-    dtype = tensors[0].dtype
-    for t in tensors[1:]:
-        dtype = torch.promote_types(dtype, t.dtype)
-    return dtype
-
-
 def _rows(x: Tensor) -> Tensor:
     """x [..., K] as [M, K]."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -40,7 +33,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _shrink(x: Tensor, a: Tensor, p: float, rng: Tensor | None) -> tuple[Tensor, Tensor]:
     """drop(x) [M, K] and t [M, r] in the wider of the two dtypes."""
-    dtype = _common(x, a)
+    dtype = torch.promote_types(x.dtype, a.dtype)
     dropped = _philox.dropout(_rows(x), p, rng).to(dtype)
     return dropped, F.linear(dropped, a.to(dtype))
 
@@ -60,15 +53,14 @@ def _linear_reference(x, w, bias, a, b, scale, p, rng):
 
 
 def _add_backward_reference(g, x, a, b, t, scale, p, rng, needs):
-    dtype = _common(g, a, b)
+    dtype = torch.promote_types(g.dtype, a.dtype)
     dropped, recomputed = _shrink(x, a, p, rng)
     t = recomputed if t is None else t
     g2 = _rows(g).to(dtype)  # [M, N]
     dt = (g2 @ b.to(dtype)) * scale  # [M, r]
-    none = g.new_empty(0)
-    dx = _philox.dropout(dt @ a.to(dtype), p, rng).view(x.shape).to(x.dtype) if needs[0] else none
-    da = (dt.T @ dropped.to(dtype)).to(a.dtype) if needs[1] else none.to(a.dtype)
-    db = (g2.T @ t.to(dtype) * scale).to(b.dtype) if needs[2] else none.to(b.dtype)
+    dx = _philox.dropout(dt @ a.to(dtype), p, rng).view(x.shape).to(x.dtype) if needs[0] else x.new_empty(0)
+    da = (dt.T @ dropped.to(dtype)).to(a.dtype) if needs[1] else a.new_empty(0)
+    db = (g2.T @ t.to(dtype) * scale).to(b.dtype) if needs[2] else b.new_empty(0)
     return dx, da, db
 
 
@@ -90,33 +82,26 @@ _SHAPES = {
     "one_column": ((7,), 1, 1, 1, 0.0),
     "no_rows": ((0,), 12, 10, 2, 0.1),
     "all_dropped": ((6,), 24, 8, 2, 1.0),
+    "transposed": ((6, 4), 20, 12, 4, 0.0),
+    "expanded": ((6, 4), 20, 12, 4, 0.0),
+    "mixed": ((5, 3), 40, 24, 8, 0.25),
 }
-
-
-def _tensors(dtype, device, lead, k, n, r, p, low=None):
-    made = torch.Generator().manual_seed(sum((*lead, 3 * k, 5 * n, 7 * r)))
-
-    def normal(*shape, scale=1.0, dtype=dtype):
-        return (torch.randn(shape, generator=made, dtype=torch.float64) * scale).to(device, dtype)
-
-    x, w, bias = normal(*lead, k), normal(n, k, scale=k**-0.5), normal(n)
-    low = low or dtype
-    a, b = normal(r, k, scale=k**-0.5, dtype=low), normal(n, r, scale=max(r, 1) ** -0.5, dtype=low)
-    rng = torch.tensor([2**40 + 7, -3], device=device) if p else None
-    return x, w, bias, a, b, normal(*lead, n), rng
 
 
 def _layouts(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tuple]]:
     """(id, (x, w, bias, a, b, y, scale, p, rng)) over shapes, strides and mixed dtypes."""
     for name, (lead, k, n, r, p) in _SHAPES.items():
-        x, w, bias, a, b, y, rng = _tensors(dtype, device, lead, k, n, r, p)
-        yield name, (x, w, bias, a, b, y, 2.0, p, rng)
-    x, w, bias, a, b, y, _ = _tensors(dtype, device, (6, 4), 20, 12, 4, 0.0)
-    yield "transposed", (x.transpose(0, 1), w, bias, a.T.contiguous().T, b.T.contiguous().T, y.transpose(0, 1), -0.5, 0.0, None)
-    yield "expanded", (x[:1].expand(6, 4, 20), w, None, a, b, y[:1].expand(6, 4, 12), 1.0, 0.0, None)
-    if dtype in (torch.bfloat16, torch.float16):
-        x, w, bias, a, b, y, rng = _tensors(dtype, device, (5, 3), 40, 24, 8, 0.25, low=torch.float32)
-        yield "mixed", (x, w, bias, a, b, y, 2.0, 0.25, rng)
+        low = torch.promote_types(dtype, torch.float32) if name == "mixed" else dtype
+        made = torch.Generator().manual_seed(len(name))
+        shapes = ((*lead, k), (n, k), (n,), (r, k), (n, r), (*lead, n))
+        x, w, bias, a, b, y = (torch.randn(s, generator=made, dtype=torch.float64).to(device, dtype) for s in shapes)
+        w, a, b = w * k**-0.5, (a * k**-0.5).to(low), b.to(low)
+        rng = torch.tensor([2**40 + 7, -3], device=device) if p else None
+        if name == "transposed":
+            x, a, b, y = x.transpose(0, 1), a.T.contiguous().T, b.T.contiguous().T, y.transpose(0, 1)
+        if name == "expanded":
+            x, bias, y = x[:1].expand_as(x), None, y[:1].expand_as(y)
+        yield name, (x, w, bias, a, b, y, -0.5 if name == "odd" else 2.0, p, rng)
 
 
 def _add_samples(dtype, device):
@@ -129,49 +114,23 @@ def _linear_samples(dtype, device):
         yield Sample(name, (x, w, bias, a, b, scale, p, rng), (0, 3, 4))
 
 
-def _add_backward_samples(dtype, device):
-    for name, (x, _, _, a, b, y, scale, p, rng) in _layouts(dtype, device):
-        t = _kept(_shrink(x, a, p, rng)[1])
-        yield Sample(name, (y, x, a, b, t, scale, p, rng, (True, True, True)))
-        yield Sample(name + "_b_only", (y, x, a, b, t, scale, p, rng, (False, False, True)))
+def _backward_samples(with_w: bool):
+    def samples(dtype, device):
+        for name, (x, w, _, a, b, g, scale, p, rng) in _layouts(dtype, device):
+            t = _kept(_shrink(x, a, p, rng)[1])
+            lead = (g, x, w, a, b) if with_w else (g, x, a, b)
+            for needs in ((True, True, True), (False, True, False), (True, False, True)):
+                yield Sample(f"{name}_{''.join(str(int(n)) for n in needs)}", (*lead, t, scale, p, rng, needs))
+
+    return samples
 
 
-def _linear_backward_samples(dtype, device):
-    for name, (x, w, _, a, b, y, scale, p, rng) in _layouts(dtype, device):
-        t = _kept(_shrink(x, a, p, rng)[1])
-        yield Sample(name, (y, x, w, a, b, t, scale, p, rng, (True, True, True)))
-        yield Sample(name + "_x_only", (y, x, w, a, b, t, scale, p, rng, (True, False, False)))
+def _cost(x: Tensor, a: Tensor, b: Tensor, passes: int, moved: tuple, w: Tensor | None = None) -> Cost:
+    """`passes` products with each factor, one with w, and every tensor of `moved` through memory once."""
+    m, k, n, r = math.prod(x.shape[:-1]), x.shape[-1], b.shape[0], a.shape[0]
+    flops = 2 * m * r * (k + n) * passes + (0 if w is None else 2 * m * k * n)
+    return Cost(flops, sum(t.numel() * t.element_size() for t in (*moved, a, b, w) if t is not None))
 
-
-def _sizes(x: Tensor, a: Tensor, b: Tensor) -> tuple[int, int, int, int]:
-    return x[..., 0].numel(), x.shape[-1], b.shape[0], a.shape[0]  # M K N r
-
-
-def _bytes(*tensors: Tensor | None) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-def _add_cost(y, x, a, b, *_):
-    m, k, n, r = _sizes(x, a, b)
-    return Cost(2 * m * r * (k + n), _bytes(y, y, x, a, b))
-
-
-def _linear_cost(x, w, bias, a, b, *_):
-    m, k, n, r = _sizes(x, a, b)
-    return Cost(2 * m * (k * n + r * (k + n)), _bytes(x, w, bias, a, b) + m * n * x.element_size())
-
-
-def _add_backward_cost(g, x, a, b, *_):
-    m, k, n, r = _sizes(x, a, b)
-    return Cost(4 * m * r * (k + n), _bytes(g, x, x, a, a, b, b))
-
-
-def _linear_backward_cost(g, x, w, a, b, *_):
-    m, k, n, r = _sizes(x, a, b)
-    return Cost(2 * m * k * n + 4 * m * r * (k + n), _bytes(g, x, x, w, a, a, b, b))
-
-
-# -- ops --------------------------------------------------------------------------------------------------------------
 
 _add_backward = Op(
     "lora_add_backward",
@@ -179,8 +138,8 @@ _add_backward = Op(
     " -> (Tensor, Tensor, Tensor)",
     family="lora",
     reference=_add_backward_reference,
-    samples=_add_backward_samples,
-    cost=_add_backward_cost,
+    samples=_backward_samples(with_w=False),
+    cost=lambda g, x, a, b, *_: _cost(x, a, b, 2, (g, x, x, a, b)),
 )
 
 _linear_backward = Op(
@@ -189,8 +148,8 @@ _linear_backward = Op(
     " -> (Tensor, Tensor, Tensor)",
     family="lora",
     reference=_linear_backward_reference,
-    samples=_linear_backward_samples,
-    cost=_linear_backward_cost,
+    samples=_backward_samples(with_w=True),
+    cost=lambda g, x, w, a, b, *_: _cost(x, a, b, 2, (g, x, x, a, b), w),
 )
 
 
@@ -201,11 +160,11 @@ def _wanted(grads: tuple, needs: tuple) -> tuple:
 def _add_gradient(kept, grads, needs):
     x, a, b, t, scale, p, rng = kept
     wanted = (needs[1], needs[2], needs[3])
-    out = (None,) * 3
-    if any(wanted):
-        t = None if torch.is_grad_enabled() else t
-        out = _wanted(_add_backward(grads[0], x, a, b, t, scale, p, rng, wanted), wanted)
-    return grads[0], *out, None, None, None
+    if not any(wanted):
+        return grads[0], *(None,) * 6
+    t = None if torch.is_grad_enabled() else t
+    out = _add_backward(grads[0], x, a, b, t, scale, p, rng, wanted)
+    return grads[0], *_wanted(out, wanted), None, None, None
 
 
 def _linear_gradient(kept, grads, needs):
@@ -224,11 +183,8 @@ _add = Op(
     family="lora",
     reference=_add_reference,
     samples=_add_samples,
-    cost=_add_cost,
-    gradient=Gradient(
-        keep=lambda args, out: (args[1], args[2], args[3], out[1], args[4], args[5], args[6]),
-        backward=_add_gradient,
-    ),
+    cost=lambda y, x, a, b, *_: _cost(x, a, b, 1, (y, y, x)),
+    gradient=Gradient(lambda args, out: (*args[1:4], out[1], *args[4:]), _add_gradient),
     autocast=(0, 1),
 )
 
@@ -238,11 +194,8 @@ _linear = Op(
     family="lora",
     reference=_linear_reference,
     samples=_linear_samples,
-    cost=_linear_cost,
-    gradient=Gradient(
-        keep=lambda args, out: (args[0], args[1], args[3], args[4], out[1], args[5], args[6], args[7]),
-        backward=_linear_gradient,
-    ),
+    cost=lambda x, w, bias, a, b, *_: _cost(x, a, b, 1, (x, bias, F.linear(x.to("meta"), w.to("meta"))), w),
+    gradient=Gradient(lambda args, out: (*args[:2], *args[3:5], out[1], *args[5:]), _linear_gradient),
     autocast=(0, 1, 2),
 )
 
@@ -262,8 +215,10 @@ def _checked(op: str, x: Tensor, a: Tensor, b: Tensor, scale, p: float, rng: Ten
         check(
             rng is not None and rng.dtype == torch.int64 and rng.shape == (2,) and rng.device == x.device,
             op,
-            lambda: f"dropout p={p} needs rng, an int64[2] tensor (seed, offset) on {x.device}; draw one with "
-            "torch.randint(2**62, (2,), device=x.device)",
+            lambda: (
+                f"dropout p={p} needs rng, an int64[2] tensor (seed, offset) on {x.device}; draw one with "
+                "torch.randint(2**62, (2,), device=x.device)"
+            ),
         )
     else:
         rng = None

@@ -30,10 +30,9 @@ def _reference(x, l):
 
 def _backward_reference(g, x, l, needs):
     dtype = torch.promote_types(torch.promote_types(g.dtype, l.dtype), torch.float32)
-    none = g.new_empty(0)
-    dx = (g.to(dtype) * l).to(x.dtype) if needs[0] else none
+    dx = (g.to(dtype) * l).to(x.dtype) if needs[0] else x.new_empty(0)
     rows = (g.to(dtype) * x).flatten(0, -2) if g.dim() > 1 else (g.to(dtype) * x)[None]
-    dl = rows.sum(0).to(l.dtype) if needs[1] else none.to(l.dtype)
+    dl = rows.sum(0).to(l.dtype) if needs[1] else l.new_empty(0)
     return dx, dl
 
 

@@ -1,0 +1,1 @@
+"""What several ops share: C++ and CUDA headers, and helpers for Triton kernels."""

@@ -1,0 +1,116 @@
+"""What was compiled: build facts, the CPU levels, and the rule that CUDA sources stand without torch."""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import peft_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+LEVELS = ["baseline", "avx2", "avx512", "amx"]
+CUDA_SOURCES = sorted(ROOT.glob("csrc/**/*.cu"))
+
+needs_binary = pytest.mark.skipif(
+    not list(Path(peft_kernels.__file__).parent.glob("_C.*.so")), reason="installed without compiled kernels"
+)
+
+
+def python(code, **env):
+    """Run code in a new process: the level is chosen once per process."""
+    env = {name: value for name, value in os.environ.items() if name != "PEFT_KERNELS_CPU_ISA"} | env
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+@functools.cache
+def highest_level():
+    return LEVELS.index(python("from peft_kernels import _C; print(_C.cpu_isa())").stdout.strip())
+
+
+def test_the_package_under_test_is_this_checkout():
+    # A regular install on the same path shadows an editable one, and the tests would then test old code.
+    assert Path(peft_kernels.__file__).resolve().is_relative_to(ROOT)
+
+
+def test_every_kernel_folder_is_a_package():
+    # A folder without __init__.py imports from a checkout and is missing from the wheel.
+    assert {path.parent for path in ROOT.glob("csrc/**/*.py")} == {p.parent for p in ROOT.glob("csrc/**/__init__.py")}
+
+
+@needs_binary
+def test_build_info():
+    from peft_kernels import _C
+    from peft_kernels._version import __version__
+
+    info = _C.build_info()
+    assert info["version"] == __version__
+    assert info["torch_target"] == "2.10"
+    assert re.match(r"\d+\.\d+", info["torch_built_with"])
+    assert re.match(r"\w+ \d+", info["compiler"])
+    assert info["isas"] in (LEVELS, ["baseline"])
+    assert info["cuda"] is None or (info["cuda"]["version"] and info["cuda"]["archs"])
+
+
+@needs_binary
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_of_this_machine_runs(level):
+    if LEVELS.index(level) > highest_level():
+        pytest.skip(f"this machine has no {level}")
+    # One op in 16 bit with an odd width, so that the level's conversions and tails run.
+    done = python(
+        f"""
+import torch, peft_kernels
+from pathlib import Path
+from peft_kernels import _C
+assert _C.cpu_isa() == "{level}"
+torch.ops.load_library(str(Path(peft_kernels.__file__).parent / "libpeft_kernels_ops.so"))
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    x, g, l = (torch.randn(s).to(dtype) for s in ((67, 53), (67, 53), (53,)))
+    assert torch.equal(torch.ops._peft_kernels.rescale(x, l), x * l)
+    dx, dl = torch.ops._peft_kernels.rescale_backward(g, x, l, True, True)
+    assert torch.equal(dx, g * l)
+    torch.testing.assert_close(dl.double(), (g.double() * x.double()).sum(0), atol=1e-2, rtol=1e-2)
+""",
+        PEFT_KERNELS_CPU_ISA=level,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@needs_binary
+def test_an_unusable_level_is_an_error_that_names_the_choices():
+    ask = "from peft_kernels import _C; _C.cpu_isa()"
+    choices = ", ".join(LEVELS[: highest_level() + 1])
+    for level in ("sse9", *LEVELS[highest_level() + 1 :]):
+        done = python(ask, PEFT_KERNELS_CPU_ISA=level)
+        assert done.returncode != 0
+        assert f"ValueError: PEFT_KERNELS_CPU_ISA={level}" in done.stderr
+        assert choices in done.stderr
+
+
+@needs_binary
+def test_every_16_bit_value_survives_a_kernel():
+    import torch
+
+    torch.ops.load_library(str(Path(peft_kernels.__file__).parent / "libpeft_kernels_ops.so"))
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).reshape(256, 256)
+        y = torch.ops._peft_kernels.rescale(x, torch.ones(256))
+        assert torch.equal(x.isnan(), y.isnan())
+        assert torch.equal(x[~x.isnan()].view(torch.int16), y[~y.isnan()].view(torch.int16))
+
+
+@pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.stem)
+def test_cuda_sources_stand_without_torch(source, tmp_path):
+    """They include no torch header, directly or through ours, and compile with csrc alone on the include path."""
+    for line in source.read_text().splitlines():
+        assert not re.match(r"\s*#\s*include\s*[<\"](torch|ATen|c10)/", line), line
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc on this machine")
+    target = ["-gencode", "arch=compute_90a,code=sm_90a", "-I", ROOT / "csrc", "-c", source, "-o", tmp_path / "out.o"]
+    done = subprocess.run(["nvcc", "-std=c++17", *target], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

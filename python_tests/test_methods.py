@@ -1,0 +1,744 @@
+"""The laws of every method on every family: what the engine promises of a method, whatever it computes."""
+
+import copy
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+from models import FAMILIES, MLP, make
+
+import peft_kernels as pk
+from peft_kernels.engine.attach import tuners
+from peft_kernels.engine.site import base_modules, base_parameters
+
+METHODS = pk.methods()
+MERGEABLE = ("bitfit", "full", "head", "ia3", "lora")
+TIED_HEADS = ("gpt2", "t5")  # to the embedding
+
+grid = pytest.mark.parametrize(
+    ("key", "family"), [pytest.param(k, f, id=f"{k}-{f}") for k in METHODS for f in FAMILIES]
+)
+every_method = pytest.mark.parametrize("key", METHODS)
+
+
+def targets_of(key, family):
+    if family != "mlp" or key == "full":
+        return None
+    return {"head": ("out",), "bitfit": ("first", "ln")}.get(key, ("first", "second"))
+
+
+def attached(key, family, dtype=torch.float32, **kwargs):
+    case = make(family, dtype)
+    cfg = METHODS[key](**METHODS[key].tiny)
+    pk.attach(case.model, cfg, targets_of(key, family), **kwargs)
+    return case
+
+
+def perturb(model, name="default"):
+    """Every tuner number moves, so that no law holds only because the update is zero."""
+    made = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for _, tuner in tuners(model, name):
+            for p in tuner.parameters():
+                p.add_(torch.randn(p.shape, generator=made, dtype=torch.float64).to(p) * 0.1)
+    return model
+
+
+def snapshot(model):
+    return {name: p.detach().clone() for name, p in base_parameters(model)}
+
+
+def assert_same(model, before):
+    now = dict(base_parameters(model))
+    assert now.keys() == before.keys()
+    for name, value in before.items():
+        assert torch.equal(now[name], value), name
+
+
+def close(out, truth, dtype=torch.float32):
+    torch.testing.assert_close(out, truth, atol={torch.float32: 1e-5, torch.float64: 1e-11}[dtype], rtol=1e-5)
+
+
+# -- identity, freezing, gradients --------------------------------------------------------------------------------------
+
+
+@grid
+def test_identity_at_the_start(key, family):
+    case = make(family)
+    before = case.call(case.model)
+    pk.attach(case.model, METHODS[key](**METHODS[key].tiny), targets_of(key, family))
+    close(case.call(case.model), before)
+
+
+@grid
+def test_only_the_adapter_trains_and_the_base_stays_bit_equal(key, family):
+    case = attached(key, family)
+    before = snapshot(case.model)
+    trainable = {n for n, p in case.model.named_parameters() if p.requires_grad}
+    own = {
+        f"{s}.peft.default.{n}".lstrip(".") for s, t in tuners(case.model, "default") for n, _ in t.named_parameters()
+    }
+    assert trainable == own
+    optimizer = torch.optim.SGD([p for p in case.model.parameters() if p.requires_grad], lr=0.1)
+    case.model.train()
+    case.loss(case.model).backward()
+    optimizer.step()
+    assert_same(case.model, before)
+
+
+@grid
+def test_every_tuner_parameter_gets_a_gradient(key, family):
+    case = attached(key, family)
+    perturb(case.model).train()
+    missing = {n for n, p in case.model.named_parameters() if p.requires_grad}
+    for _ in range(3):  # dropout may leave an entry out once
+        case.loss(case.model).backward()
+        for n, p in case.model.named_parameters():
+            if p.grad is not None and p.grad.abs().sum() > 0:
+                missing.discard(n)
+    # A key's bias shifts all scores of a query alike: softmax cancels it, so its gradient is truly zero.
+    unseen = {n for n in missing if ".key." in n and n.endswith("bias")}
+    # Token types and positions that the inputs do not use; nothing else.
+    unseen |= {n for n in missing if "token_type" in n or "position" in n or "wpe" in n}
+    assert missing <= unseen
+
+
+@grid
+def test_gradients_match_the_plain_torch_fold_in_fp64(key, family):
+    """The forward of a method against the definition, its fold, gradients of the input side included."""
+    case = attached(key, family, torch.float64)
+    perturb(case.model).eval()
+    params = [p for p in case.model.parameters() if p.requires_grad]
+    fast = torch.autograd.grad(case.loss(case.model), params, allow_unused=True)
+    with folded_forwards(case.model):
+        slow = torch.autograd.grad(case.loss(case.model), params, allow_unused=True)
+    for f, s in zip(fast, slow, strict=True):
+        assert (f is None) == (s is None)
+        if f is not None:
+            close(f, s, torch.float64)
+
+
+class folded_forwards:
+    """Within the `with`, tuners that fold run the engine's default forward instead of their own."""
+
+    def __init__(self, model):
+        self.modules = [t for _, t in tuners(model, "default") if t.mergeable and not t.opaque]
+
+    def __enter__(self):
+        for t in self.modules:
+            t.forward = pk.Tuner.forward.__get__(t)
+
+    def __exit__(self, *_):
+        for t in self.modules:
+            del t.forward
+
+
+@grid
+def test_fold_law_16_bit(key, family):
+    """In bf16, forward and folded are both within twice plain torch's distance from the fp64 truth."""
+    case = attached(key, family, torch.bfloat16)
+    perturb(case.model)
+    truth = copy.deepcopy(case.model).double()
+    exact = dataclasses.replace(
+        case, model=truth, inputs={k: v.double() if v.is_floating_point() else v for k, v in case.inputs.items()}
+    )
+    with torch.no_grad():
+        t, fast = exact.call(truth), case.call(case.model)
+        if family in TIED_HEADS and key == "head":
+            return
+        pk.merge(case.model)
+        merged = case.call(case.model)
+    base = (merged.double() - t).abs().max()
+    scale = t.abs().max() * torch.finfo(torch.bfloat16).eps
+    assert (fast.double() - t).abs().max() <= 2 * base + 2 * scale
+
+
+# -- life -----------------------------------------------------------------------------------------------------------------
+
+
+@grid
+def test_merge_and_unmerge(key, family):
+    case = attached(key, family)
+    perturb(case.model)
+    if family in TIED_HEADS and key == "head":
+        with pytest.raises(RuntimeError, match="shares its weight"):
+            pk.merge(case.model)
+        return
+    before, adapted = snapshot(case.model), case.call(case.model)
+    report = pk.merge(case.model)
+    assert report.numbers > 0
+    assert key in MERGEABLE
+    close(case.call(case.model), adapted)
+    with pytest.raises(RuntimeError, match="merged already"):
+        pk.merge(case.model)
+    pk.unmerge(case.model)
+    assert_same(case.model, before)
+    assert torch.equal(case.call(case.model), adapted)
+    with pytest.raises(RuntimeError, match="nothing is merged"):
+        pk.unmerge(case.model)
+
+
+@grid
+def test_detach_restores_everything(key, family):
+    case = make(family)
+    flags = {n: (i % 3 != 0) for i, (n, _) in enumerate(case.model.named_parameters())}
+    for n, p in case.model.named_parameters():
+        p.requires_grad_(flags[n])
+    classes = {n: type(m) for n, m in case.model.named_modules()}
+    before, out, keys = snapshot(case.model), case.call(case.model), list(case.model.state_dict())
+    pk.attach(case.model, METHODS[key](**METHODS[key].tiny), targets_of(key, family))
+    perturb(case.model)
+    pk.detach(case.model)
+    assert classes == {n: type(m) for n, m in case.model.named_modules()}
+    assert flags == {n: p.requires_grad for n, p in case.model.named_parameters()}
+    assert keys == list(case.model.state_dict())
+    assert_same(case.model, before)
+    assert torch.equal(case.call(case.model), out)
+
+
+@grid
+def test_save_and_load(key, family, tmp_path):
+    case = attached(key, family, seed=3)
+    perturb(case.model)
+    expected, counts = case.call(case.model), pk.counts(case.model)
+    where = pk.save(case.model, tmp_path / "adapter")
+    fresh = make(family)
+    pk.load(fresh.model, where)
+    close(fresh.call(fresh.model), expected)
+    for (_, ours), (_, saved) in zip(tuners(fresh.model, "default"), tuners(case.model, "default"), strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), saved.parameters(), strict=True))
+    assert pk.counts(fresh.model) == dataclasses.replace(counts, trainable=0)
+    again = pk.load(make(family).model, where, "other", trainable=True)
+    assert pk.counts(again, "other") == counts
+    assert counts.bytes <= (where / "adapter_model.safetensors").stat().st_size <= counts.bytes + 100_000
+    assert not list(tmp_path.glob(".*"))
+
+
+@grid
+def test_copies_and_pickles(key, family):
+    case = attached(key, family)
+    perturb(case.model)
+    expected = case.call(case.model)
+    twin = copy.deepcopy(case.model)
+    file = io.BytesIO()
+    torch.save(case.model, file)
+    file.seek(0)
+    thawed = torch.load(file, weights_only=False)
+    perturb(case.model)  # the copies have their own numbers
+    for other in (twin, thawed):
+        assert torch.equal(case.call(other), expected)
+        pk.detach(other)
+        close(case.call(other), case.call(make(family).model))
+
+
+@every_method
+@pytest.mark.parametrize("family", ["mlp", "llama"])
+def test_compiled_in_one_graph(key, family):
+    case = attached(key, family)
+    perturb(case.model)
+    torch._dynamo.reset()
+    compiled = torch.compile(case.model, fullgraph=True, backend="aot_eager")
+    close(case.call(compiled), case.call(case.model))
+    case.loss(compiled).backward()
+    grads = {n: p.grad.clone() for n, p in case.model.named_parameters() if p.grad is not None}
+    case.model.zero_grad()
+    case.loss(case.model).backward()
+    for n, p in case.model.named_parameters():
+        if p.grad is not None:
+            close(grads[n], p.grad)
+
+
+@grid
+def test_gradient_checkpointing_repeats_the_draw(key, family):
+    if family == "mlp":
+        pytest.skip("transformers' switch; the plain module has none")
+    case = attached(key, family)
+    perturb(case.model).train()
+
+    def gradients():
+        torch.manual_seed(7)
+        case.model.zero_grad()
+        case.loss(case.model).backward()
+        return {n: p.grad.clone() for n, p in case.model.named_parameters() if p.grad is not None}
+
+    for m in case.model.modules():  # the base model's own dropouts
+        if isinstance(m, torch.nn.Dropout):
+            m.p = 0.0
+    plain = gradients()
+    case.model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointed = gradients()
+    assert plain.keys() == checkpointed.keys()
+    for n, g in plain.items():
+        close(checkpointed[n], g)
+
+
+# -- stacks, names, flags ---------------------------------------------------------------------------------------------
+
+
+def test_a_stack_folds_and_merges_in_order():
+    case = make("bert", torch.float64)
+    pk.attach(case.model, pk.LoRA(rank=2), ("k", "v", "down"), name="low")
+    pk.attach(case.model, pk.IA3(), name="scales")
+    pk.attach(case.model, pk.BitFit(), name="biases")
+    for name in ("low", "scales", "biases"):
+        perturb(case.model, name)
+    assert pk.active(case.model) == ["low", "scales", "biases"]
+    before, adapted = snapshot(case.model), case.call(case.model)
+    pk.merge(case.model)
+    close(case.call(case.model), adapted, torch.float64)
+    pk.unmerge(case.model)
+    assert_same(case.model, before)
+    with pytest.raises(RuntimeError, match="low lies below"):
+        pk.merge(case.model, "scales")
+    pk.merge(case.model, "low")
+    close(case.call(case.model), adapted, torch.float64)
+
+
+def test_set_active_and_disabled_choose_what_runs():
+    case = make("bert")
+    base = case.call(case.model)
+    pk.attach(case.model, pk.LoRA(rank=2), name="one", train=("head",))
+    pk.attach(case.model, pk.LoRA(rank=3), name="two", train=("head",))
+    perturb(case.model, "one")
+    perturb(case.model, "two")
+    both = case.call(case.model)
+    alone = {n: case.call(pk.set_active(case.model, [n])) for n in ("one", "two")}
+    assert not torch.equal(alone["one"], alone["two"])
+    assert torch.equal(case.call(pk.set_active(case.model, ["two", "one"])), both)
+    with pk.disabled(case.model):
+        assert torch.equal(case.call(case.model), base)
+    assert torch.equal(case.call(case.model), both)
+    pk.rename(case.model, "one", "train")  # also the name of a method of every module
+    assert pk.active(case.model) == ["train", "two"]
+    assert torch.equal(case.call(case.model), both)
+    pk.detach(case.model, "two")
+    assert torch.equal(case.call(case.model), alone["one"])
+
+
+def test_several_adapters_save_side_by_side(tmp_path):
+    case = make("bert")
+    pk.attach(case.model, pk.LoRA(rank=2))
+    pk.attach(case.model, pk.IA3(), name="scales")
+    perturb(case.model)
+    perturb(case.model, "scales")
+    pk.save(case.model, tmp_path)
+    fresh = make("bert")
+    pk.load(pk.load(fresh.model, tmp_path), tmp_path / "scales")
+    assert pk.active(fresh.model) == ["default", "scales"]
+    assert torch.equal(fresh.call(fresh.model), case.call(case.model))
+
+
+def test_initial_values_depend_on_the_seed_and_the_path_alone():
+    one, same, other = (make("llama").model for _ in range(3))
+    pk.attach(one, pk.LoRA(), seed=1)
+    torch.manual_seed(99)
+    pk.attach(same, pk.LoRA(), seed=1, train=("head",))
+    pk.attach(other, pk.LoRA(), seed=2)
+    a, b, c = ({s: t.a.detach() for s, t in tuners(m, "default") if hasattr(t, "a")} for m in (one, same, other))
+    assert all(torch.equal(a[s], b[s]) for s in a)
+    assert not any(torch.equal(a[s], c[s]) for s in a)
+    values = list(a.values())
+    assert not torch.equal(values[0], values[2])
+
+
+@every_method
+def test_every_field_is_read(key):
+    """Changing a field changes what is built or saved: no field is decoration."""
+    other = {
+        ("lora", "rank"): 3,
+        ("lora", "alpha"): 3.0,
+        ("lora", "dropout"): 0.7,
+        ("lora", "rslora"): True,
+        ("lora", "rank_pattern"): {"q": 1},
+        ("lora", "alpha_pattern"): {"v": 5.0},
+        ("ia3", "feedforward"): ("v", "down"),
+    }
+
+    def fingerprint(**fields):
+        case = make("bert")
+        pk.attach(case.model, METHODS[key](**{**METHODS[key].tiny, **fields}))
+        perturb(case.model).train()
+        for m in case.model.modules():
+            if isinstance(m, torch.nn.Dropout):
+                m.p = 0.0
+        torch.manual_seed(0)
+        return case.call(case.model).detach()
+
+    for field in dataclasses.fields(METHODS[key]):
+        assert not torch.allclose(fingerprint(), fingerprint(**{field.name: other[key, field.name]})), field.name
+
+
+@every_method
+def test_method_goes_through_json(key):
+    cfg = METHODS[key](**METHODS[key].tiny)
+    assert pk.Method.from_json(json.loads(json.dumps(cfg.to_json()))) == cfg
+    assert cfg.lr > 0
+    assert METHODS[key].__doc__
+    assert dataclasses.is_dataclass(cfg)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.rank = 1
+
+
+# -- what others plant on modules -------------------------------------------------------------------------------------
+
+
+def test_an_instance_forward_is_lifted_and_put_back():
+    """accelerate's hooks and tensor parallelism plant one; it becomes the innermost callable."""
+    case = make("mlp")
+    inner = case.model.first.forward
+    calls = []
+
+    def hooked(x):
+        calls.append(1)
+        return inner(x) * 1.0
+
+    case.model.first.forward = hooked
+    base = case.call(case.model)
+    pk.attach(case.model, pk.LoRA(rank=2), ("first",))
+    perturb(case.model)
+    assert not torch.equal(case.call(case.model), base)
+    assert len(calls) == 2
+    pk.detach(case.model)
+    assert vars(case.model.first)["forward"] is hooked
+    assert torch.equal(case.call(case.model), base)
+
+
+def test_a_bound_leftover_of_our_class_is_removed():
+    case = make("mlp")
+    pk.attach(case.model, pk.LoRA(rank=2), ("first",))
+    case.model.first.forward = case.model.first.forward  # what a removed hook leaves behind
+    pk.detach(case.model)
+    assert "forward" not in vars(case.model.first)
+
+
+def test_a_forward_planted_over_ours_stops_detach():
+    case = make("mlp")
+    pk.attach(case.model, pk.LoRA(rank=2), ("first",))
+    ours = case.model.first.forward
+    case.model.first.forward = lambda x: ours(x)
+    with pytest.raises(RuntimeError, match="instance forward"):
+        pk.detach(case.model)
+
+
+def test_a_class_laid_over_ours_stops_detach_and_attach():
+    class FSDPModule:
+        pass
+
+    case = make("mlp")
+    pk.attach(case.model, pk.LoRA(rank=2), ("first",))
+    case.model.first.__class__ = type("FSDPLinear", (FSDPModule, type(case.model.first)), {})
+    with pytest.raises(RuntimeError, match="laid over"):
+        pk.detach(case.model)
+    with pytest.raises(ValueError, match="attach first"):
+        pk.attach(case.model, pk.LoRA(rank=2), ("first",), name="two")
+
+
+def test_torch_fast_paths_are_refused():
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
+    with pytest.raises(ValueError, match="set_fastpath_enabled"):
+        pk.attach(layer, pk.LoRA(rank=2), ("linear1",))
+    with pytest.raises(ValueError, match="MultiheadAttention"):
+        pk.attach(layer, pk.LoRA(rank=2), ("out_proj",))
+
+
+def test_the_swapped_class_is_the_class_others_knew():
+    case = attached("lora", "llama")
+    module = case.model.model.layers[0].self_attn.q_proj
+    assert isinstance(module, torch.nn.Linear)
+    assert type(module).__name__ == "Linear"
+    assert type(module).__module__ == torch.nn.Linear.__module__
+    assert case.model.generate(case.inputs["input_ids"], max_new_tokens=2, do_sample=False).shape == (2, 9)
+
+
+def test_dropout_draws_from_torch_and_only_in_training():
+    case = attached("lora", "bert")
+    perturb(case.model)
+    assert torch.equal(case.call(case.model), case.call(case.model))
+    case.model.train()
+    for m in case.model.modules():
+        if isinstance(m, torch.nn.Dropout):
+            m.p = 0.0
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(case.call(case.model))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_autocast_keeps_adapters_in_fp32():
+    case = attached("lora", "llama")
+    perturb(case.model).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = case.call(case.model)
+        case.loss(case.model).backward()
+    assert out.dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.float32 for p in case.model.parameters() if p.requires_grad)
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------------
+
+BAD_ATTACH = {
+    "not_a_model": (lambda m: pk.attach("x", pk.LoRA()), "expected a torch.nn.Module"),
+    "class_not_instance": (lambda m: pk.attach(m, pk.LoRA), r"such as pk.LoRA\(rank=8\)"),
+    "rank_zero": (lambda m: pk.attach(m, pk.LoRA(rank=0)), "at least 1"),
+    "rank_too_large": (lambda m: pk.attach(m, pk.LoRA(rank=17)), "takes at most 16"),
+    "dropout": (lambda m: pk.LoRA(dropout=2), "probability"),
+    "unknown_role": (lambda m: pk.attach(m, pk.LoRA(), ("gate",)), "family bert; it has q k v"),
+    "glob_without_match": (lambda m: pk.attach(m, pk.LoRA(), ("*.qkv",)), "matches nothing"),
+    "nothing_to_tune": (lambda m: pk.attach(m, pk.LoRA(), ("norm",)), "cannot tune"),
+    "name": (lambda m: pk.attach(m, pk.LoRA(), name="a.b"), "letters, digits"),
+    "layer": (lambda m: pk.attach(m, pk.LoRA(), layers=[5]), r"layers \[5\] do not exist"),
+    "unknown_adapter": (lambda m: pk.counts(pk.attach(m, pk.LoRA()), "x"), "no adapter 'x'"),
+    "not_attached": (lambda m: pk.counts(m), "has no adapter"),
+    "twice": (lambda m: pk.attach(pk.attach(m, pk.LoRA()), pk.LoRA()), "attached already"),
+    "hidden": (lambda m: pk.attach(pk.attach(m, pk.LoRA()), pk.FullTuning(), name="x"), "would hide"),
+    "inside": (lambda m: pk.attach(pk.attach(m, pk.FullTuning()), pk.LoRA(), name="x"), "never run"),
+    "dtype_of_input": (lambda m: pk.attach(m, pk.LoRA(), targets=(3,)), "expected a role"),
+    "into": (lambda m: pk.merge(pk.attach(m, pk.LoRA()), into="nf4"), "into=None"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ATTACH)
+def test_bad_attach(case):
+    call, message = BAD_ATTACH[case]
+    with pytest.raises(ValueError, match=message) as error:
+        call(make("bert").model)
+    assert "\n" not in str(error.value)
+
+
+def test_a_family_outside_the_table_asks_for_globs():
+    with pytest.raises(ValueError, match="Give globs"):
+        pk.attach(MLP(), pk.LoRA(rank=2))
+
+
+def test_a_failed_attach_leaves_the_model_as_it_was():
+    case = make("bert")
+    classes = [type(m) for m in case.model.modules()]
+    with pytest.raises(ValueError, match="takes at most"):
+        pk.attach(case.model, pk.LoRA(rank=16, rank_pattern={"v": 99}))
+    assert classes == [type(m) for m in case.model.modules()]
+    assert all(p.requires_grad for p in case.model.parameters())
+
+
+def _broken(where, change):
+    weights, config = where / "adapter_model.safetensors", where / "adapter_config.json"
+    if change == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-20])
+    elif change == "pickle":
+        torch.save({"a": torch.zeros(1)}, weights)
+    elif change == "no_weights":
+        weights.unlink()
+    elif change == "not_json":
+        config.write_text("{")
+    elif change == "foreign":
+        config.write_text(json.dumps({"peft_type": "LORA", "r": 8}))
+    elif change == "unknown_method":
+        config.write_text(config.read_text().replace('"lora"', '"lorax"'))
+    elif change == "unknown_field":
+        config.write_text(config.read_text().replace('"alpha"', '"beta"'))
+    elif change == "incomplete":
+        config.write_text(json.dumps({"format": "peft_kernels"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ("truncated", ValueError, "truncated or not a safetensors"),
+        ("pickle", ValueError, "truncated or not a safetensors"),
+        ("no_weights", FileNotFoundError, "pickled files are not read"),
+        ("not_json", ValueError, "is not JSON"),
+        ("foreign", ValueError, "Hugging Face PEFT"),
+        ("unknown_method", ValueError, "unknown method 'lorax'"),
+        ("unknown_field", ValueError, "has no field"),
+        ("incomplete", ValueError, "not a complete"),
+    ],
+)
+def test_broken_files(tmp_path, change, error, message):
+    where = pk.save(attached("lora", "bert").model, tmp_path / "a")
+    _broken(where, change)
+    model = make("bert").model
+    with pytest.raises(error, match=message):
+        pk.load(model, where)
+    assert "peft" not in dict(model.named_modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    where = pk.save(attached("lora", "bert").model, tmp_path / "a")
+    with pytest.raises(ValueError, match="does not fit"):
+        pk.load(make("llama").model, where)
+    with pytest.raises(ValueError, match="globs"):
+        pk.load(MLP(), where)
+    with pytest.raises(FileNotFoundError, match="holds no adapter"):
+        pk.load(make("bert").model, tmp_path)
+
+
+def test_save_keeps_what_is_there(tmp_path):
+    model = attached("lora", "bert").model
+    where = pk.save(model, tmp_path / "a")
+    before = (where / "adapter_model.safetensors").read_bytes()
+    perturb(model)
+    with pytest.raises(FileExistsError, match="force=True"):
+        pk.save(model, where)
+    assert (where / "adapter_model.safetensors").read_bytes() == before
+    pk.save(model, where, force=True)
+    assert (where / "adapter_model.safetensors").read_bytes() != before
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a model"):
+        pk.save(model, tmp_path)
+
+
+def test_merge_is_all_or_nothing():
+    case = attached("lora", "bert")
+    perturb(case.model)
+    before = snapshot(case.model)
+    list(tuners(case.model, "default"))[-1][1].b.data.fill_(torch.inf)
+    with pytest.raises(RuntimeError, match="not be finite"):
+        pk.merge(case.model)
+    assert_same(case.model, before)
+
+
+def test_merged_models_refuse_what_would_go_wrong(tmp_path):
+    case = attached("lora", "bert")
+    perturb(case.model)
+    adapted = case.call(case.model)
+    pk.merge(case.model, stash=False)
+    for call in (
+        lambda: pk.unmerge(case.model),
+        lambda: pk.attach(case.model, pk.IA3(), name="x"),
+        lambda: pk.set_active(case.model, []),
+        lambda: pk.fit(case.model, [{}]),
+    ):
+        with pytest.raises(RuntimeError, match="merge"):
+            call()
+    pk.detach(case.model)  # stash=False, detach: a plain merged model
+    close(case.call(case.model), adapted)
+    assert type(case.model.bert.encoder.layer[0].attention.self.query) is torch.nn.Linear
+
+
+# -- counts -------------------------------------------------------------------------------------------------------------
+
+
+def meta(make_model):
+    with torch.device("meta"):
+        return make_model()
+
+
+def gpt3():
+    from transformers import GPT2Config, GPT2Model
+
+    return GPT2Model(GPT2Config(n_embd=12288, n_layer=96, n_head=96))
+
+
+def test_counts_of_the_gpt3_table():
+    """Table 5 and 6 of the LoRA paper."""
+    model = meta(gpt3)
+    for ranks, expected in (
+        ({"q": 2, "v": 2}, 9_437_184),
+        ({"v": 2}, 4_718_592),
+        ({"q": 1, "v": 1}, 4_718_592),
+        ({"q": 8, "v": 8}, 37_748_736),
+        ({"q": 64, "k": 64, "v": 64, "o": 64}, 603_979_776),
+    ):
+        pk.attach(model, pk.LoRA(rank=1, rank_pattern=ranks), tuple(ranks))
+        counts = pk.counts(model)
+        assert counts.trainable == counts.stored == expected
+        assert counts.changed == len(ranks) * 96 * 12288**2
+        assert counts.rank == 96 * sum(ranks.values())
+        pk.detach(model)
+
+
+def test_counts_of_one_layer():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 512, bias=False))
+    pk.attach(model, pk.LoRA(rank=8), ("0",))
+    counts = pk.counts(model)
+    assert (counts.trainable, counts.changed, counts.rank, counts.total) == (4608, 512 * 64, 8, 512 * 64)
+    assert counts.bytes == 4608 * 4
+    assert "14.0625 %" in str(counts)
+
+
+def test_counts_of_published_models():
+    from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+
+    bert = meta(lambda: BertModel(BertConfig()))
+    pk.attach(bert, pk.BitFit())
+    assert pk.counts(bert).trainable == pk.counts(bert).changed == 102_912
+    t0 = T5Config(
+        d_model=2048,
+        d_ff=5120,
+        num_layers=24,
+        num_heads=32,
+        d_kv=64,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    t0 = meta(lambda: T5ForConditionalGeneration(t0))
+    pk.attach(t0, pk.IA3())
+    assert pk.counts(t0).trainable == 540_672
+    pk.detach(t0)
+    pk.attach(t0, pk.FullTuning())
+    assert pk.counts(t0).trainable == pk.counts(t0).total == sum(p.numel() for p in set(t0.parameters())) // 2
+
+
+@grid
+def test_counts_agree_with_each_other(key, family):
+    case = attached(key, family)
+    counts = pk.counts(case.model)
+    assert counts.total == sum(p.numel() for _, p in base_parameters(case.model))
+    assert 0 < counts.trainable == counts.stored
+    if key != "full":
+        before, _ = snapshot(case.model), perturb(case.model)
+        if not (family in TIED_HEADS and key == "head"):
+            pk.merge(case.model)
+            now = dict(base_parameters(case.model))
+            moved = sum(int((now[n] != v).sum()) for n, v in before.items() if n in now)
+            assert 0.9 * counts.changed <= moved <= counts.changed
+
+
+def test_base_modules_leave_tuners_out():
+    case = attached("lora", "bert")
+    assert not any("peft" in path for path, _ in base_modules(case.model))
+
+
+# -- fit ----------------------------------------------------------------------------------------------------------------
+
+
+def test_fit_learns_and_logs():
+    case = make("mlp")
+    x = torch.randn(64, 12)
+    target = (x[:, 0] > 0).long()
+    pk.attach(case.model, pk.LoRA(rank=4), ("first", "second"), train=("out",))
+    batches = [(x[i : i + 16], target[i : i + 16]) for i in range(0, 64, 16)]
+    log = pk.fit(
+        case.model,
+        batches,
+        epochs=15,
+        lr=2e-2,
+        loss_fn=torch.nn.functional.cross_entropy,
+        progress=False,
+        on_epoch=lambda epoch, model: {"accuracy": (model(x).argmax(-1) == target).float().mean().item()},
+    )
+    steps, epochs = [r for r in log if "step" in r], [r for r in log if "step" not in r]
+    assert [r["step"] for r in steps] == list(range(1, 61))
+    assert len(epochs) == 15
+    assert epochs[-1]["loss"] < 0.5 * epochs[0]["loss"]
+    assert epochs[-1]["accuracy"] > 0.95
+    assert {"epoch", "loss", "lr", "seconds"} <= steps[0].keys()
+
+
+def test_fit_is_repeatable_and_says_what_is_wrong():
+    def run():
+        case = attached("lora", "bert", train=("head",))
+        labels = torch.tensor([0, 2])
+        pk.fit(case.model, [{**case.inputs, "labels": labels}], epochs=3, progress=False)
+        return {n: p.detach() for n, p in case.model.named_parameters() if "peft" in n}
+
+    first, second = run(), run()
+    assert all(torch.equal(v, second[n]) for n, v in first.items())
+    case = attached("lora", "bert")
+    for batches, message in (([], "at least one batch"), ([case.inputs], "returned no loss"), ([3], "expected a dict")):
+        with pytest.raises(ValueError, match=message):
+            pk.fit(case.model, batches, progress=False)
