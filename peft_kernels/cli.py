@@ -249,7 +249,11 @@ def _info(args: argparse.Namespace) -> None:
     ops = {op.name: op.backends() for op in all_ops().values()}
 
     def text() -> str:
-        shown = {**facts, "cuda_devices": ", ".join(cuda) or "none", "build": _flat(build) or "not built"}
+        shown = {
+            **facts,
+            "cuda_devices": ", ".join(cuda) or "none",
+            "build": "not built" if build is None else _flat(build),
+        }
         shown["packages"] = ", ".join(f"{name} {version or 'not installed'}" for name, version in packages.items())
         rows = [("op", "backend", "")]
         for name, backends in ops.items():
@@ -262,7 +266,7 @@ def _info(args: argparse.Namespace) -> None:
 def _flat(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {_flat(v)}" for k, v in value.items())
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value or "")
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value).lower()
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> str:

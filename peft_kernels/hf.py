@@ -73,7 +73,8 @@ def head(model: nn.Module) -> tuple[str, ...]:
     That is what stands beside the backbone, and BERT's pooler: frozen, it costs most of the accuracy.
     """
     paths = [name for name, m in model.named_children() if m is not model.base_model]
-    paths += [f"{model.base_model_prefix}.pooler"] if hasattr(model.base_model, "pooler") else []
+    if getattr(model.base_model, "pooler", None) is not None:
+        paths.append(f"{model.base_model_prefix}.pooler")
     return tuple(path for path in paths if any(True for _ in model.get_submodule(path).parameters()))
 
 

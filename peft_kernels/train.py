@@ -392,7 +392,7 @@ def _length(job: Job, longest: int | None) -> int:
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
-    return (scores.argmax(-1) == labels).float().mean().item()
+    return (scores.argmax(-1) == labels).double().mean().item()
 
 
 def _cross_entropy(scores: Tensor, labels: Tensor) -> float:
@@ -498,6 +498,7 @@ def draw(path: Path, log: list[dict[str, Any]], summary: dict[str, Any]) -> None
     """Loss by step and accuracy by epoch, beside the probe's."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: it would ask for a display
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     steps = [row for row in log if "step" in row]
     epochs = [row for row in log if "accuracy" in row]
@@ -520,15 +521,16 @@ def draw(path: Path, log: list[dict[str, Any]], summary: dict[str, Any]) -> None
         right.annotate(f"{value:.1f}", (row["epoch"], value), textcoords="offset points", xytext=(0, 7), ha="center")
     base = 100 * summary["accuracy"]["probe"]
     right.axhline(base, color="0.4", linestyle="--", label=f"linear probe on frozen features, {base:.1f}")
-    right.set(title="Accuracy on held-out texts", xlabel="epoch", ylabel="%", xticks=[row["epoch"] for row in epochs])
+    right.set(title="Accuracy on held-out texts", xlabel="epoch", ylabel="%")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     low, high = min([base, *values]), max([base, *values])
     margin = max(1.0, 0.25 * (high - low))
     right.set(xlim=(0.5, len(epochs) + 0.5), ylim=(low - margin, high + margin))
-    right.legend(frameon=False, loc="lower right")
+    right.legend(frameon=False, loc="best")
     figure.savefig(path, dpi=150)
 
 
-def _smoothed(values: list[float], keep: float = 0.95) -> list[float]:
+def _smoothed(values: list[float], keep: float = 0.9) -> list[float]:
     """Exponential running mean, corrected for its start."""
     out, mean = [], 0.0
     for n, value in enumerate(values, 1):

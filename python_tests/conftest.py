@@ -1,4 +1,4 @@
-"""What every test runs under: no network, Triton through its interpreter, and memory that shows when it was not written."""
+"""What every test runs under: no network, Triton's interpreter, and memory that shows when it was not written."""
 
 import os
 

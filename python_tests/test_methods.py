@@ -61,7 +61,7 @@ def close(out, truth, dtype=torch.float32):
     torch.testing.assert_close(out, truth, atol={torch.float32: 1e-5, torch.float64: 1e-11}[dtype], rtol=1e-5)
 
 
-# -- identity, freezing, gradients --------------------------------------------------------------------------------------
+# -- identity, freezing, gradients ------------------------------------------------------------------------------------
 
 
 @grid
@@ -155,7 +155,7 @@ def test_fold_law_16_bit(key, family):
     assert (fast.double() - t).abs().max() <= 2 * base + 2 * scale
 
 
-# -- life -----------------------------------------------------------------------------------------------------------------
+# -- life -------------------------------------------------------------------------------------------------------------
 
 
 @grid
@@ -478,7 +478,7 @@ def test_autocast_keeps_adapters_in_fp32():
     assert all(p.grad.dtype == torch.float32 for p in case.model.parameters() if p.requires_grad)
 
 
-# -- bad input ----------------------------------------------------------------------------------------------------------
+# -- bad input --------------------------------------------------------------------------------------------------------
 
 BAD_ATTACH = {
     "not_a_model": (lambda m: pk.attach("x", pk.LoRA()), "expected a torch.nn.Module"),
@@ -619,7 +619,7 @@ def test_merged_models_refuse_what_would_go_wrong(tmp_path):
     assert type(case.model.bert.encoder.layer[0].attention.self.query) is torch.nn.Linear
 
 
-# -- counts -------------------------------------------------------------------------------------------------------------
+# -- counts -----------------------------------------------------------------------------------------------------------
 
 
 def meta(make_model):
@@ -703,7 +703,7 @@ def test_base_modules_leave_tuners_out():
     assert not any("peft" in path for path, _ in base_modules(case.model))
 
 
-# -- fit ----------------------------------------------------------------------------------------------------------------
+# -- fit --------------------------------------------------------------------------------------------------------------
 
 
 def test_fit_learns_and_logs():

@@ -22,7 +22,9 @@ def _load() -> str:
         torch.ops.load_library(str(path))
     except OSError as error:
         if "libtorch_cuda" in str(error) or "libcudart" in str(error):
-            return f"{NAME} was built for CUDA and torch {torch.__version__} has none; install the +cpu wheel or a CUDA torch"
+            return (
+                f"{NAME} was built for CUDA, torch {torch.__version__} has none; install the +cpu wheel or a CUDA torch"
+            )
         return f"{NAME} does not load under torch {torch.__version__} ({error}); {_BUILD}"
     return ""
 

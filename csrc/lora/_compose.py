@@ -33,7 +33,7 @@ def compose(add_, backward_):
         return y, add_(y, x.contiguous(), a.contiguous(), b.contiguous(), scale, p, rng)
 
     def gradients(dx, g, x, a, b, t, scale, p, rng, needs):
-        a, b = a.contiguous(), b.contiguous()
+        a, b, t = a.contiguous(), b.contiguous(), t.contiguous()
         da, db = backward_(dx, g.contiguous(), x.contiguous(), a, b, t, scale, p, rng, needs[1], needs[2])
         return tuple(
             out if need else u.new_empty(0) for need, out, u in zip(needs, (dx, da, db), (x, a, b), strict=True)
@@ -46,6 +46,8 @@ def compose(add_, backward_):
     def lora_linear(x, w, bias, a, b, scale, p, rng):
         x = x.contiguous()
         y = F.linear(x, w, bias)
+        if y._is_view():  # of a 2-d product nobody else holds; as a view it could not be written into by a later op
+            y = torch.ops.aten._unsafe_view(y, y.shape)
         return y, add_(y, x, a.contiguous(), b.contiguous(), scale, p, rng)
 
     def lora_linear_backward(g, x, w, a, b, t, scale, p, rng, needs):

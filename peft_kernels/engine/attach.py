@@ -201,7 +201,7 @@ def _guard(model: nn.Module, chosen: list[tuple[Method, Site]]) -> None:
         hidden = [p for p, m in adapted_modules(site.module) if any(p or not t.opaque for _, t in m.peft.items())]
         if cfg.tuner.opaque and hidden:
             raise ValueError(
-                f"{cfg.key} replaces {site.name or 'the model'} whole and would hide the tuners inside it; detach them first"
+                f"{cfg.key} replaces {site.name or 'the model'} whole and would hide tuners in it; detach them first"
             )
         for path, p in base_parameters(site.module):
             if type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor":
@@ -250,7 +250,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         planted = vars(module).get("forward")
         if planted is not None and getattr(planted, "__func__", None) is not type(module).forward:
             raise RuntimeError(
-                f"{type(module).__name__} got an instance forward after attach (an accelerate hook?); remove it before detach"
+                f"{type(module).__name__} got an instance forward after attach (an accelerate hook?); remove it first"
             )
     if state.merged and state.stash is not None:
         unmerge(model)

@@ -81,7 +81,7 @@ class NotMergeable(RuntimeError):
 class Tuner(nn.Module):
     """The trainable part of a method at one site. Write at least one of `fold` and `forward`.
 
-    fold(weight [out, in], bias [out] or None) -> the same pair, tuned: pure, in plain torch; makes the method mergeable.
+    fold(weight [out, in], bias [out] or None) -> the same pair, tuned: pure, in plain torch; makes it mergeable.
     forward(base, *args): around-advice on the frozen callable `base`; without it, the site runs with folded weights.
     Where both exist they must agree (the fold law).
     """

@@ -16,7 +16,7 @@ from ..engine.site import Base, Site
 
 @dataclass(frozen=True)
 class LoRA(Method, roles=("q", "v"), lr=2e-3, tiny={"rank": 2, "dropout": 0.25}):
-    """Low-rank update of linear layers. Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732."""
+    """Low-rank update of linear layers. Hu et al. 2021, arXiv:2106.09685; rsLoRA: arXiv:2312.03732."""
 
     rank: int = 8  # rows of A, columns of B
     alpha: float = 16.0  # the update is scaled by alpha / rank

@@ -190,7 +190,7 @@ class Op:
         if not plain:
             return self.dispatch(*args)
         if needed:
-            return _Short.apply(self, inplace, *args)
+            return _Short.apply(self, inplace and not args[0]._is_view(), *args)
         return self.run(*args, inplace=inplace)
 
     def run(self, *args: Any, inplace: bool = False) -> Any:
@@ -207,7 +207,7 @@ class Op:
     # -- choosing -----------------------------------------------------------------------------------------------------
 
     def choose(self, *args: Any) -> tuple[_Kernel | None, dict[str, str]]:
-        """The first backend without a reason not to serve these arguments (None: the reference), and the reasons met."""
+        """The first backend with no reason not to serve these arguments (None: the reference), and the reasons met."""
         device = _device(args)
         name = _thread.backend or _default
         reasons: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Dropout whose mask is a pure function of (seed, offset, row, column): the same in every backend, forward and backward.
+"""Dropout whose mask is a function of (seed, offset, row, column) alone: the same on every backend, also in backward.
 
 Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). Key = the seed's two 32-bit halves,
 counter = (column // 8, row, offset low, offset high); the four output words are eight 16-bit numbers for eight

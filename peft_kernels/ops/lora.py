@@ -6,8 +6,8 @@ With t = drop(x) A^T and g = dL/dy:
 
     dt = scale * g B      dA = dt^T drop(x)      dB = scale * g^T t      dx = g W + drop'(dt A)
 
-x, y and W share one dtype (fp32, bf16, fp16 or fp64); A and B may be fp32 beside a 16-bit x. Kernels sum in fp32, round y
-once, and keep only x and t [M, r] for the backward. dx has the dtype of x, dA and dB that of A and B.
+x, y and W share one dtype (fp32, bf16, fp16 or fp64); A and B may be fp32 beside a 16-bit x. Kernels sum in fp32, round
+y once, and keep only x and t [M, r] for the backward. dx has the dtype of x, dA and dB that of A and B.
 """
 
 from __future__ import annotations

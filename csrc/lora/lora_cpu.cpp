@@ -1,0 +1,441 @@
+// LoRA on the CPU: three loops (shrink, expand, wgrad) around one register tile. README.md has the why of the blocking.
+#include "lora/lora_cpu.h"
+
+#include <cstdlib>
+#include <new>
+
+#include "common/cpu.h"
+
+#if defined(__SSE2__) && !defined(__AVX2__)
+#include <emmintrin.h>
+#endif
+
+namespace pk::PK_ISA {
+namespace {
+
+constexpr int64_t kDepth = 384;      // columns of x that shrink holds in L1
+constexpr int64_t kRows = 24;        // rows of x beside them: whole tiles of 4, 6 and 8
+constexpr int64_t kCols = 384;       // widest column block of expand and wgrad: whole tiles, whole dropout steps
+constexpr int64_t kBand = 64;        // rows of one expand task
+constexpr int64_t kSlab = 32;        // rows that wgrad sums before it goes to the next columns of the tile
+constexpr int64_t kRanks = 64;       // ranks of one pass over x or g
+constexpr int64_t kMove = 16;        // multiply-adds in the time of moving one element
+constexpr int64_t kGrain = 1 << 18;  // multiply-adds that pay for waking a thread
+
+PK_INLINE int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
+PK_INLINE int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
+PK_INLINE int64_t padded(int64_t n, int64_t to) { return blocks(n, to) * to; }
+int64_t grain(int64_t work_of_one) { return blocks(kGrain, work_of_one + 1); }
+
+// -- 16-bit and dropped rows ----------------------------------------------------------------------------------------
+
+// dst is padded to whole vectors, with zeros.
+void fetch(float* dst, LoraIn src, int64_t first, int64_t n) {
+  switch_dtype(src.type, [&](auto element) {
+    const auto* p = static_cast<const decltype(element)*>(src.data) + first;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(dst + i, load(p + i));
+    if (i < n) store(dst + i, load_n(p + i, static_cast<int>(n - i)));
+  });
+}
+
+// Asks for n elements that are needed a block later: a product leaves memory idle, and the hardware's own prefetching
+// stops at the end of each short piece of a row.
+template <class Array>
+void prefetch(Array src, int64_t first, int64_t n) {
+  const int64_t size = src.type == Dtype::f32 ? 4 : 2;
+  const char* p = static_cast<const char*>(src.data) + first * size;
+  for (int64_t i = 0; i < n * size; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
+// dst[i] = row[i], or dst[i] += row[i], rounded once; row is padded to whole vectors.
+template <bool add>
+void put(LoraOut dst, int64_t first, const float* row, int64_t n) {
+  switch_dtype(dst.type, [&](auto element) {
+    auto* p = static_cast<decltype(element)*>(dst.data) + first;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(p + i, add ? load(p + i) + load(row + i) : load(row + i));
+    const int rest = static_cast<int>(n - i);
+    if (rest) store_n(p + i, add ? load_n(p + i, rest) + load(row + i) : load(row + i), rest);
+  });
+}
+
+// -- dropout --------------------------------------------------------------------------------------------------------
+
+typedef uint64_t wide __attribute__((vector_size(4 * W)));
+typedef uint16_t halves __attribute__((vector_size(4 * W)));
+constexpr int kLanes = W / 2;      // Philox counters side by side, eight columns each
+constexpr int kStep = kLanes * 8;  // columns of one vector of them
+static_assert(kCols % kStep == 0 && kDepth % kStep == 0);
+
+PK_INLINE wide spread(uint64_t x) { return wide{} + x; }
+
+// 32 x 32 -> 64 bits, from the low halves of the lanes.
+PK_INLINE wide multiply(wide a, wide b) {
+#if defined(__AVX512F__)
+  return (wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (wide)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffff) * (b & 0xffffffff);
+#endif
+}
+
+// Zeroes the dropped ones among v[0..kStep). Lane l of `left` holds the numbers of columns 8l..8l+3, of `right`
+// those of 8l+4..8l+7.
+PK_INLINE void keep(float* v, wide left, wide right, halves threshold) {
+#ifdef __SSE2__
+  // Arranged so that unpacking a 16-bit mask with itself, which stays within 128 bits, gives 32-bit masks in order.
+#if defined(__AVX512F__)
+  const __m512i first = {0, 2, 8, 10, 1, 3, 9, 11}, second = {4, 6, 12, 14, 5, 7, 13, 15};
+  const halves numbers[2] = {(halves)_mm512_permutex2var_epi64((__m512i)left, first, (__m512i)right),
+                             (halves)_mm512_permutex2var_epi64((__m512i)left, second, (__m512i)right)};
+#elif defined(__AVX2__)
+  const halves numbers[2] = {(halves)_mm256_permute2x128_si256((__m256i)left, (__m256i)right, 0x20),
+                             (halves)_mm256_permute2x128_si256((__m256i)left, (__m256i)right, 0x31)};
+#else
+  const halves numbers[2] = {(halves)_mm_unpacklo_epi64((__m128i)left, (__m128i)right),
+                             (halves)_mm_unpackhi_epi64((__m128i)left, (__m128i)right)};
+#endif
+  for (int i = 0; i < 2; ++i) {
+    const auto kept = numbers[i] >= threshold;
+#if defined(__AVX512F__)
+    const ivec mask[2] = {(ivec)_mm512_unpacklo_epi16((__m512i)kept, (__m512i)kept),
+                          (ivec)_mm512_unpackhi_epi16((__m512i)kept, (__m512i)kept)};
+#elif defined(__AVX2__)
+    const ivec mask[2] = {(ivec)_mm256_unpacklo_epi16((__m256i)kept, (__m256i)kept),
+                          (ivec)_mm256_unpackhi_epi16((__m256i)kept, (__m256i)kept)};
+#else
+    const ivec mask[2] = {(ivec)_mm_unpacklo_epi16((__m128i)kept, (__m128i)kept),
+                          (ivec)_mm_unpackhi_epi16((__m128i)kept, (__m128i)kept)};
+#endif
+    for (int j = 0; j < 2; ++j) {
+      float* p = v + (2 * i + j) * W;
+      store(p, bit_cast<vec>(bit_cast<ivec>(load(p)) & mask[j]));
+    }
+  }
+#else
+  for (int i = 0; i < kStep; ++i) {
+    const uint64_t four = i % 8 < 4 ? left[i / 8] : right[i / 8];
+    if (static_cast<uint16_t>(four >> 16 * (i % 4)) < threshold[0]) v[i] = 0;
+  }
+#endif
+}
+
+// The mask that README.md defines.
+class Dropout {
+ public:
+  Dropout() = default;
+  explicit Dropout(const LoraDropout& drop) : offset_(drop.offset), threshold_(drop.threshold) {
+    uint32_t key0 = static_cast<uint32_t>(drop.seed), key1 = static_cast<uint32_t>(drop.seed >> 32);
+    for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9, key1 += 0xBB67AE85) {
+      key0_[round] = key0;
+      key1_[round] = key1;
+    }
+  }
+
+  explicit operator bool() const { return threshold_ > 0; }
+
+  // Zeroes the dropped ones among v[0..n), which are columns col.. (a multiple of 8) of `row`; v is padded to kStep.
+  void operator()(float* v, int64_t row, int64_t col, int64_t n) const {
+    if (threshold_ > 65535) {
+      std::memset(v, 0, n * sizeof(float));
+      return;
+    }
+    // One vector alone would wait on its multiplications; three keep them busy.
+    int64_t i = 0;
+    for (; n - i > 2 * kStep; i += 3 * kStep) step<3>(v + i, row, col + i);
+    for (; i < n; i += kStep) step<1>(v + i, row, col + i);
+  }
+
+ private:
+  template <int N>
+  PK_INLINE void step(float* v, int64_t row, int64_t col) const {
+    wide lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+    wide c0[N], c1[N], c2[N], c3[N];
+    for (int i = 0; i < N; ++i) {
+      c0[i] = lane + static_cast<uint64_t>(col / 8 + i * kLanes);
+      c1[i] = spread(row);
+      c2[i] = spread(offset_);
+      c3[i] = spread(offset_ >> 32);
+    }
+    // Upper halves hold leftovers all the way: a multiplication reads lower halves only.
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round)
+      for (int i = 0; i < N; ++i) {
+        const wide even = multiply(c0[i], spread(0xD2511F53)), odd = multiply(c2[i], spread(0xCD9E8D57));
+        c0[i] = (odd >> 32) ^ (c1[i] ^ spread(key0_[round]));
+        c1[i] = odd;
+        c2[i] = (even >> 32) ^ (c3[i] ^ spread(key1_[round]));
+        c3[i] = even;
+      }
+    constexpr uint64_t low = 0xffffffff;
+    const halves threshold = halves{} + static_cast<uint16_t>(threshold_);
+    for (int i = 0; i < N; ++i)
+      keep(v + i * kStep, (c0[i] & low) | c1[i] << 32, (c2[i] & low) | c3[i] << 32, threshold);
+  }
+
+  uint64_t offset_ = 0, key0_[10] = {}, key1_[10] = {};
+  uint32_t threshold_ = 0;
+};
+
+// -- the product ----------------------------------------------------------------------------------------------------
+
+// c [rows, cols] = factor * a [rows, depth] b [depth, cols], or c += that. Element (i, d) of a is a[i * row + d *
+// next], so a transposed a costs nothing. cols are whole vectors, depth >= 1.
+struct Product {
+  float* c;
+  int64_t ldc;
+  const float* a;
+  int64_t row, next;
+  const float* b;
+  int64_t ldb, depth;
+  float factor;
+  bool add;
+
+  Product at(int64_t i, int64_t j) const {
+    return {c + i * ldc + j, ldc, a + i * row, row, next, b + j, ldb, depth, factor, add};
+  }
+};
+
+template <int R, int V>
+PK_INLINE void tile(Product p) {
+  vec sum[R][V] = {};
+  do {
+    vec right[V];
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) right[v] = load(p.b + v * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const vec left = splat(p.a[i * p.row]);
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) sum[i][v] = fma(left, right[v], sum[i][v]);
+    }
+    p.a += p.next;
+    p.b += p.ldb;
+  } while (--p.depth);
+  const vec factor = splat(p.factor);
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) {
+      float* c = p.c + i * p.ldc + v * W;
+      store(c, p.add ? fma(factor, sum[i][v], load(c)) : factor * sum[i][v]);
+    }
+}
+
+// Tiles of R rows, then of the next smaller size.
+template <int R, int V>
+void tiles(const Product& p, int64_t rows) {
+  int64_t i = 0;
+  for (; i + R <= rows; i += R) tile<R, V>(p.at(i, 0));
+  if constexpr (R > 1) {
+    if (i < rows) tiles<(R > 4 ? 4 : R / 2), V>(p.at(i, 0), rows - i);
+  }
+}
+
+// About 12 sums hide the latency of fma; with what they are made of, they fill the 16 registers of AVX2.
+void run(const Product& p, int64_t rows, int64_t cols) {
+  for (int64_t j = 0; j < cols; j += 3 * W) {
+    const int64_t vectors = (cols - j) / W;
+    if (vectors >= 3)
+      tiles<4, 3>(p.at(0, j), rows);
+    else if (vectors == 2)
+      tiles<6, 2>(p.at(0, j), rows);
+    else
+      tiles<8, 1>(p.at(0, j), rows);
+  }
+}
+
+// -- packed factors -------------------------------------------------------------------------------------------------
+
+class Buffer {
+ public:
+  explicit Buffer(int64_t floats) : p(static_cast<float*>(std::aligned_alloc(64, padded(floats * 4 + 1, 64)))) {
+    if (p == nullptr) throw std::bad_alloc();
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { std::free(p); }
+  float* const p;
+};
+
+// dst[c][i] = src[first + i * ld + c] for i < rows, which are padded to a multiple of 4 with zeros.
+void transpose(float* dst, int64_t ldd, LoraIn src, int64_t first, int64_t ld, int64_t rows, int64_t cols) {
+  typedef float quad __attribute__((vector_size(16)));
+  constexpr int64_t chunk = 256;
+  alignas(64) float line[4][chunk];
+  for (int64_t i = 0; i < rows; i += 4)
+    for (int64_t c = 0; c < cols; c += chunk) {
+      const int64_t n = at_most(cols - c, chunk);
+      for (int q = 0; q < 4; ++q)
+        if (i + q < rows)
+          fetch(line[q], src, first + (i + q) * ld + c, n);
+        else
+          std::memset(line[q], 0, sizeof(line[q]));
+      int64_t j = 0;
+#ifdef __SSE2__
+      for (; j + 4 <= n; j += 4) {
+        __m128 square[4];
+        for (int q = 0; q < 4; ++q) square[q] = _mm_load_ps(line[q] + j);
+        _MM_TRANSPOSE4_PS(square[0], square[1], square[2], square[3]);
+        for (int q = 0; q < 4; ++q) _mm_storeu_ps(dst + (c + j + q) * ldd + i, square[q]);
+      }
+#endif
+      for (; j < n; ++j) {
+        const quad column = {line[0][j], line[1][j], line[2][j], line[3][j]};
+        std::memcpy(dst + (c + j) * ldd + i, &column, sizeof(column));
+      }
+    }
+}
+
+// The factor that shrink multiplies with, u [depth, r] with rows padded to whole vectors. transposed: src is [r,
+// depth].
+void pack_rows(float* u, LoraIn src, bool transposed, int64_t depth, int64_t r) {
+  const int64_t ld = padded(r, W);
+  parallel_for(0, blocks(depth, kDepth), grain(kDepth * r * kMove), [&](int64_t begin, int64_t end) {
+    const int64_t from = begin * kDepth, to = at_most(end * kDepth, depth);
+    if (transposed) {
+      transpose(u + from * ld, ld, src, from, depth, r, to - from);
+    } else {
+      for (int64_t d = from; d < to; ++d) fetch(u + d * ld, src, d * r, r);
+    }
+  });
+}
+
+// The factor that expand multiplies with, as blocks [r, kCols] of v [r, n]. transposed: src is [n, r].
+void pack_columns(float* v, LoraIn src, bool transposed, int64_t n, int64_t r) {
+  parallel_for(0, blocks(n, kCols), grain(kCols * r * kMove), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t from = block * kCols, cols = at_most(n - from, kCols);
+      float* dst = v + from * r;
+      if (transposed) {
+        transpose(dst, kCols, src, from * r, r, cols, r);
+      } else {
+        for (int64_t j = 0; j < r; ++j) fetch(dst + j * kCols, src, j * n + from, cols);
+      }
+    }
+  });
+}
+
+// -- the three loops ------------------------------------------------------------------------------------------------
+
+// t [m, r] = factor * drop(x) [m, k] u [k, r]
+void shrink(float* t, LoraIn x, const float* u, int64_t m, int64_t k, int64_t r, float factor, const Dropout& drop) {
+  const int64_t ld = padded(r, W);
+  parallel_for(0, blocks(m, kRows), grain(kRows * k * (r + kMove)), [&](int64_t begin, int64_t end) {
+    alignas(64) float rows[kRows * kDepth], sums[kRows * kRanks];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t from = task * kRows, count = at_most(m - from, kRows);
+      for (int64_t rank = 0; rank < r; rank += kRanks) {
+        const int64_t ranks = at_most(r - rank, kRanks);
+        for (int64_t d = 0; d < k; d += kDepth) {
+          const int64_t depth = at_most(k - d, kDepth);
+          for (int64_t i = 0; i < count; ++i) {
+            fetch(rows + i * kDepth, x, (from + i) * k + d, depth);
+            prefetch(x, (from + i) * k + d + kDepth, depth);
+            if (drop) drop(rows + i * kDepth, from + i, d, depth);
+          }
+          run({sums, kRanks, rows, kDepth, 1, u + d * ld + rank, ld, depth, factor, d > 0}, count, padded(ranks, W));
+        }
+        for (int64_t i = 0; i < count; ++i) put<false>({t}, (from + i) * r + rank, sums + i * kRanks, ranks);
+      }
+    }
+  });
+}
+
+// y [m, n] += factor * drop'(t [m, r] v [r, n])
+void expand(LoraOut y, const float* t, const float* v, int64_t m, int64_t n, int64_t r, float factor,
+            const Dropout& drop) {
+  constexpr int64_t rows = 8;
+  const int64_t across = blocks(n, kCols);
+  parallel_for(0, blocks(m, kBand) * across, grain(at_most(m, kBand) * kCols * (r + kMove)),
+               [&](int64_t begin, int64_t end) {
+                 alignas(64) float sums[rows * kCols];
+                 for (int64_t task = begin; task < end; ++task) {
+                   const int64_t col = task % across * kCols, cols = at_most(n - col, kCols);
+                   const int64_t top = task / across * kBand, bottom = at_most(m, top + kBand);
+                   const bool direct = y.type == Dtype::f32 && !drop && cols % W == 0;
+                   for (int64_t from = top; from < bottom; from += rows) {
+                     const int64_t count = at_most(bottom - from, rows);
+                     for (int64_t i = 0; i < count; ++i) prefetch(y, (from + i + rows) * n + col, cols);
+                     float* const c = direct ? static_cast<float*>(y.data) + from * n + col : sums;
+                     run({c, direct ? n : kCols, t + from * r, r, 1, v + col * r, kCols, r, factor, direct}, count,
+                         padded(cols, W));
+                     for (int64_t i = 0; i < count && !direct; ++i) {
+                       if (drop) drop(sums + i * kCols, from + i, col, cols);
+                       put<true>(y, (from + i) * n + col, sums + i * kCols, cols);
+                     }
+                   }
+                 }
+               });
+}
+
+// d [r, n] = factor * t^T [r, m] drop(u) [m, n], written as [n, r] if transposed
+void wgrad(LoraOut d, bool transposed, const float* t, LoraIn u, int64_t m, int64_t n, int64_t r, float factor,
+           const Dropout& drop) {
+  // Columns alone are dealt out, never rows: a sum has one owner and one order.
+  const int64_t width = at_most(padded(blocks(n, 32), 96), kCols);
+  parallel_for(0, blocks(n, width), grain(m * width * (r + kMove)), [&](int64_t begin, int64_t end) {
+    alignas(64) float rows[kSlab * kCols], sums[kRanks * kCols];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t col = task * width, cols = at_most(n - col, width);
+      for (int64_t rank = 0; rank < r; rank += kRanks) {
+        const int64_t ranks = at_most(r - rank, kRanks);
+        if (m == 0) std::memset(sums, 0, sizeof(sums));
+        for (int64_t from = 0; from < m; from += kSlab) {
+          const int64_t count = at_most(m - from, kSlab);
+          for (int64_t i = 0; i < count; ++i) {
+            fetch(rows + i * kCols, u, (from + i) * n + col, cols);
+            prefetch(u, (from + i + kSlab) * n + col, cols);
+            if (drop) drop(rows + i * kCols, from + i, col, cols);
+          }
+          run({sums, kCols, t + from * r + rank, 1, r, rows, kCols, count, factor, from > 0}, ranks, padded(cols, W));
+        }
+        if (!transposed) {
+          for (int64_t j = 0; j < ranks; ++j) put<false>(d, (rank + j) * n + col, sums + j * kCols, cols);
+        } else {
+          // Whole blocks, because a vector that reads what scalars have just written stalls.
+          const int64_t ld = padded(ranks, 4), step = kSlab * kCols / padded(ranks, W);
+          for (int64_t i = 0; i < cols; i += step) {
+            const int64_t count = at_most(cols - i, step);
+            transpose(rows, ld, {sums}, i, kCols, ranks, count);
+            for (int64_t c = 0; c < count; ++c) put<false>(d, (col + i + c) * r + rank, rows + c * ld, ranks);
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void lora_add(const LoraShape& s, LoraOut y, LoraIn x, LoraIn a, LoraIn b, float scale, const LoraDropout& drop,
+              float* t) {
+  if (s.m == 0 || s.r == 0) return;
+  const Buffer u(s.k * padded(s.r, W)), v(padded(s.n, kCols) * s.r);
+  pack_rows(u.p, a, true, s.k, s.r);
+  shrink(t, x, u.p, s.m, s.k, s.r, drop.scale(), Dropout(drop));
+  pack_columns(v.p, b, true, s.n, s.r);
+  expand(y, t, v.p, s.m, s.n, s.r, scale, {});
+}
+
+void lora_backward(const LoraShape& s, LoraOut dx, LoraIn g, LoraIn x, LoraIn a, LoraIn b, const float* t, float scale,
+                   const LoraDropout& drop, LoraOut da, LoraOut db) {
+  if (s.r == 0) return;
+  if (db.data) wgrad(db, true, t, g, s.m, s.n, s.r, scale, {});
+  if (!dx.data && !da.data) return;
+  // The factor of what dropout keeps goes into dt, for both of its uses.
+  const Buffer dt(s.m * s.r), u(s.n * padded(s.r, W));
+  pack_rows(u.p, b, false, s.n, s.r);
+  shrink(dt.p, g, u.p, s.m, s.n, s.r, scale * drop.scale(), {});
+  if (da.data) wgrad(da, false, dt.p, x, s.m, s.k, s.r, 1.0f, Dropout(drop));
+  if (!dx.data) return;
+  const Buffer v(padded(s.k, kCols) * s.r);
+  pack_columns(v.p, a, false, s.k, s.r);
+  expand(dx, dt.p, v.p, s.m, s.k, s.r, 1.0f, Dropout(drop));
+}
+
+}  // namespace pk::PK_ISA

@@ -1,0 +1,38 @@
+// The CPU kernels of LoRA as the glue calls them: raw pointers to contiguous, row-major arrays.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+#include "common/switch.h"
+
+namespace pk {
+
+struct LoraShape {
+  int64_t m, k, n, r;  // x [m, k]   a [r, k]   b [n, r]   y, g [m, n]   t [m, r]
+};
+
+// A row-major array; `data` is null where the caller wants nothing written.
+template <class Void>
+struct LoraArray {
+  Void* data = nullptr;
+  Dtype type = Dtype::f32;
+};
+using LoraIn = LoraArray<const void>;
+using LoraOut = LoraArray<void>;
+
+struct LoraDropout {
+  uint64_t seed = 0, offset = 0;
+  uint32_t threshold = 0;  // of 65536; 0 keeps everything
+  float scale() const { return threshold < 65536 ? 65536.0f / static_cast<float>(65536 - threshold) : 0.0f; }
+};
+
+}  // namespace pk
+
+// t = drop(x) a^T and y += scale * t b^T.
+PK_DECLARE_ISA(void lora_add(const LoraShape& s, LoraOut y, LoraIn x, LoraIn a, LoraIn b, float scale,
+                             const LoraDropout& drop, float* t);)
+
+// With dt = scale * g b: dx += drop'(dt a), da = dt^T drop(x), db = scale * g^T t; each only if its data is not null.
+PK_DECLARE_ISA(void lora_backward(const LoraShape& s, LoraOut dx, LoraIn g, LoraIn x, LoraIn a, LoraIn b,
+                                  const float* t, float scale, const LoraDropout& drop, LoraOut da, LoraOut db);)
