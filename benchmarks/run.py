@@ -164,16 +164,15 @@ def main() -> None:
     options = parser.parse_args()
     rows = [header(options.device)]
     print(json.dumps(rows[0]))
-    print(f"{'case':<34} {'rival':<28} {'wall':>10} {'cpu':>10} {'ratio':>7} {'cpu':>6}")
+    print(f"{'case':<34} {'rival':<27}{'wall':>12}{'cpu':>12} {'ratio':>7} {'cpu':>6}")
     for name, suite in SUITES.items():
         if options.only not in (None, name):
             continue
         for row in suite(options.device, options.seconds):
             rows.append(row)
-            wall, cpu = f"{row['wall'] * 1e6:.1f} us", f"{row['cpu'] * 1e6:.1f} us"
+            times = "".join(f"{row[kind] * 1e6:>9.1f} us" for kind in ("wall", "cpu"))
             print(
-                f"{row['case']:<34} {row['rival']:<28} {wall:>10} {cpu:>10} {row['ratio']:7.2f} {row['ratio_cpu']:6.2f}",
-                flush=True,
+                f"{row['case']:<34} {row['rival']:<27}{times} {row['ratio']:7.2f} {row['ratio_cpu']:6.2f}", flush=True
             )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

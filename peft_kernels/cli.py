@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--batch-size", type=int, default=32, help="default %(default)s")
     tune.add_argument("--lr", type=float, help="peak learning rate; default the method's own (the head keeps its own)")
     tune.add_argument("--max-length", type=int, metavar="TOKENS", help="longer texts are cut; default 128")
+    tune.add_argument(
+        "--model-dropout", type=float, metavar="P", help="dropout of the model itself; default as its config has it"
+    )
     tune.add_argument("--seed", type=int, default=0, help="default %(default)s")
     tune.add_argument("--threads", type=int, help="CPU threads; default torch's choice")
     tune.add_argument("--device", help="cpu, cuda or cuda:N; default cuda if there is one")

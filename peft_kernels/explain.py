@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .engine.attach import adapted_modules, state_of
+from .engine.attach import all_adapters, state_of
+from .engine.site import Adapters
 from .ops._op import recording
 
 
@@ -35,21 +36,20 @@ def explain(model: nn.Module) -> Explanation:
     op "torch" means that the tuner is plain torch there: a folded weight, or a module trained whole.
     """
     rows = Explanation()
-    for path, module in adapted_modules(model):
-        names = [n for n, _ in module.peft.items() if n in state_of(model).active]
-        for name in names:
-            choices = _probe(module, name)
+    active = state_of(model).active
+    for path, adapters in all_adapters(model):
+        for name in (n for n in adapters.tuners if n in active):
+            choices = _probe(adapters, name)
             for choice in choices or [{"op": "torch", "backend": "torch", "reasons": {}}]:
                 rows.append({"site": path, "adapter": name, **choice})
     return rows
 
 
-def _probe(module: nn.Module, name: str) -> list[dict[str, Any]]:
-    site = module.peft.site
-    chain = module.peft.chain
-    while chain.tuner is not None and chain.tuner is not module.peft[name]:
+def _probe(adapters: Adapters, name: str) -> list[dict[str, Any]]:
+    site, chain = adapters.site, adapters.chain
+    while chain.below is not None and chain.tuner is not adapters.tuners[name]:
         chain = chain.below
-    if site.kind != "linear" or chain.tuner is None:
+    if site.kind != "linear" or chain.below is None:
         return []
     x = torch.zeros(1, site.n_in, dtype=site.weight.dtype, device=site.weight.device)
     with torch.no_grad(), recording() as choices:

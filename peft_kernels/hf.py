@@ -24,17 +24,27 @@ def need(*modules: str) -> Any:
     return found[0]
 
 
-def load_classifier(source: str, classes: list[str]) -> tuple[nn.Module, Any]:
-    """(model, tokenizer) of a pretrained encoder or decoder with a head for `classes`, new unless the file has one."""
+def load_classifier(source: str, classes: list[str], dropout: float | None = None) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) of a pretrained encoder or decoder with a head for `classes`, new unless the file has one.
+
+    dropout: the model's own, everywhere; None leaves it as its config has it.
+    """
     transformers, source = need("transformers"), os.path.expanduser(source)
     with _loading(source, "a sequence classifier"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             source,
             num_labels=len(classes),
             id2label=dict(enumerate(classes)),
             label2id={name: i for i, name in enumerate(classes)},
             problem_type="single_label_classification",
+        )
+        for name, value in config.to_dict().items() if dropout is not None else ():
+            if ("dropout" in name or "pdrop" in name) and isinstance(value, (int, float)):
+                setattr(config, name, float(dropout))
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            source,
+            config=config,
             ignore_mismatched_sizes=True,  # a head for other classes is replaced by a new one
         )
     if tokenizer.pad_token is None:  # decoders have none; any token does, since padding is masked

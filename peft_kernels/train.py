@@ -49,6 +49,7 @@ class Job:
     batch_size: int = 32
     lr: float | None = None  # None: the method's own
     max_length: int | None = None  # tokens; None: 128, or less if the model takes less
+    model_dropout: float | None = None  # the model's own dropout in training; None: as its config has it
     seed: int = 0
     text_column: str = "text"
     label_column: str = "label"
@@ -62,6 +63,8 @@ class Job:
                 raise ValueError(f"--{name.replace('_', '-')} {value}; expected at least 1")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise ValueError(f"--lr {self.lr}; expected a positive number")
+        if self.model_dropout is not None and not 0 <= self.model_dropout < 1:
+            raise ValueError(f"--model-dropout {self.model_dropout}; expected a probability below 1")
 
 
 @dataclass(frozen=True)
@@ -314,7 +317,7 @@ def _run(job: Job, directory: Path, progress: bool) -> tuple[dict[str, Any], lis
     began = time.perf_counter()
     data = read_data(job.data, job.text_column, job.label_column, job.split_column, job.seed)
     torch.manual_seed(job.seed)  # the new head's first values
-    model, tokenizer = hf.load_classifier(job.model, data.classes)
+    model, tokenizer = hf.load_classifier(job.model, data.classes, job.model_dropout)
     length = _length(job, hf.max_length(model, tokenizer))
     cuda = torch.cuda.is_available() if job.device is None else job.device.startswith("cuda")
     model.to(job.device or ("cuda" if cuda else "cpu"))
@@ -363,6 +366,7 @@ def _run(job: Job, directory: Path, progress: bool) -> tuple[dict[str, Any], lis
             "batch_size": job.batch_size,
             "lr": job.lr or job.method.lr,
             "max_length": length,
+            "model_dropout": job.model_dropout,
             "seed": job.seed,
             "threads": torch.get_num_threads(),
             "device": str(_device_of(model)),

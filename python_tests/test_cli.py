@@ -43,7 +43,6 @@ def model_dir(tmp_path_factory):
         intermediate_size=64,
         max_position_embeddings=32,
         initializer_range=0.1,  # wider than usual: random features that a few steps can put to use
-        hidden_dropout_prob=0.0,
     )
     BertModel(config).save_pretrained(directory)
     return directory
@@ -102,7 +101,9 @@ def tuned(model_dir, data_file, tmp_path_factory):
     """(summary, directory) of one run."""
     out = tmp_path_factory.mktemp("tuned") / "out"
     method = cli.method_from("lora", ["rank=4", "alpha=8"])
-    job = train.Job(str(model_dir), str(data_file), method, str(out), epochs=12, batch_size=8, lr=1e-2)
+    job = train.Job(
+        str(model_dir), str(data_file), method, str(out), epochs=12, batch_size=8, lr=1e-2, model_dropout=0.0
+    )
     return train.tune(job, progress=False), out
 
 
@@ -250,6 +251,7 @@ BAD_WORDS = {
     "epochs_zero": (("--epochs", "0"), "--epochs 0"),
     "batch_size_zero": (("--batch-size", "0"), "--batch-size 0"),
     "negative_lr": (("--lr", "-1"), "--lr -1"),
+    "dropout_one": (("--model-dropout", "1"), "--model-dropout 1"),
     "threads_zero": (("--threads", "0"), "--threads 0"),
     "max_length_too_long": (("--max-length", "33"), "at most 32"),
     "max_length_zero": (("--max-length", "0"), "--max-length 0"),
@@ -321,6 +323,12 @@ def test_batches_depend_on_seed_and_epoch_alone(model_dir, data_file):
     assert sorted(i for members in one.shuffled() for i in members) == list(range(len(rows)))
     two.set_epoch(2)
     assert one.shuffled() != two.shuffled()
+
+
+def test_model_dropout_reaches_every_dropout(model_dir):
+    for p in (0.0, 0.25):
+        model, _ = hf.load_classifier(str(model_dir), ["animal", "food"], dropout=p)
+        assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {p}
 
 
 # -- the other commands -----------------------------------------------------------------------------------------------

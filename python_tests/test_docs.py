@@ -11,6 +11,7 @@ import peft_kernels as pk
 from peft_kernels.engine import method as registry
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "peft_kernels"
 
 
 def blocks(file, language):
@@ -35,3 +36,56 @@ def test_the_method_of_contributing_is_complete():
         torch.testing.assert_close(case.call(case.model), adapted)
     finally:
         registry._registry.pop("shift", None)
+
+
+def section(name):
+    return re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", (ROOT / "README.md").read_text(), flags=re.DOTALL)[1]
+
+
+def methods_table():
+    rows = ["| `--method` | class | default targets | what it is |", "|---|---|---|---|"]
+    for key, cls in pk.methods().items():
+        rows.append(
+            f"| {key} | `pk.{cls.__name__}` | {' '.join(cls.roles)} | {cls.__doc__.splitlines()[0]} |".replace(
+                "*", "`*`"
+            )
+        )
+    return "\n".join(rows) + "\n"
+
+
+def test_the_table_of_methods_is_the_registry():
+    assert section("methods") == methods_table()
+
+
+def test_the_three_lines_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    case = make("bert")
+    batches = [{**case.inputs, "labels": torch.tensor([0, 2])}]
+    code = blocks("README.md", "python")[0]
+    names = {"model": case.model, "batches": batches}
+    exec(code, names)
+    fresh = pk.load(make("bert").model, tmp_path / "adapter")
+    torch.testing.assert_close(case.call(fresh), case.call(case.model))
+    assert names["log"][-1]["epoch"] == 2
+
+
+def test_every_make_target_is_in_the_help():
+    makefile = (ROOT / "Makefile").read_text()
+    shown = set(re.findall(r"^([a-z-]+):.*## ", makefile, flags=re.MULTILINE))
+    assert shown >= {"demo", "test", "test-all", "build", "lint", "bench", "gpu", "wheel", "clean", "help"}
+    first_screen = (ROOT / "README.md").read_text().splitlines()[:20]
+    assert any("make demo" in line for line in first_screen)
+    assert any("make test" in line for line in first_screen)
+
+
+def test_links_and_paths_of_the_documents_exist():
+    for file in ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*/README.md"))]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / file).read_text()):
+            assert ((ROOT / file).parent / target).exists(), f"{file}: {target}"
+
+
+def test_nothing_here_depends_on_the_machine_it_was_written_on():
+    words = re.compile(r"/(?:" + "|".join(("root", "home", "tmp", "work")) + r")/[a-z]")
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("csrc/**/*.*"), *PACKAGE.rglob("*.py"), *ROOT.glob("benchmarks/*.py")]:
+        if path.suffix in (".md", ".py", ".cpp", ".h", ".cu", ".cuh"):
+            assert not words.search(path.read_text()), path

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from models import FAMILIES, MLP, make
+from torch._dynamo.testing import CompileCounter
 
 import peft_kernels as pk
 from peft_kernels.engine.attach import tuners
@@ -742,3 +743,105 @@ def test_fit_is_repeatable_and_says_what_is_wrong():
     for batches, message in (([], "at least one batch"), ([case.inputs], "returned no loss"), ([3], "expected a dict")):
         with pytest.raises(ValueError, match=message):
             pk.fit(case.model, batches, progress=False)
+
+
+# -- explain, graphs, devices, sharding -------------------------------------------------------------------------------
+
+
+def test_explain_names_op_and_backend():
+    case = make("bert")
+    pk.attach(case.model, pk.LoRA(rank=2), name="low")
+    pk.attach(case.model, pk.IA3(), name="scales")
+    pk.attach(case.model, pk.BitFit(), name="biases")
+    rows = pk.explain(case.model)
+    assert {(r["adapter"], r["op"], r["backend"]) for r in rows} == {
+        ("low", "lora_linear", "cpu"),
+        ("scales", "rescale", "cpu"),
+        ("biases", "torch", "torch"),
+    }
+    assert {"site", "adapter", "op", "backend", "reasons"} == rows[0].keys()
+    assert next(r for r in rows if r["op"] == "lora_linear")["reasons"]["cuda"]
+    table = str(rows)
+    assert "4 sites" in table
+    assert "lora_linear" in table
+    with pk.backend("reference"):
+        assert {r["backend"] for r in pk.explain(case.model)} == {"reference", "torch"}
+    gpt2 = make("gpt2")
+    pk.attach(gpt2.model, pk.LoRA(rank=2))
+    assert {r["op"] for r in pk.explain(gpt2.model)} == {"lora_add"}  # rows of a fused linear: y exists already
+
+
+def test_graph_counts():
+    """One adapter, a stack, merged: one graph each; batches of other sizes add one, going back adds none."""
+    case = make("llama")
+    pk.attach(case.model, pk.LoRA(rank=2))
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(case.model, fullgraph=True, backend=graphs)
+    tokens = case.inputs["input_ids"]
+
+    def run():
+        with torch.no_grad():
+            compiled(input_ids=tokens)
+        return graphs.frame_count
+
+    assert [run(), run()] == [1, 1]
+    pk.attach(case.model, pk.BitFit(), name="biases")
+    assert [run(), run()] == [2, 2]
+    pk.merge(case.model)
+    assert [run(), run()] == [3, 3]
+    pk.unmerge(case.model)
+    tokens = tokens[:, :5]
+    run()
+    before = graphs.frame_count
+    for length in (4, 6, 5):
+        tokens = torch.randint(3, 50, (2, length))
+        run()
+    assert graphs.frame_count <= before + 1
+
+
+def test_an_offloaded_weight_is_tuned_where_it_is_executed():
+    case = make("mlp")
+    values = case.model.first.weight.detach().clone()
+    case.model.first.to("meta")
+    with pytest.raises(ValueError, match="meta device"):
+        pk.attach(case.model, pk.LoRA(rank=2), ("first",))
+    case.model.first._hf_hook = type("Hook", (), {"execution_device": "cpu"})()
+
+    def hooked(x):  # what accelerate's hook does: bring the weight for the call
+        return torch.nn.functional.linear(x, values)
+
+    case.model.first.forward = hooked
+    pk.attach(case.model, pk.LoRA(rank=2), ("first",))
+    assert case.model.first.peft.tuners["default"].a.device.type == "cpu"
+    assert case.call(case.model).isfinite().all()
+    with pytest.raises(RuntimeError, match="offloaded"):
+        pk.merge(case.model)
+
+
+def test_fully_sharded_training_equals_plain_training(tmp_path):
+    """FSDP2 on one process: attach first is right, attach after is refused."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    plain, sharded, late = (make("llama") for _ in range(3))
+    for case in (plain, sharded):
+        perturb(pk.attach(case.model, pk.LoRA(rank=2)))
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        for layer in sharded.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(sharded.model, mesh=mesh)
+        for case in (plain, sharded):
+            case.loss(case.model).backward()
+        theirs = {n: p.grad.full_tensor() for n, p in sharded.model.named_parameters() if p.grad is not None}
+        ours = {n: p.grad for n, p in plain.model.named_parameters() if p.grad is not None}
+        assert ours.keys() == theirs.keys()
+        for n, g in ours.items():
+            close(theirs[n], g)
+        fully_shard(late.model.model.layers[0], mesh=mesh)
+        with pytest.raises(ValueError, match="attach first"):
+            pk.attach(late.model, pk.LoRA(rank=2))
+    finally:
+        dist.destroy_process_group()

@@ -20,7 +20,7 @@ constexpr int64_t kBand = 64;        // rows of one expand task
 constexpr int64_t kSlab = 32;        // rows that wgrad sums before it goes to the next columns of the tile
 constexpr int64_t kRanks = 64;       // ranks of one pass over x or g
 constexpr int64_t kMove = 16;        // multiply-adds in the time of moving one element
-constexpr int64_t kGrain = 1 << 18;  // multiply-adds that pay for waking a thread
+constexpr int64_t kGrain = 1 << 19;  // multiply-adds that pay for waking a thread
 
 PK_INLINE int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
 PK_INLINE int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
@@ -34,7 +34,10 @@ void fetch(float* dst, LoraIn src, int64_t first, int64_t n) {
   switch_dtype(src.type, [&](auto element) {
     const auto* p = static_cast<const decltype(element)*>(src.data) + first;
     int64_t i = 0;
-    for (; i + W <= n; i += W) store(dst + i, load(p + i));
+    for (; i + W <= n; i += W) {
+      store(dst + i, load(p + i));
+      asm volatile("" ::: "memory");  // or the compiler sees a memcpy, which takes longer to start than a row of b
+    }
     if (i < n) store(dst + i, load_n(p + i, static_cast<int>(n - i)));
   });
 }
@@ -54,7 +57,10 @@ void put(LoraOut dst, int64_t first, const float* row, int64_t n) {
   switch_dtype(dst.type, [&](auto element) {
     auto* p = static_cast<decltype(element)*>(dst.data) + first;
     int64_t i = 0;
-    for (; i + W <= n; i += W) store(p + i, add ? load(p + i) + load(row + i) : load(row + i));
+    for (; i + W <= n; i += W) {
+      store(p + i, add ? load(p + i) + load(row + i) : load(row + i));
+      asm volatile("" ::: "memory");  // as in fetch
+    }
     const int rest = static_cast<int>(n - i);
     if (rest) store_n(p + i, add ? load_n(p + i, rest) + load(row + i) : load(row + i), rest);
   });
@@ -267,8 +273,8 @@ void transpose(float* dst, int64_t ldd, LoraIn src, int64_t first, int64_t ld, i
   typedef float quad __attribute__((vector_size(16)));
   constexpr int64_t chunk = 256;
   alignas(64) float line[4][chunk];
-  for (int64_t i = 0; i < rows; i += 4)
-    for (int64_t c = 0; c < cols; c += chunk) {
+  for (int64_t c = 0; c < cols; c += chunk)
+    for (int64_t i = 0; i < rows; i += 4) {
       const int64_t n = at_most(cols - c, chunk);
       for (int q = 0; q < 4; ++q)
         if (i + q < rows)
@@ -291,40 +297,69 @@ void transpose(float* dst, int64_t ldd, LoraIn src, int64_t first, int64_t ld, i
     }
 }
 
-// The factor that shrink multiplies with, u [depth, r] with rows padded to whole vectors. transposed: src is [r,
-// depth].
-void pack_rows(float* u, LoraIn src, bool transposed, int64_t depth, int64_t r) {
-  const int64_t ld = padded(r, W);
-  parallel_for(0, blocks(depth, kDepth), grain(kDepth * r * kMove), [&](int64_t begin, int64_t end) {
-    const int64_t from = begin * kDepth, to = at_most(end * kDepth, depth);
-    if (transposed) {
-      transpose(u + from * ld, ld, src, from, depth, r, to - from);
-    } else {
-      for (int64_t d = from; d < to; ++d) fetch(u + d * ld, src, d * r, r);
-    }
-  });
+// A block of rows of the factor that shrink multiplies with: u[i][j] = src(first + i, rank + j), a matrix [.., r] that
+// is stored as [r, k] if transposed.
+void pack_rows(float* u, int64_t ld, LoraIn src, bool transposed, int64_t k, int64_t r, int64_t first, int64_t rows,
+               int64_t rank, int64_t ranks) {
+  if (transposed) return transpose(u, ld, src, rank * k + first, k, ranks, rows);
+  for (int64_t i = 0; i < rows; ++i) fetch(u + i * ld, src, (first + i) * r + rank, ranks);
 }
 
-// The factor that expand multiplies with, as blocks [r, kCols] of v [r, n]. transposed: src is [n, r].
-void pack_columns(float* v, LoraIn src, bool transposed, int64_t n, int64_t r) {
-  parallel_for(0, blocks(n, kCols), grain(kCols * r * kMove), [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t from = block * kCols, cols = at_most(n - from, kCols);
-      float* dst = v + from * r;
-      if (transposed) {
-        transpose(dst, kCols, src, from * r, r, cols, r);
-      } else {
-        for (int64_t j = 0; j < r; ++j) fetch(dst + j * kCols, src, j * n + from, cols);
-      }
-    }
-  });
+// A block of columns of the factor that expand multiplies with: v[j][i] = src(j, first + i), a matrix [r, n] that is
+// stored as [n, r] if transposed. Rows of v are kCols apart.
+void pack_columns(float* v, LoraIn src, bool transposed, int64_t n, int64_t r, int64_t first, int64_t cols) {
+  if (transposed) return transpose(v, kCols, src, first * r, r, cols, r);
+  for (int64_t j = 0; j < r; ++j) fetch(v + j * kCols, src, j * n + first, cols);
 }
 
 // -- the three loops ------------------------------------------------------------------------------------------------
 
-// t [m, r] = factor * drop(x) [m, k] u [k, r]
-void shrink(float* t, LoraIn x, const float* u, int64_t m, int64_t k, int64_t r, float factor, const Dropout& drop) {
+// Columns d.. of `count` rows of x from row `from`, dropped; the rows of dst are `ld` apart.
+void fetch_rows(float* dst, int64_t ld, LoraIn x, int64_t k, int64_t from, int64_t count, int64_t d, int64_t cols,
+                int64_t ahead, const Dropout& drop) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t first = (from + i) * k + d;
+    fetch(dst + i * ld, x, first, cols);
+    prefetch(x, first + ahead, cols);
+    if (drop) drop(dst + i * ld, from + i, d, cols);
+  }
+}
+
+// shrink for m <= kRows: the factor is most of the traffic, so threads share its rows, and each packs its own on the
+// way. The blocks of the sum depend on k alone, and are added in order.
+void shrink_few(float* t, LoraIn x, LoraIn f, bool transposed, int64_t m, int64_t k, int64_t r, float factor,
+                const Dropout& drop) {
+  const int64_t parts = blocks(k, kDepth);
+  const Buffer partial(parts * m * r);
+  parallel_for(0, parts, grain(kDepth * (m * (r + kMove) + r * kMove)), [&](int64_t begin, int64_t end) {
+    alignas(64) float rows[kRows * kDepth], u[kDepth * kRanks], sums[kRows * kRanks];
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t d = part * kDepth, depth = at_most(k - d, kDepth);
+      fetch_rows(rows, kDepth, x, k, 0, m, d, depth, kDepth, drop);
+      for (int64_t rank = 0; rank < r; rank += kRanks) {
+        const int64_t ranks = at_most(r - rank, kRanks), ld = padded(ranks, W);
+        pack_rows(u, ld, f, transposed, k, r, d, depth, rank, ranks);
+        run({sums, kRanks, rows, kDepth, 1, u, ld, depth, factor, false}, m, ld);
+        for (int64_t i = 0; i < m; ++i) put<false>({partial.p}, (part * m + i) * r + rank, sums + i * kRanks, ranks);
+      }
+    }
+  });
+  for (int64_t i = 0; i < m * r; ++i) {
+    t[i] = partial.p[i];
+    for (int64_t part = 1; part < parts; ++part) t[i] += partial.p[part * m * r + i];
+  }
+}
+
+// t [m, r] = factor * drop(x) [m, k] f [k, r]; f is stored as [r, k] if transposed.
+void shrink(float* t, LoraIn x, LoraIn f, bool transposed, int64_t m, int64_t k, int64_t r, float factor,
+            const Dropout& drop) {
+  if (m <= kRows) return shrink_few(t, x, f, transposed, m, k, r, factor, drop);
   const int64_t ld = padded(r, W);
+  const Buffer u(k * ld);
+  parallel_for(0, blocks(k, kDepth), grain(kDepth * r * kMove), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kDepth, rows = at_most(end * kDepth, k) - first;
+    pack_rows(u.p + first * ld, ld, f, transposed, k, r, first, rows, 0, r);
+  });
   parallel_for(0, blocks(m, kRows), grain(kRows * k * (r + kMove)), [&](int64_t begin, int64_t end) {
     alignas(64) float rows[kRows * kDepth], sums[kRows * kRanks];
     for (int64_t task = begin; task < end; ++task) {
@@ -333,12 +368,8 @@ void shrink(float* t, LoraIn x, const float* u, int64_t m, int64_t k, int64_t r,
         const int64_t ranks = at_most(r - rank, kRanks);
         for (int64_t d = 0; d < k; d += kDepth) {
           const int64_t depth = at_most(k - d, kDepth);
-          for (int64_t i = 0; i < count; ++i) {
-            fetch(rows + i * kDepth, x, (from + i) * k + d, depth);
-            prefetch(x, (from + i) * k + d + kDepth, depth);
-            if (drop) drop(rows + i * kDepth, from + i, d, depth);
-          }
-          run({sums, kRanks, rows, kDepth, 1, u + d * ld + rank, ld, depth, factor, d > 0}, count, padded(ranks, W));
+          fetch_rows(rows, kDepth, x, k, from, count, d, depth, kDepth, drop);
+          run({sums, kRanks, rows, kDepth, 1, u.p + d * ld + rank, ld, depth, factor, d > 0}, count, padded(ranks, W));
         }
         for (int64_t i = 0; i < count; ++i) put<false>({t}, (from + i) * r + rank, sums + i * kRanks, ranks);
       }
@@ -346,31 +377,41 @@ void shrink(float* t, LoraIn x, const float* u, int64_t m, int64_t k, int64_t r,
   });
 }
 
-// y [m, n] += factor * drop'(t [m, r] v [r, n])
-void expand(LoraOut y, const float* t, const float* v, int64_t m, int64_t n, int64_t r, float factor,
+// y [m, n] += factor * drop'(t [m, r] f [r, n]); f is stored as [n, r] if transposed.
+void expand(LoraOut y, const float* t, LoraIn f, bool transposed, int64_t m, int64_t n, int64_t r, float factor,
             const Dropout& drop) {
   constexpr int64_t rows = 8;
   const int64_t across = blocks(n, kCols);
-  parallel_for(0, blocks(m, kBand) * across, grain(at_most(m, kBand) * kCols * (r + kMove)),
-               [&](int64_t begin, int64_t end) {
-                 alignas(64) float sums[rows * kCols];
-                 for (int64_t task = begin; task < end; ++task) {
-                   const int64_t col = task % across * kCols, cols = at_most(n - col, kCols);
-                   const int64_t top = task / across * kBand, bottom = at_most(m, top + kBand);
-                   const bool direct = y.type == Dtype::f32 && !drop && cols % W == 0;
-                   for (int64_t from = top; from < bottom; from += rows) {
-                     const int64_t count = at_most(bottom - from, rows);
-                     for (int64_t i = 0; i < count; ++i) prefetch(y, (from + i + rows) * n + col, cols);
-                     float* const c = direct ? static_cast<float*>(y.data) + from * n + col : sums;
-                     run({c, direct ? n : kCols, t + from * r, r, 1, v + col * r, kCols, r, factor, direct}, count,
-                         padded(cols, W));
-                     for (int64_t i = 0; i < count && !direct; ++i) {
-                       if (drop) drop(sums + i * kCols, from + i, col, cols);
-                       put<true>(y, (from + i) * n + col, sums + i * kCols, cols);
-                     }
-                   }
-                 }
-               });
+  // As in shrink: packed once for all bands or, if there is one band only, on the way.
+  const bool packed = m > kBand || r > kRanks;
+  const Buffer all(packed ? across * kCols * r : 0);
+  parallel_for(0, packed ? across : 0, grain(kCols * r * kMove), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t col = block * kCols;
+      pack_columns(all.p + col * r, f, transposed, n, r, col, at_most(n - col, kCols));
+    }
+  });
+  const int64_t work = at_most(m, kBand) * (r + kMove) + (packed ? 0 : r * kMove);
+  parallel_for(0, blocks(m, kBand) * across, grain(kCols * work), [&](int64_t begin, int64_t end) {
+    alignas(64) float sums[rows * kCols], block[kRanks * kCols];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t col = task % across * kCols, cols = at_most(n - col, kCols);
+      const int64_t top = task / across * kBand, bottom = at_most(m, top + kBand);
+      if (!packed) pack_columns(block, f, transposed, n, r, col, cols);
+      const float* v = packed ? all.p + col * r : block;
+      const bool direct = y.type == Dtype::f32 && !drop && cols % W == 0;
+      for (int64_t from = top; from < bottom; from += rows) {
+        const int64_t count = at_most(bottom - from, rows);
+        for (int64_t i = 0; i < count; ++i) prefetch(y, (from + i + rows) * n + col, cols);
+        float* const c = direct ? static_cast<float*>(y.data) + from * n + col : sums;
+        run({c, direct ? n : kCols, t + from * r, r, 1, v, kCols, r, factor, direct}, count, padded(cols, W));
+        for (int64_t i = 0; i < count && !direct; ++i) {
+          if (drop) drop(sums + i * kCols, from + i, col, cols);
+          put<true>(y, (from + i) * n + col, sums + i * kCols, cols);
+        }
+      }
+    }
+  });
 }
 
 // d [r, n] = factor * t^T [r, m] drop(u) [m, n], written as [n, r] if transposed
@@ -387,11 +428,7 @@ void wgrad(LoraOut d, bool transposed, const float* t, LoraIn u, int64_t m, int6
         if (m == 0) std::memset(sums, 0, sizeof(sums));
         for (int64_t from = 0; from < m; from += kSlab) {
           const int64_t count = at_most(m - from, kSlab);
-          for (int64_t i = 0; i < count; ++i) {
-            fetch(rows + i * kCols, u, (from + i) * n + col, cols);
-            prefetch(u, (from + i + kSlab) * n + col, cols);
-            if (drop) drop(rows + i * kCols, from + i, col, cols);
-          }
+          fetch_rows(rows, kCols, u, n, from, count, col, cols, kSlab * n, drop);
           run({sums, kCols, t + from * r + rank, 1, r, rows, kCols, count, factor, from > 0}, ranks, padded(cols, W));
         }
         if (!transposed) {
@@ -415,11 +452,8 @@ void wgrad(LoraOut d, bool transposed, const float* t, LoraIn u, int64_t m, int6
 void lora_add(const LoraShape& s, LoraOut y, LoraIn x, LoraIn a, LoraIn b, float scale, const LoraDropout& drop,
               float* t) {
   if (s.m == 0 || s.r == 0) return;
-  const Buffer u(s.k * padded(s.r, W)), v(padded(s.n, kCols) * s.r);
-  pack_rows(u.p, a, true, s.k, s.r);
-  shrink(t, x, u.p, s.m, s.k, s.r, drop.scale(), Dropout(drop));
-  pack_columns(v.p, b, true, s.n, s.r);
-  expand(y, t, v.p, s.m, s.n, s.r, scale, {});
+  shrink(t, x, a, true, s.m, s.k, s.r, drop.scale(), Dropout(drop));
+  expand(y, t, b, true, s.m, s.n, s.r, scale, {});
 }
 
 void lora_backward(const LoraShape& s, LoraOut dx, LoraIn g, LoraIn x, LoraIn a, LoraIn b, const float* t, float scale,
@@ -428,14 +462,10 @@ void lora_backward(const LoraShape& s, LoraOut dx, LoraIn g, LoraIn x, LoraIn a,
   if (db.data) wgrad(db, true, t, g, s.m, s.n, s.r, scale, {});
   if (!dx.data && !da.data) return;
   // The factor of what dropout keeps goes into dt, for both of its uses.
-  const Buffer dt(s.m * s.r), u(s.n * padded(s.r, W));
-  pack_rows(u.p, b, false, s.n, s.r);
-  shrink(dt.p, g, u.p, s.m, s.n, s.r, scale * drop.scale(), {});
+  const Buffer dt(s.m * s.r);
+  shrink(dt.p, g, b, false, s.m, s.n, s.r, scale * drop.scale(), {});
   if (da.data) wgrad(da, false, dt.p, x, s.m, s.k, s.r, 1.0f, Dropout(drop));
-  if (!dx.data) return;
-  const Buffer v(padded(s.k, kCols) * s.r);
-  pack_columns(v.p, a, false, s.k, s.r);
-  expand(dx, dt.p, v.p, s.m, s.k, s.r, 1.0f, Dropout(drop));
+  if (dx.data) expand(dx, dt.p, a, false, s.m, s.k, s.r, 1.0f, Dropout(drop));
 }
 
 }  // namespace pk::PK_ISA

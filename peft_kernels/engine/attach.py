@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .method import Method, Tuner, method_of
 from .roles import resolve
-from .site import Adapters, Parts, Site, adapted, base_modules, base_parameters, is_adapted
+from .site import Adapters, Parts, Site, adapted, adapters_of, base_class, base_modules, base_parameters, is_adapted
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -64,18 +64,18 @@ def names_of(model: nn.Module, name: str | None) -> list[str]:
     return list(state.adapters) if name is None else [name]
 
 
-def adapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of the modules that carry tuners."""
+def all_adapters(model: nn.Module) -> Iterator[tuple[str, Adapters]]:
+    """(path, module.peft) of the modules that carry tuners."""
     for path, module in base_modules(model):
-        if isinstance(module._modules.get("peft"), Adapters):
-            yield path, module
+        if (adapters := adapters_of(module)) is not None:
+            yield path, adapters
 
 
 def tuners(model: nn.Module, name: str) -> Iterator[tuple[str, Tuner]]:
     """(path of the site, tuner) of one adapter, in model order."""
-    for path, module in adapted_modules(model):
-        if name in module.peft:
-            yield path, module.peft[name]
+    for path, adapters in all_adapters(model):
+        if name in adapters.tuners:
+            yield path, adapters.tuners[name]
 
 
 def attach(
@@ -128,7 +128,7 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
     for _, p in base_parameters(model):
         p.requires_grad_(False)
     for site, tuner in _by_module(built):
-        _swap(site).put(name, tuner.train(site.module.training))
+        _swap(site).tuners[name] = tuner.train(site.module.training)
     state.adapters[name] = adapter
     state.active.append(name)
     vars(model)[_KEY] = state
@@ -194,11 +194,11 @@ def _guard(model: nn.Module, chosen: list[tuple[Method, Site]]) -> None:
                     f"{site.name} is inside torch.nn.TransformerEncoderLayer, whose fast path skips the tuner; call "
                     "torch.backends.mha.set_fastpath_enabled(False) first"
                 )
-            if isinstance(module._modules.get("peft"), Adapters) and any(t.opaque for _, t in module.peft.items()):
+            if (above := adapters_of(module)) is not None and any(t.opaque for t in above.tuners.values()):
                 raise ValueError(
                     f"{site.name} is inside a module that is trained whole, so a tuner there would never run"
                 )
-        hidden = [p for p, m in adapted_modules(site.module) if any(p or not t.opaque for _, t in m.peft.items())]
+        hidden = [p for p, a in all_adapters(site.module) if any(p or not t.opaque for t in a.tuners.values())]
         if cfg.tuner.opaque and hidden:
             raise ValueError(
                 f"{cfg.key} replaces {site.name or 'the model'} whole and would hide tuners in it; detach them first"
@@ -215,20 +215,19 @@ def _guard(model: nn.Module, chosen: list[tuple[Method, Site]]) -> None:
 def _swap(site: Site) -> Adapters:
     """Gives the site's module its `peft` and the class that runs it; a second adapter finds them there."""
     module = site.module
-    if is_adapted(module):
-        return module.peft
-    site.lifted = vars(module).pop("forward", None)
-    module.__class__ = adapted(type(module))
-    module._modules["peft"] = Adapters(site)
-    return module.peft
+    if (adapters := adapters_of(module)) is None:
+        site.lifted = vars(module).pop("forward", None)
+        module.__class__ = adapted(type(module))
+        adapters = module._modules["peft"] = Adapters(site)
+    return adapters
 
 
 def refresh(model: nn.Module) -> None:
     """Rebuilds every chain from the active, unmerged adapters."""
     state = state_of(model)
     running = [n for n in state.active if n not in state.merged]
-    for _, module in adapted_modules(model):
-        module.peft.activate(running)
+    for _, adapters in all_adapters(model):
+        adapters.activate(running)
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -241,8 +240,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 
     state = state_of(model)
     names = names_of(model, name)
-    leaving = [m for _, m in adapted_modules(model) if all(n in names for n, _ in m.peft.items())]
-    for module in leaving:
+    leaving = [a for _, a in all_adapters(model) if all(n in names for n in a.tuners)]
+    for module in (a.module for a in leaving):
         if not is_adapted(module):
             raise RuntimeError(
                 f"a class was laid over {type(module).__name__} after attach (fully_shard?); undo that before detach"
@@ -254,16 +253,16 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             )
     if state.merged and state.stash is not None:
         unmerge(model)
-    for module in leaving:
-        site = module.peft.site
+    for adapters in leaving:
+        module, lifted = adapters.module, adapters.site.lifted
         vars(module).pop("forward", None)  # a bound leftover of our class, as removed hooks leave behind
         del module._modules["peft"]
-        module.__class__ = type(module).base_class
-        if site.lifted is not None:
-            module.forward = site.lifted
-    for _, module in adapted_modules(model):
+        module.__class__ = base_class(module)
+        if lifted is not None:
+            vars(module)["forward"] = lifted
+    for _, adapters in all_adapters(model):
         for n in names:
-            module.peft._modules.pop(n, None)
+            adapters.tuners.pop(n, None)
     for n in names:
         del state.adapters[n]
     state.active = [n for n in state.active if n not in names]
@@ -283,10 +282,10 @@ def rename(model: nn.Module, old: str, new: str) -> nn.Module:
     names_of(model, old)
     if not _NAME.fullmatch(new) or new in state.adapters:
         raise ValueError(f"adapter name {new!r}; expected a new name of letters, digits, '_' and '-'")
-    for _, module in adapted_modules(model):
-        children = [(new if n == old else n, t) for n, t in module.peft.items()]
-        module.peft._modules.clear()
-        module.peft._modules.update(children)
+    for _, adapters in all_adapters(model):
+        renamed = [(new if n == old else n, t) for n, t in adapters.tuners.items()]
+        adapters.tuners.clear()
+        adapters.tuners.update(renamed)
     state.adapters = {(new if n == old else n): a for n, a in state.adapters.items()}
     state.active = [new if n == old else n for n in state.active]
     state.merged = [new if n == old else n for n in state.merged]

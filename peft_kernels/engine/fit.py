@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ def param_groups(model: nn.Module, lr: float | None = None) -> list[dict[str, An
     """Optimizer groups: the trainable tensors by learning rate, `lr` or each method's own."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, adapter in state_of(model).adapters.items():
-        rates = {part.method.tuner: part.method.lr for part in adapter.parts}
+        rates: dict[type, float] = {part.method.tuner: part.method.lr for part in adapter.parts}
         for _, tuner in tuners(model, name):
             for module in tuner.modules():
                 if type(module) in rates:
@@ -64,7 +64,7 @@ def fit(
     params = [p for group in groups for p in group["params"]]
     if not params:
         raise ValueError("nothing is trainable; load the adapter with trainable=True")
-    per_epoch = len(batches) if hasattr(batches, "__len__") else sum(1 for _ in batches)
+    per_epoch = len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
     if not per_epoch:
         raise ValueError("batches is empty; expected at least one batch")
     total = epochs * per_epoch

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .attach import adapted_modules, names_of, refresh, state_of
+from .attach import all_adapters, names_of, refresh, state_of
 from .method import NotMergeable, promoted
-from .site import Adapters, Site, base_modules, base_parameters
+from .site import Adapters, base_modules, base_parameters
 
 
 @dataclass(frozen=True)
@@ -52,31 +52,32 @@ def merge(model: nn.Module, name: str | None = None, *, into: None = None, stash
     names = [n for n in names_of(model, name) if name is not None or n in state.active]
     if idle := [n for n in names if n not in state.active]:
         raise RuntimeError(f"{idle[0]} is not active; pk.set_active(model, ...) before merging it")
-    places = [(path, m) for path, m in adapted_modules(model) if any(n in m.peft for n in names)]
-    for path, module in places:
-        _check(path, module.peft, names, state.active)
+    places = [(path, a) for path, a in all_adapters(model) if any(n in a.tuners for n in names)]
+    for path, adapters in places:
+        _check(path, adapters, names, state.active)
     _check_ties(model, places)
 
-    for path, module in places:  # first pass: nothing is written until every weight is known to be finite
-        for key, value in _folded(module, names).items():
+    for path, adapters in places:  # first pass: nothing is written until every weight is known to be finite
+        for key, value in _folded(adapters, names).items():
             if not torch.isfinite(value).all():
                 raise RuntimeError(f"{path}.{key} would not be finite after the merge; the model is unchanged")
     before: dict[str, Tensor | None] = {}
     numbers, rounding, created = 0, 0.0, []
-    for path, module in places:
-        for key, value in _folded(module, names).items():
+    for path, adapters in places:
+        for key, value in _folded(adapters, names).items():
             full = f"{path}.{key}" if path else key
-            owner, leaf = _owner(module, key)
+            owner, leaf = _owner(adapters.module, key)
             target = owner._parameters[leaf]
             if target is None:
-                owner._parameters[leaf] = nn.Parameter(value.to(owner.weight.dtype), requires_grad=False)
+                dtype = next(owner.parameters()).dtype
+                target = owner._parameters[leaf] = nn.Parameter(value.to(dtype), requires_grad=False)
                 before[full] = None
                 created.append(full)
             else:
                 before[full] = target.detach().clone() if stash else None
                 with torch.no_grad():
                     target.copy_(value)
-            stored = owner._parameters[leaf].detach()
+            stored = target.detach()
             numbers += stored.numel()
             if stored.numel() and stored.device.type != "meta":
                 rounding = max(rounding, (stored.to(value.dtype) - value).abs().max().item())
@@ -99,37 +100,37 @@ def unmerge(model: nn.Module) -> nn.Module:
             modules[path]._parameters[leaf] = None
         else:
             with torch.no_grad():
-                modules[path]._parameters[leaf].copy_(value)
+                dict(modules[path].named_parameters(recurse=False))[leaf].copy_(value)
     state.merged, state.stash = [], None
     refresh(model)
     return model
 
 
 def _check(path: str, adapters: Adapters, names: list[str], active: list[str]) -> None:
-    stack = [n for n, _ in adapters.items() if n in active]
+    stack = [n for n in adapters.tuners if n in active]
     below = [n for n in stack[: 1 + max(stack.index(n) for n in names if n in stack)] if n not in names]
     if below:
         raise RuntimeError(
             f"{path}: {below[0]} lies below in the stack and would not be merged; merge it too or deactivate it"
         )
     for n in names:
-        if n in adapters and not adapters[n].mergeable:
+        if n in adapters.tuners and not adapters.tuners[n].mergeable:
             raise NotMergeable(
-                f"{path}: {type(adapters[n]).__name__} of {n!r} has no weight-space form; it cannot be merged"
+                f"{path}: {type(adapters.tuners[n]).__name__} of {n!r} has no weight-space form; it cannot be merged"
             )
-    module = adapters.site.module
-    if adapters.site.lifted is not None and any(p.device.type == "meta" for p in module.parameters(recurse=False)):
+    offloaded = any(p.device.type == "meta" for p in adapters.module.parameters(recurse=False))
+    if adapters.site.lifted is not None and offloaded:
         raise RuntimeError(f"{path}: its weights are offloaded; load the whole model before merging")
 
 
-def _check_ties(model: nn.Module, places: list[tuple[str, nn.Module]]) -> None:
+def _check_ties(model: nn.Module, places: list[tuple[str, Adapters]]) -> None:
     owners: dict[int, list[str]] = {}
     for path, module in base_modules(model):
         for leaf, p in module._parameters.items():
             if p is not None:
                 owners.setdefault(id(p), []).append(f"{path}.{leaf}" if path else leaf)
-    for path, module in places:
-        for _, p in base_parameters(module):
+    for path, adapters in places:
+        for _, p in base_parameters(adapters.module):
             outside = [o for o in owners[id(p)] if path and not o.startswith(path + ".")]
             if outside:
                 raise RuntimeError(
@@ -137,13 +138,13 @@ def _check_ties(model: nn.Module, places: list[tuple[str, nn.Module]]) -> None:
                 )
 
 
-def _folded(module: nn.Module, names: list[str]) -> dict[str, Tensor]:
+def _folded(adapters: Adapters, names: list[str]) -> dict[str, Tensor]:
     """The module's parameters, by path inside it, with the tuners of `names` folded in, in fp32 or wider."""
-    site: Site = module.peft.site
+    site, module = adapters.site, adapters.module
     with torch.no_grad():
         own = dict(base_parameters(module)) if site.kind == "module" else _own(module)
         params = {key: p.detach().to(promoted(p.dtype)) for key, p in own.items()}
-        for n, tuner in module.peft.items():
+        for n, tuner in adapters.tuners.items():
             if n in names:
                 params = {key: v.to(promoted(v.dtype)) for key, v in tuner.folded(site, params).items()}
     return params

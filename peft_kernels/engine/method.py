@@ -61,17 +61,22 @@ class Method:
         return self
 
     def to_json(self) -> dict[str, Any]:
-        return {"method": self.key, **dataclasses.asdict(self)}
+        return {"method": self.key, **{f.name: getattr(self, f.name) for f in fields(self)}}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Method:
         """The inverse of to_json; ValueError on an unknown method or field."""
-        fields = dict(data)
-        cls = method_of(fields.pop("method", None))
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := set(fields) - known:
+        values = dict(data)
+        cls = method_of(values.pop("method", ""))
+        known = {f.name for f in fields(cls)}
+        if unknown := set(values) - known:
             raise ValueError(f"{cls.key} has no field {sorted(unknown)}; it has {sorted(known)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def fields(method: Method | type[Method]) -> tuple[dataclasses.Field, ...]:
+    """The hyper-parameters of a method."""
+    return dataclasses.fields(method)  # type: ignore[arg-type]  # every subclass is a dataclass
 
 
 class NotMergeable(RuntimeError):
@@ -133,8 +138,8 @@ class Replica(Tuner):
         return self.copy(*args, **kwargs)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        own = self.copy.weight.T if self.transposed else self.copy.weight
-        return own, getattr(self.copy, "bias", None)
+        own = dict(self.copy.named_parameters(recurse=False))
+        return own["weight"].T if self.transposed else own["weight"], own.get("bias")
 
     def folded(self, site: Site, params: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.copy.named_parameters()}

@@ -14,7 +14,22 @@ from torch import nn
 from .site import Site, base_modules, matches
 
 # Every word that is a role and not a glob.
-ROLES = ("q", "k", "v", "o", "up", "gate", "down", "attn", "ffn", "norm", "embed", "block", "head", "model")
+ROLES: tuple[str, ...] = (
+    "q",
+    "k",
+    "v",
+    "o",
+    "up",
+    "gate",
+    "down",
+    "attn",
+    "ffn",
+    "norm",
+    "embed",
+    "block",
+    "head",
+    "model",
+)
 ROLES += tuple(f"cross.{role}" for role in ("q", "k", "v", "o", "attn"))
 
 _T5_FFN = "block.#.layer.#.DenseReluDense"
@@ -111,7 +126,7 @@ def resolve(
 ) -> list[Site]:
     """The sites that roles or globs pick, in model order. ValueError for a target that matches nothing."""
     modules = dict(base_modules(model))
-    exclude = [test for pattern in exclude for test, _, _ in _tests(model, pattern)]
+    skips = [test for pattern in exclude for test, _, _ in _tests(model, pattern)]
     sites: dict[tuple[str, tuple[int, int] | None], Site] = {}
     for target in targets:
         found = 0
@@ -120,7 +135,7 @@ def resolve(
                 if test(path):
                     found += 1
                     rows = _rows(path, module, part)
-                    if not any(skip(path) for skip in exclude):
+                    if not any(skip(path) for skip in skips):
                         sites.setdefault((path, rows), Site(path, module, role, rows, seed))
         if not found:
             raise ValueError(f"target {target!r} matches nothing in {type(model).__name__}; {_hint(model, modules)}")
@@ -138,7 +153,9 @@ def _tests(model: nn.Module, target: str) -> list[tuple[Callable[[str], bool], t
     if target == "model":
         return [(lambda path: path == "", None, "model")]
     if target == "*":  # everything but the task head, which is trained whole or not at all unless it is named
-        heads = [test for pattern in FAMILIES.get(family(model), {}).get("head", ()) for test, _ in [_pattern(pattern)]]
+        heads = [
+            test for pattern in FAMILIES.get(family(model) or "", {}).get("head", ()) for test, _ in [_pattern(pattern)]
+        ]
         return [(lambda path: path != "" and not any(h(p) for p in _prefixes(path) for h in heads), None, "")]
     if target not in ROLES:
         return [(lambda path: path != "" and matches(path, target), None, "")]
@@ -163,7 +180,8 @@ def _prefixes(path: str) -> list[str]:
 def _pattern(pattern: str) -> tuple[Callable[[str], bool], tuple[int, int] | None]:
     path, _, rows = pattern.partition("[")
     expression = re.compile(r"(?:.*\.)?" + re.escape(path).replace(r"\#", r"\d+"))
-    part = tuple(int(n) for n in rows[:-1].split("/")) if rows else None
+    index, _, of = rows[:-1].partition("/")
+    part = (int(index), int(of)) if rows else None
     return lambda candidate: expression.fullmatch(candidate) is not None, part
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import types
 import zlib
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
-        return self._rows(self._oriented(self.module.weight))
+        return self._rows(self._oriented(self._weight))
 
     @property
     def bias(self) -> Tensor | None:
@@ -77,6 +78,10 @@ class Site:
         params = {"weight": self._oriented(weight)}
         return params if bias is None else {**params, "bias": bias}
 
+    @property
+    def _weight(self) -> Tensor:
+        return cast(Tensor, self.module.weight)
+
     def _oriented(self, weight: Tensor) -> Tensor:
         return weight.T if self.transposed else weight
 
@@ -89,11 +94,11 @@ class Site:
         """The frozen module itself."""
         if self.lifted is not None:
             return self.lifted(*args, **kwargs)
-        return type(self.module).base_class.forward(self.module, *args, **kwargs)
+        return base_class(self.module).forward(self.module, *args, **kwargs)
 
     def apply(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         """The module's function of x with other weights."""
-        dtype = self.module.weight.dtype
+        dtype = self._weight.dtype
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         if self.kind == "linear":
             return F.linear(x, weight, bias)
@@ -135,11 +140,11 @@ class Site:
 
     def replicate(self) -> nn.Module:
         """A trainable deep copy of the module (ties inside it stay ties), in the module's own dtype."""
-        tuners = self.module._modules.get("peft")
-        replica = copy.deepcopy(self.module, {id(tuners): None} if tuners is not None else {})
-        if tuners is not None:
+        adapters = adapters_of(self.module)
+        replica = copy.deepcopy(self.module, {} if adapters is None else {id(adapters): None})
+        if adapters is not None:
             del replica._modules["peft"]
-            replica.__class__ = type(self.module).base_class
+            replica.__class__ = base_class(self.module)
         for p in replica.parameters():
             p.requires_grad_(p.is_floating_point())
         return replica
@@ -182,7 +187,7 @@ class Base:
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """(weight, bias) of everything below, as if it were merged."""
-        if self.tuner is None:
+        if self.tuner is None or self.below is None:
             return self.site.weight, self.site.bias
         return self.tuner.fold(*self.below.effective())
 
@@ -193,20 +198,17 @@ class _PartBase:
     innermost = False
     fresh = False  # y is a view of the fused output
 
-    def __init__(self, site: Site, base: Base, x: Tensor, y: Tensor):
-        self.site, self.base, self.x, self.y = site, base, x, y
+    def __init__(self, site: Site, rows: slice, base: Base, x: Tensor, y: Tensor):
+        self.site, self.rows, self.base, self.x, self.y = site, rows, base, x, y
 
     def __call__(self, x: Tensor) -> Tensor:
-        start, stop = self.site.rows
         if x is self.x:
-            return self.y[..., start:stop]
-        weight, bias = self.effective()  # the tuner changed the input, so its rows are computed anew
-        return self.site.apply(weight, bias, x)
+            return self.y[..., self.rows]
+        return self.site.apply(*self.effective(), x)  # the tuner changed the input: its rows are computed anew
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.base.effective()
-        start, stop = self.site.rows
-        return weight[start:stop], None if bias is None else bias[start:stop]
+        return weight[self.rows], None if bias is None else bias[self.rows]
 
 
 class Parts(Tuner):
@@ -221,43 +223,44 @@ class Parts(Tuner):
             self.site_name = site.name
             self._modules[label] = tuner
 
+    def parts(self) -> Iterator[tuple[Site, slice, Tuner]]:
+        for label, site in self.sites.items():
+            start, stop = site.rows or (0, site.n_out)
+            yield site, slice(start, stop), cast(Tuner, self._modules[label])
+
     @property
     def mergeable(self) -> bool:
-        return all(t.mergeable for t in self._modules.values())
+        return all(tuner.mergeable for _, _, tuner in self.parts())
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         y = base(x)
-        tuned = {
-            self.sites[label].rows: tuner(_PartBase(self.sites[label], base, x, y), x)
-            for label, tuner in self._modules.items()
-        }
+        tuned = [(rows, tuner(_PartBase(site, rows, base, x, y), x).to(y.dtype)) for site, rows, tuner in self.parts()]
         return _assemble(y, tuned, dim=-1)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        weights, biases = {}, {}
-        for label, tuner in self._modules.items():
-            start, stop = rows = self.sites[label].rows
-            w, b = tuner.fold(weight[start:stop], None if bias is None else bias[start:stop])
-            weights[rows] = w
+        weights, biases = [], []
+        for _, rows, tuner in self.parts():
+            w, b = tuner.fold(weight[rows], None if bias is None else bias[rows])
+            weights.append((rows, w))
             if b is not None:
-                biases[rows] = b
+                biases.append((rows, b))
         if biases and bias is None:
             bias = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
-        return _assemble(weight, weights, dim=0), _assemble(bias, biases, dim=0) if biases else bias
+        return _assemble(weight, weights, dim=0), None if bias is None else _assemble(bias, biases, dim=0)
 
     def changes(self) -> tuple[int, int]:
-        changed, rank = zip(*(t.changes() for t in self._modules.values()), strict=True)
+        changed, rank = zip(*(tuner.changes() for _, _, tuner in self.parts()), strict=True)
         return sum(changed), sum(rank)
 
 
-def _assemble(whole: Tensor, parts: dict[tuple[int, int], Tensor], dim: int) -> Tensor:
+def _assemble(whole: Tensor, parts: list[tuple[slice, Tensor]], dim: int) -> Tensor:
     """`whole` with the given ranges along `dim` replaced, without writing into it."""
     pieces, at = [], 0
-    for (start, stop), part in sorted(parts.items(), key=lambda item: item[0]):
-        if start > at:
-            pieces.append(whole.narrow(dim, at, start - at))
-        pieces.append(part.to(whole.dtype) if dim == -1 else part)
-        at = stop
+    for rows, part in sorted(parts, key=lambda item: item[0].start):
+        if rows.start > at:
+            pieces.append(whole.narrow(dim, at, rows.start - at))
+        pieces.append(part)
+        at = rows.stop
     if at < whole.shape[dim]:
         pieces.append(whole.narrow(dim, at, whole.shape[dim] - at))
     return torch.cat(pieces, dim=dim)
@@ -271,31 +274,32 @@ class Adapters(nn.Module):
         self.site = site
         self.chain = Base(site)
 
-    def __getitem__(self, name: str) -> Tuner:
-        return self._modules[name]
+    @property
+    def module(self) -> nn.Module:
+        return self.site.module
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._modules
+    # Tuners live in _modules without add_module: an adapter may be called "train" or "half" like an attribute.
 
-    def items(self) -> Iterator[tuple[str, Tuner]]:
-        return iter(self._modules.items())
-
-    def put(self, name: str, tuner: Tuner) -> None:
-        # Not add_module: an adapter may be called "train" or "half" like an nn.Module attribute.
-        self._modules[name] = tuner
+    @property
+    def tuners(self) -> dict[str, Tuner]:
+        return cast(dict[str, Tuner], self._modules)
 
     def activate(self, names: list[str]) -> None:
         """Rebuilds the chain from the named tuners, in attach order."""
         chain = Base(self.site)
-        for name, tuner in self._modules.items():
+        for name, tuner in self.tuners.items():
             if name in names:
                 chain = Base(self.site, chain, tuner)
         self.chain = chain
 
 
-@functools.cache
+_adapted: dict[type, type] = {}
+
+
 def adapted(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass a module with tuners gets: the same name, signature, parameters and pickling as `cls`."""
+    if cls in _adapted:
+        return _adapted[cls]
 
     @functools.wraps(cls.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -306,7 +310,13 @@ def adapted(cls: type[nn.Module]) -> type[nn.Module]:
 
     names = ("__module__", "__qualname__", "__doc__")
     namespace = {**{n: getattr(cls, n) for n in names}, "forward": forward, "__reduce_ex__": __reduce_ex__}
-    return type(cls)(cls.__name__, (cls,), {**namespace, "base_class": cls})
+    _adapted[cls] = types.new_class(cls.__name__, (cls,), exec_body=lambda ns: ns.update(namespace, base_class=cls))
+    return _adapted[cls]
+
+
+def base_class(module: nn.Module) -> Any:
+    """The class that an adapted module had before."""
+    return type(module).base_class  # type: ignore[attr-defined]
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
@@ -314,10 +324,15 @@ def _rebuild(cls: type[nn.Module]) -> nn.Module:
     return swapped.__new__(swapped)
 
 
+def adapters_of(module: nn.Module) -> Adapters | None:
+    """`module.peft`, or None where nothing is attached."""
+    found = module._modules.get("peft")
+    return found if isinstance(found, Adapters) else None
+
+
 def is_adapted(module: nn.Module) -> bool:
-    return "base_class" in type(module).__dict__ and isinstance(
-        module.__dict__.get("_modules", {}).get("peft"), Adapters
-    )
+    """Whether the module's class is ours, with no other laid over it."""
+    return "base_class" in type(module).__dict__ and adapters_of(module) is not None
 
 
 def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -251,7 +251,8 @@ class Op:
 
     def _row(self, kernel: _Kernel | None, reasons: dict[str, str]) -> dict:
         name = kernel.name if kernel else "reference"
-        return {"op": self.name, "backend": name, "reasons": {**self._absent, **reasons}}
+        why = {b: f"it serves {serves} tensors" for b, _, serves in BACKENDS if b != name} if kernel else {}
+        return {"op": self.name, "backend": name, "reasons": {**why, **self._absent, **reasons}}
 
     def _tell(self, kernel: _Kernel | None, reasons: dict[str, str]) -> None:
         row = self._row(kernel, reasons)
@@ -268,7 +269,9 @@ class Op:
             if serves != device and not (name == "triton" and _interpreting()):
                 continue
             module, reason = _module(self.family, suffix)
-            if module is not None and not hasattr(module, self.name):
+            if module is not None and device == "cuda" and not torch.cuda.is_available():
+                reason = "torch sees no CUDA device"
+            elif module is not None and not hasattr(module, self.name):
                 reason = f"{self.family} has no {name} kernel for this op"
             elif module is not None:
                 reason = module.unavailable(device) or (_unverified(module) if device == "cuda" else "")
@@ -314,6 +317,7 @@ class Op:
 
 
 def _keep(ctx, op: Op, args: tuple, out: Any) -> None:
+    assert op.gradient is not None  # only differentiable ops come here
     kept = op.gradient.keep(args, out)
     ctx.op, ctx.backend = op, _thread.backend
     ctx.constants = tuple(None if isinstance(k, Tensor) else k for k in kept)

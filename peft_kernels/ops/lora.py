@@ -100,8 +100,8 @@ def _layouts(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tuple]]:
         if name == "transposed":
             x, a, b, y = x.transpose(0, 1), a.T.contiguous().T, b.T.contiguous().T, y.transpose(0, 1)
         if name == "expanded":
-            x, bias, y = x[:1].expand_as(x), None, y[:1].expand_as(y)
-        yield name, (x, w, bias, a, b, y, -0.5 if name == "odd" else 2.0, p, rng)
+            x, y = x[:1].expand_as(x), y[:1].expand_as(y)
+        yield name, (x, w, None if name == "expanded" else bias, a, b, y, -0.5 if name == "odd" else 2.0, p, rng)
 
 
 def _add_samples(dtype, device):
