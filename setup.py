@@ -178,6 +178,7 @@ setup(
         *(f"{KERNELS}.{init.parent.name}" for init in sorted(ROOT.glob("csrc/*/__init__.py"))),
     ],
     package_dir={KERNELS: "csrc"},
+    package_data={"peft_kernels": ["py.typed"]},
     include_package_data=False,  # or every source of csrc would land in the wheel
     ext_modules=[] if PLAN.kind == "none" else [Extension("peft_kernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

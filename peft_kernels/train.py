@@ -529,7 +529,7 @@ def draw(path: Path, log: list[dict[str, Any]], summary: dict[str, Any]) -> None
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     low, high = min([base, *values]), max([base, *values])
     margin = max(1.0, 0.25 * (high - low))
-    right.set(xlim=(0.5, len(epochs) + 0.5), ylim=(low - margin, high + margin))
+    right.set(xlim=(0.5, len(epochs) + 0.5), ylim=(low - margin, high + 2 * margin))  # room for the legend
     right.legend(frameon=False, loc="best")
     figure.savefig(path, dpi=150)
 

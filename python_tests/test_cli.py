@@ -19,24 +19,30 @@ FILLER = ["the", "one", "big", "old"]
 WRITTEN = {"adapter_config.json", "adapter_model.safetensors", "log.jsonl", "curves.png", "summary.json"}
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *ANIMALS, *FOODS, *FILLER]
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *ANIMALS, *FOODS, *FILLER]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+
+def save_tokenizer(directory, **special):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", **special).save_pretrained(directory)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    from transformers import BertConfig, BertModel
+
     directory = tmp_path_factory.mktemp("model")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(directory)
+    save_tokenizer(directory, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(words),
+        vocab_size=len(WORDS),
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -157,6 +163,17 @@ def test_tune_offers_every_method(capsys, model_dir, data_file, tmp_path, method
     code, out, err = tune(capsys, model_dir, data_file, tmp_path / "out", "--method", method, "--epochs", 1)
     assert code == 0, err
     assert json.loads(out)["method"]["method"] == method
+
+
+def test_tune_takes_a_decoder_without_padding_token(capsys, data_file, tmp_path):
+    from transformers import GPT2Config, GPT2Model
+
+    config = GPT2Config(vocab_size=len(WORDS), n_embd=32, n_layer=2, n_head=2, n_positions=32, eos_token_id=3)
+    GPT2Model(config).save_pretrained(tmp_path / "gpt2")
+    save_tokenizer(tmp_path / "gpt2", eos_token="[SEP]")
+    code, out, err = tune(capsys, tmp_path / "gpt2", data_file, tmp_path / "out")
+    assert code == 0, err
+    assert json.loads(out)["merge"]["same"] == 32
 
 
 def test_existing_output_needs_force(capsys, model_dir, data_file, tmp_path):

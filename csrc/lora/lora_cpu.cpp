@@ -20,7 +20,7 @@ constexpr int64_t kBand = 64;        // rows of one expand task
 constexpr int64_t kSlab = 32;        // rows that wgrad sums before it goes to the next columns of the tile
 constexpr int64_t kRanks = 64;       // ranks of one pass over x or g
 constexpr int64_t kMove = 16;        // multiply-adds in the time of moving one element
-constexpr int64_t kGrain = 1 << 19;  // multiply-adds that pay for waking a thread
+constexpr int64_t kGrain = 1 << 20;  // multiply-adds that pay for waking a thread
 
 PK_INLINE int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
 PK_INLINE int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
