@@ -282,17 +282,19 @@ def probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], seed: int =
     order = random.Random(seed).sample(range(len(y)), len(y))
     order.sort(key=y.__getitem__)  # by class: every tenth is then a tenth of each class
     chosen, rest = order[5::10], [i for n, i in enumerate(order) if n % 10 != 5]
+    # Each fit starts from the one before, which is several times faster and ends at the same place: the loss is convex.
     best, limit = 1.0, 2000
+    model = LogisticRegression(max_iter=limit, tol=1e-6, warm_start=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # reported as "converged" instead
         if chosen and len(set(y[rest])) > 1:
-            scores, model = {}, LogisticRegression(max_iter=limit, warm_start=True)
-            for c in (0.3, 1.0, 3.0, 10.0, 30.0, 100.0):
+            scores = {}
+            for c in (0.3, 1.0, 3.0, 10.0, 30.0):
                 scores[c] = model.set_params(C=c).fit(x[rest], y[rest]).score(x[chosen], y[chosen])
             best = max(scores, key=scores.get)
-        final = LogisticRegression(C=best, max_iter=limit).fit(x, y)
-    converged = bool(final.n_iter_.max() < limit)
-    return {"accuracy": float(final.score(x_test, y_test)), "C": best, "converged": converged}
+        model.set_params(C=best, warm_start=False).fit(x, y)
+    converged = bool(model.n_iter_.max() < limit)
+    return {"accuracy": float(model.score(x_test, y_test)), "C": best, "converged": converged}
 
 
 # -- the job ----------------------------------------------------------------------------------------------------------

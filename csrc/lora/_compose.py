@@ -15,7 +15,7 @@ DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 def why_not(*args) -> str:
     """The reason why kernels of these primitives cannot serve the arguments of a LoRA op, or ""."""
     for a in args:
-        if isinstance(a, torch.Tensor) and a.dtype not in DTYPES and a.dtype != torch.int64:
+        if type(a) is not float and isinstance(a, torch.Tensor) and a.dtype not in DTYPES and a.dtype != torch.int64:
             return f"no kernel for {a.dtype}"
     return ""
 

@@ -11,11 +11,11 @@ VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct
 
 
 def add_(*args):
-    return torch.ops._peft_kernels.lora_add_(*args)
+    return torch.ops._peft_kernels.lora_add_.default(*args)
 
 
 def backward_(*args):
-    return torch.ops._peft_kernels.lora_backward_(*args)
+    return torch.ops._peft_kernels.lora_backward_.default(*args)
 
 
 lora_add, lora_add_, lora_add_backward, lora_linear, lora_linear_backward = compose(add_, backward_)

@@ -22,7 +22,7 @@ def why_not_rescale(x, l) -> str:
 def rescale(x, l):
     if x.dtype == l.dtype:
         return x.contiguous() * l  # one dtype: torch's own product is as fast
-    return torch.ops._peft_kernels.rescale(x.contiguous(), l.contiguous())
+    return torch.ops._peft_kernels.rescale.default(x.contiguous(), l.contiguous())
 
 
 def why_not_rescale_backward(g, x, l, needs) -> str:
@@ -30,4 +30,4 @@ def why_not_rescale_backward(g, x, l, needs) -> str:
 
 
 def rescale_backward(g, x, l, needs):
-    return torch.ops._peft_kernels.rescale_backward(g.contiguous(), x.contiguous(), l.contiguous(), *needs)
+    return torch.ops._peft_kernels.rescale_backward.default(g.contiguous(), x.contiguous(), l.contiguous(), *needs)

@@ -59,6 +59,7 @@ def _known(name: str, origin: str) -> str:
 _default = os.environ.get("PEFT_KERNELS_BACKEND") or None
 if _default:
     _known(_default, "PEFT_KERNELS_BACKEND")
+_plain_settings = not (_default or _STRICT or _EXPLAIN)
 
 
 @contextmanager
@@ -88,14 +89,15 @@ def recording() -> Iterator[list[dict]]:
 class Gradient:
     """How an op is differentiated.
 
-    keep(args, outputs) -> tuple: what backward needs (tensors and constants).
-    backward(kept, grads, needs) -> tuple: one gradient (or None) per argument; `needs` says which are wanted. It calls
-    backward ops, which have no Gradient of their own: with grad mode on (create_graph) those run as their reference, so
-    second derivatives are those of plain torch. Kept outputs carry no history, hence must not be used then.
+    keep(args, outputs) -> (tensors, constants): what backward needs; a tensor may be None.
+    backward(tensors, constants, grads, needs) -> tuple: one gradient (or None) per argument; `needs` says which are
+    wanted. It calls backward ops, which have no Gradient of their own: with grad mode on (create_graph) those run as
+    their reference, so second derivatives are those of plain torch. Kept outputs carry no history, hence must not be
+    used then.
     """
 
-    keep: Callable[[tuple, Any], tuple]
-    backward: Callable[[tuple, tuple, tuple], tuple]
+    keep: Callable[[tuple, Any], tuple[tuple, tuple]]
+    backward: Callable[[tuple, tuple, tuple, tuple], tuple]
 
 
 class Sample(NamedTuple):
@@ -117,6 +119,7 @@ class _Kernel(NamedTuple):
     name: str
     why_not: Callable[..., str]
     run: Callable[..., Any]
+    wanted: bool  # False for Triton's interpreter, which is for tests: asked for by name only
     run_: Callable[..., Any] | None  # the form that writes into the first argument
 
 
@@ -181,10 +184,11 @@ class Op:
         needed = False
         plain = torch._C._len_torch_dispatch_stack() == 0 and not torch._C._is_any_autocast_enabled()
         for a in args:
-            if isinstance(a, Tensor):
-                kind = type(a)
-                plain = plain and (kind is Tensor or kind is torch.nn.Parameter)
+            kind = type(a)
+            if kind is Tensor or kind is torch.nn.Parameter:
                 needed = needed or (grad and a.requires_grad)
+            elif isinstance(a, Tensor):
+                plain, needed = False, needed or (grad and a.requires_grad)
         if needed and self.gradient is None:
             return self.reference(*args)
         if not plain:
@@ -195,6 +199,10 @@ class Op:
 
     def run(self, *args: Any, inplace: bool = False) -> Any:
         """Chooses a backend and runs it, below autograd."""
+        if _thread.backend is None and _thread.record is None and _plain_settings:  # choose() for the usual case
+            for kernel in self._kernels.get(args[0].device.type, ()):
+                if kernel.wanted and not kernel.why_not(*args):
+                    return kernel.run_(*args) if inplace and kernel.run_ is not None else kernel.run(*args)
         kernel, reasons = self.choose(*args)
         if _thread.record is not None or _EXPLAIN:
             self._tell(kernel, reasons)
@@ -219,8 +227,8 @@ class Op:
         for kernel in kernels:
             if name is not None and kernel.name != name:
                 continue
-            if kernel.name == "triton" and device == "cpu" and name is None:
-                continue  # the interpreter is for tests: asked for by name only
+            if name is None and not kernel.wanted:
+                continue
             reason = kernel.why_not(*args)
             if not reason:
                 return kernel, reasons
@@ -279,7 +287,8 @@ class Op:
                 self._absent[name] = reason
                 continue
             why_not = getattr(module, f"why_not_{self.name}", None) or module.why_not
-            kernels.append(_Kernel(name, why_not, getattr(module, self.name), getattr(module, self.name + "_", None)))
+            run, run_ = getattr(module, self.name), getattr(module, self.name + "_", None)
+            kernels.append(_Kernel(name, why_not, run, serves == device, run_))
         self._kernels[device] = kernels
         return kernels
 
@@ -318,21 +327,23 @@ class Op:
 
 def _keep(ctx, op: Op, args: tuple, out: Any) -> None:
     assert op.gradient is not None  # only differentiable ops come here
-    kept = op.gradient.keep(args, out)
-    ctx.op, ctx.backend = op, _thread.backend
-    ctx.constants = tuple(None if isinstance(k, Tensor) else k for k in kept)
-    ctx.save_for_backward(*(k if isinstance(k, Tensor) else None for k in kept))
+    tensors, constants = op.gradient.keep(args, out)
+    ctx.kept = op, constants, _thread.backend
+    ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, *grads):
-    kept = tuple(c if t is None else t for t, c in zip(ctx.saved_tensors, ctx.constants, strict=True))
-    needs = ctx.needs_input_grad
+    return _differentiate(ctx, ctx.needs_input_grad, grads)
+
+
+def _differentiate(ctx, needs: tuple, grads: tuple) -> tuple:
     if grads[0] is None:
         return (None,) * len(needs)
-    before, _thread.backend = _thread.backend, ctx.backend
+    op, constants, backend = ctx.kept
+    before, _thread.backend = _thread.backend, backend
     try:
-        return ctx.op.gradient.backward(kept, grads, needs)
+        return op.gradient.backward(ctx.saved_tensors, constants, grads, needs)
     finally:
         _thread.backend = before
 
@@ -344,27 +355,15 @@ class _Short(torch.autograd.Function):
     def forward(ctx, op: Op, inplace: bool, *args):
         out = op.run(*args, inplace=inplace)
         _keep(ctx, op, args, out)
-        first = out if isinstance(out, Tensor) else out[0]
-        if first is args[0]:
-            ctx.mark_dirty(first)
-        if not isinstance(out, Tensor):
+        if inplace and out[0] is args[0]:
+            ctx.mark_dirty(out[0])
+        if type(out) is tuple:
             ctx.mark_non_differentiable(*out[1:])
         return out
 
     @staticmethod
     def backward(ctx, *grads):
-        ctx_needs = ctx.needs_input_grad
-        return None, None, *_backward(_Shifted(ctx, ctx_needs[2:]), *grads)
-
-
-class _Shifted:
-    """A Function's ctx seen by `_backward`: without the two leading arguments that are not the op's."""
-
-    __slots__ = ("constants", "saved_tensors", "op", "backend", "needs_input_grad")
-
-    def __init__(self, ctx, needs: tuple):
-        self.constants, self.saved_tensors = ctx.constants, ctx.saved_tensors
-        self.op, self.backend, self.needs_input_grad = ctx.op, ctx.backend, needs
+        return None, None, *_differentiate(ctx, ctx.needs_input_grad[2:], grads)
 
 
 def all_ops() -> dict[str, Op]:

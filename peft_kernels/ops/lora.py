@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _philox
-from ._checks import check
 from ._op import Cost, Gradient, Op, Sample
 
 # -- references -------------------------------------------------------------------------------------------------------
@@ -157,8 +156,8 @@ def _wanted(grads: tuple, needs: tuple) -> tuple:
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
-def _add_gradient(kept, grads, needs):
-    x, a, b, t, scale, p, rng = kept
+def _add_gradient(tensors, constants, grads, needs):
+    (x, a, b, t, rng), (scale, p) = tensors, constants
     wanted = (needs[1], needs[2], needs[3])
     if not any(wanted):
         return grads[0], *(None,) * 6
@@ -167,8 +166,8 @@ def _add_gradient(kept, grads, needs):
     return grads[0], *_wanted(out, wanted), None, None, None
 
 
-def _linear_gradient(kept, grads, needs):
-    x, w, a, b, t, scale, p, rng = kept
+def _linear_gradient(tensors, constants, grads, needs):
+    (x, w, a, b, t, rng), (scale, p) = tensors, constants
     if needs[1] or needs[2]:
         raise RuntimeError("lora_linear: w and bias are frozen; train them through F.linear and lora_add")
     wanted = (needs[0], needs[3], needs[4])
@@ -184,7 +183,7 @@ _add = Op(
     reference=_add_reference,
     samples=_add_samples,
     cost=lambda y, x, a, b, *_: _cost(x, a, b, 1, (y, y, x)),
-    gradient=Gradient(lambda args, out: (*args[1:4], out[1], *args[4:]), _add_gradient),
+    gradient=Gradient(lambda args, out: ((*args[1:4], out[1], args[6]), args[4:6]), _add_gradient),
     autocast=(0, 1),
 )
 
@@ -195,33 +194,31 @@ _linear = Op(
     reference=_linear_reference,
     samples=_linear_samples,
     cost=lambda x, w, bias, a, b, *_: _cost(x, a, b, 1, (x, bias, F.linear(x.to("meta"), w.to("meta"))), w),
-    gradient=Gradient(lambda args, out: (*args[:2], *args[3:5], out[1], *args[5:]), _linear_gradient),
+    gradient=Gradient(lambda args, out: ((*args[:2], *args[3:5], out[1], args[7]), args[5:7]), _linear_gradient),
     autocast=(0, 1, 2),
 )
 
 
 def _checked(op: str, x: Tensor, a: Tensor, b: Tensor, scale, p: float, rng: Tensor | None):
     """The arguments shared by both ops, checked; a tensor scale moves into b, where autograd and capture follow it."""
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != x.shape[-1] or b.shape[1] != a.shape[0]:
+    xs, as_, bs = x.shape, a.shape, b.shape
+    if len(as_) != 2 or len(bs) != 2 or as_[1] != xs[-1] or bs[1] != as_[0]:
         raise ValueError(
-            f"{op}: a {tuple(a.shape)} and b {tuple(b.shape)} do not fit x {tuple(x.shape)}; "
-            f"expected a [r, {x.shape[-1]}] and b [out, r]"
+            f"{op}: a {tuple(as_)} and b {tuple(bs)} do not fit x {tuple(xs)}; expected a [r, {xs[-1]}] and b [out, r]"
         )
     if a.device != x.device or b.device != x.device:
         raise ValueError(f"{op}: x is on {x.device}, a on {a.device}, b on {b.device}; move them to one device")
-    check(a.dtype == b.dtype, op, lambda: f"a is {a.dtype} and b {b.dtype}; give both the same dtype")
-    if p:
-        check(0 <= p <= 1, op, lambda: f"p is {p}; expected a probability from 0 to 1")
-        check(
-            rng is not None and rng.dtype == torch.int64 and rng.shape == (2,) and rng.device == x.device,
-            op,
-            lambda: (
-                f"dropout p={p} needs rng, an int64[2] tensor (seed, offset) on {x.device}; draw one with "
-                "torch.randint(2**62, (2,), device=x.device)"
-            ),
-        )
-    else:
+    if a.dtype != b.dtype:
+        raise ValueError(f"{op}: a is {a.dtype} and b {b.dtype}; give both the same dtype")
+    if not p:
         rng = None
+    elif not 0 <= p <= 1:
+        raise ValueError(f"{op}: p is {p}; expected a probability from 0 to 1")
+    elif rng is None or rng.dtype != torch.int64 or rng.shape != (2,) or rng.device != x.device:
+        raise ValueError(
+            f"{op}: dropout p={p} needs rng, an int64[2] tensor (seed, offset) on {x.device}; draw one with "
+            "torch.randint(2**62, (2,), device=x.device)"
+        )
     if isinstance(scale, Tensor):
         b, scale = b * scale, 1.0
     return b, float(scale), float(p), rng
@@ -249,11 +246,8 @@ def lora_add_(
 
 def _add_args(op, y, x, a, b, scale, p, rng):
     b, scale, p, rng = _checked(op, x, a, b, scale, p, rng)
-    check(
-        y.shape[:-1] == x.shape[:-1] and y.shape[-1:] == b.shape[:1],
-        op,
-        lambda: f"y is {tuple(y.shape)}; expected {(*x.shape[:-1], b.shape[0])} from x and b",
-    )
+    if y.shape != (*x.shape[:-1], b.shape[0]):
+        raise ValueError(f"{op}: y is {tuple(y.shape)}; expected {(*x.shape[:-1], b.shape[0])} from x and b")
     return y, x, a, b, scale, p, rng
 
 
@@ -275,11 +269,8 @@ def lora_linear(
     and b. If w or bias does require grad, the op falls back to F.linear followed by lora_add, which trains them too.
     """
     b, scale, p, rng = _checked("lora_linear", x, a, b, scale, p, rng)
-    check(
-        w.dim() == 2 and w.shape == (b.shape[0], x.shape[-1]),
-        "lora_linear",
-        lambda: f"w is {tuple(w.shape)}; expected [{b.shape[0]}, {x.shape[-1]}] from b and x",
-    )
+    if w.shape != (b.shape[0], x.shape[-1]):
+        raise ValueError(f"lora_linear: w is {tuple(w.shape)}; expected [{b.shape[0]}, {x.shape[-1]}] from b and x")
     if torch.is_grad_enabled() and (w.requires_grad or (bias is not None and bias.requires_grad)):
         return _add.call_(F.linear(x, w, bias), x, a, b, scale, p, rng)[0]
     return _linear(x, w, bias, a, b, scale, p, rng)[0]

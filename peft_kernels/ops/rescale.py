@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check
 from ._op import Cost, Gradient, Op, Sample
 
 # id: shape of x
@@ -69,8 +68,8 @@ _backward = Op(
 )
 
 
-def _gradient(kept, grads, needs):
-    x, l = kept
+def _gradient(tensors, constants, grads, needs):
+    x, l = tensors
     wanted = (needs[0], needs[1])
     dx, dl = _backward(grads[0], x, l, wanted)
     return dx if needs[0] else None, dl if needs[1] else None
@@ -83,7 +82,7 @@ _rescale = Op(
     reference=_reference,
     samples=_samples,
     cost=lambda x, l: Cost(x.numel(), 2 * x.numel() * x.element_size()),
-    gradient=Gradient(keep=lambda args, out: args, backward=_gradient),
+    gradient=Gradient(lambda args, out: (args, ()), _gradient),
 )
 
 
@@ -93,10 +92,9 @@ def rescale(x: Tensor, l: Tensor) -> Tensor:
     x [..., n] fp32, bf16, fp16 or fp64   l [n] of x's dtype or wider. Differentiable in both.
     Raises ValueError on shapes or devices that do not fit. Liu et al. 2022, arXiv:2205.05638.
     """
-    check(
-        l.dim() == 1 and x.dim() > 0 and l.shape[0] == x.shape[-1],
-        "rescale",
-        lambda: f"l is {tuple(l.shape)}; expected [{x.shape[-1] if x.dim() else 'n'}] from x {tuple(x.shape)}",
-    )
-    check(l.device == x.device, "rescale", lambda: f"x is on {x.device}, l on {l.device}; move them to one device")
+    if l.dim() != 1 or x.dim() == 0 or l.shape[0] != x.shape[-1]:
+        width = x.shape[-1] if x.dim() else "n"
+        raise ValueError(f"rescale: l is {tuple(l.shape)}; expected [{width}] from x {tuple(x.shape)}")
+    if l.device != x.device:
+        raise ValueError(f"rescale: x is on {x.device}, l on {l.device}; move them to one device")
     return _rescale(x, l)
