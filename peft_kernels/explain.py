@@ -52,9 +52,9 @@ def _probe(adapters: Adapters, name: str) -> list[dict[str, Any]]:
     if site.kind != "linear" or chain.below is None:
         return []
     x = torch.zeros(1, site.n_in, dtype=site.weight.dtype, device=site.weight.device)
-    with torch.no_grad(), recording() as choices:
+    with torch.no_grad(), torch.random.fork_rng(), recording() as choices:
         chain.below(x)
-    below = len(choices)
-    with torch.no_grad(), recording() as choices:
+        below = len(choices)
+        choices.clear()
         chain(x)
-    return choices[below:]
+        return choices[below:]

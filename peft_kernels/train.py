@@ -277,6 +277,7 @@ def probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], seed: int =
 
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     (x, y), (x_test, y_test) = ([t.numpy() for t in side] for side in (train, test))
     order = random.Random(seed).sample(range(len(y)), len(y))
@@ -285,7 +286,7 @@ def probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], seed: int =
     # Each fit starts from the one before, which is several times faster and ends at the same place: the loss is convex.
     best, limit = 1.0, 2000
     model = LogisticRegression(max_iter=limit, tol=1e-6, warm_start=True)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threadpool_limits(1):  # these matrices are too small to share out
         warnings.simplefilter("ignore", ConvergenceWarning)  # reported as "converged" instead
         if chosen and len(set(y[rest])) > 1:
             scores = {}

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from models import FAMILIES, MLP, make
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import peft_kernels as pk
@@ -845,3 +846,195 @@ def test_fully_sharded_training_equals_plain_training(tmp_path):
             pk.attach(late.model, pk.LoRA(rank=2))
     finally:
         dist.destroy_process_group()
+
+
+# -- what a reviewer broke once ---------------------------------------------------------------------------------------
+
+
+def test_a_sequential_keeps_its_own_steps():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)))
+    x = torch.randn(3, 6)
+    base = model(x)
+    pk.attach(model, pk.LoRA(rank=2), ("0",), train=("1",))
+    perturb(model)
+    adapted = model(x)
+    assert len(model[1]) == 3
+    assert isinstance(model[1][-1], nn.Linear)
+    assert len(model[1][:2]) == 2
+    with pk.disabled(model):
+        assert torch.equal(model(x), base)
+    pk.merge(model)
+    close(model(x), adapted)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("method", [pk.LoRA(rank=2), pk.BitFit()], ids=["lora", "bitfit"])
+def test_a_linear_with_a_forward_of_its_own_is_called(method):
+    model, x = nn.Sequential(Doubled(6, 5)), torch.randn(3, 6)
+    base = model(x)
+    pk.attach(model, method, ("0",))
+    assert torch.equal(model(x), base)
+    perturb(model)
+    assert not torch.equal(model(x), base)
+    with pytest.raises(RuntimeError, match="forward of its own"):
+        pk.merge(model)
+
+
+def test_a_merge_that_does_not_fit_the_dtype_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8).half())
+    pk.attach(model, pk.LoRA(rank=1, alpha=1.0), ("0",))
+    tuner = model[0].peft.tuners["default"]
+    tuner.a.data.fill_(400.0)
+    tuner.b.data.fill_(400.0)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="not be finite"):
+        pk.merge(model)
+    assert_same(model, before)
+
+
+def test_a_head_inside_a_module_trained_whole_is_trained_once():
+    case = make("bert")
+    pk.attach(case.model, pk.FullTuning(), train=("head",))
+    assert pk.counts(case.model).trainable == pk.counts(case.model).total
+    with pytest.raises(ValueError, match="trained whole already"):
+        pk.attach(make("bert").model, pk.LoRA(rank=2), ("classifier",), train=("head",))
+
+
+def test_two_roots_over_one_module_are_refused():
+    case = make("bert")
+    pk.attach(case.model.bert, pk.LoRA(rank=2))
+    for name in ("default", "other"):
+        with pytest.raises(ValueError, match="another module"):
+            pk.attach(case.model, pk.LoRA(rank=2), name=name)
+
+
+def test_batch_norm_comes_back_as_it_was():
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.randn(16, 6)
+    pk.attach(model, pk.FullTuning())
+    model(x)
+    tuned = model.eval()(x)
+    pk.merge(model)
+    close(model(x), tuned)
+    pk.detach(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    pk.attach(model.train(), pk.LoRA(rank=1), ("0",))
+    model(x)
+    pk.detach(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_hooks_of_a_module_trained_whole_run_once():
+    model, x = nn.Sequential(nn.Linear(6, 2)), torch.randn(3, 6)
+    model[0].register_forward_hook(lambda m, i, o: o * 2)
+    base = model(x)
+    pk.attach(model, pk.Head(), ("0",))
+    assert torch.equal(model(x), base)
+    planted = nn.Sequential(nn.Linear(6, 2))
+    planted[0].forward = planted[0].forward
+    with pytest.raises(ValueError, match="instance forward"):
+        pk.attach(planted, pk.Head(), ("0",))
+
+
+def test_roles_hold_where_globs_picked_the_modules():
+    by_role, by_glob = make("bert"), make("bert")
+    pk.attach(by_role.model, pk.IA3(feedforward="down"), ("k", "down"))
+    pk.attach(by_glob.model, pk.IA3(), ("*.key", "*layer.?.output.dense"))
+    assert pk.counts(by_role.model) == pk.counts(by_glob.model)
+    model = pk.attach(make("bert").model, pk.LoRA(rank=2, rank_pattern={"q": 4}), ("*.query",))
+    assert pk.counts(model).rank == 8
+    with pytest.raises(ValueError, match="'typo' matches none"):
+        pk.attach(make("bert").model, pk.LoRA(rank=2, rank_pattern={"typo": 4}))
+    case = make("gpt2")
+    pk.attach(case.model, pk.LoRA(rank=2), ("q", "v"), exclude=("q",))
+    assert pk.counts(case.model).rank == 4
+
+
+def test_load_by_name_takes_the_subdirectory(tmp_path):
+    case = make("bert")
+    pk.attach(case.model, pk.LoRA(rank=2))
+    pk.attach(case.model, pk.IA3(), name="scales")
+    pk.save(case.model, tmp_path)
+    model = pk.load(make("bert").model, tmp_path, "scales")
+    assert pk.counts(model) == dataclasses.replace(pk.counts(case.model, "scales"), trainable=0)
+
+
+def test_weights_and_config_of_two_saves_do_not_mix(tmp_path):
+    pk.save(attached("lora", "bert").model, tmp_path / "a")
+    other = pk.attach(make("bert").model, pk.LoRA(rank=2, alpha=1.0))
+    pk.save(other, tmp_path / "b")
+    (tmp_path / "b" / "adapter_config.json").replace(tmp_path / "a" / "adapter_config.json")
+    with pytest.raises(ValueError, match="not saved together"):
+        pk.load(make("bert").model, tmp_path / "a")
+
+
+def test_fit_takes_what_users_have():
+    x, y = torch.randn(8, 12), torch.zeros(8, dtype=torch.long)
+    case = make("mlp")
+    pk.attach(case.model, pk.Head(), ("out",))
+    loss = torch.nn.functional.cross_entropy
+    with pytest.raises(ValueError, match="an iterator"):
+        pk.fit(case.model, ((x, y) for _ in range(2)), loss_fn=loss, progress=False)
+    log = pk.fit(case.model, [(x, y)], loss_fn=loss, progress=False, lr=0.5, warmup=0)
+    assert log[0]["lr"] == 0.5
+
+
+def test_two_adapters_change_a_number_once():
+    model = nn.Sequential(nn.Linear(8, 8))
+    for name in ("one", "two"):
+        pk.attach(model, pk.LoRA(rank=5), ("0",), name=name)
+    assert (pk.counts(model).changed, pk.counts(model).rank) == (64, 8)
+
+
+@pytest.mark.parametrize("name", ["chain", "site", "train", "half"])
+def test_any_name_will_do(name):
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+    base = model(x)
+    pk.attach(model, pk.LoRA(rank=1), ("0",), name=name)
+    assert torch.equal(model.train()(x), base)
+    pk.detach(model, name)
+    with pytest.raises(ValueError, match="flag of every torch module"):
+        pk.attach(model, pk.LoRA(rank=1), ("0",), name="training")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"rank": "8"}, {"rank": 2.5}, {"alpha": "x"}, {"alpha": float("nan")}, {"rslora": 1}]
+)
+def test_fields_are_checked_by_type(fields):
+    with pytest.raises(ValueError, match="expected"):
+        pk.LoRA(**fields)
+
+
+def test_forward_mode_and_second_derivatives_of_an_adapted_model():
+    case = attached("lora", "mlp", torch.float64)
+    perturb(case.model)
+    x = case.inputs["x"].clone().requires_grad_()
+    tangent = torch.randn_like(x)
+    jacobian = torch.autograd.functional.jacobian(case.model, x)
+    expected = (jacobian * tangent).sum((-2, -1))
+    with torch.autograd.forward_ad.dual_level():
+        out = case.model(torch.autograd.forward_ad.make_dual(x, tangent))
+        close(torch.autograd.forward_ad.unpack_dual(out).tangent, expected, torch.float64)
+    close(torch.func.jvp(case.model, (x,), (tangent,))[1], expected, torch.float64)
+    assert torch.autograd.gradgradcheck(case.model, (x,), fast_mode=True)
+
+
+def test_reentrant_checkpointing_repeats_the_draw():
+    case = attached("lora", "mlp")
+    perturb(case.model).train()
+    x = case.inputs["x"].clone().requires_grad_()
+
+    def gradients(run):
+        torch.manual_seed(3)
+        case.model.zero_grad()
+        run(x).sum().backward()
+        return [p.grad.clone() for p in case.model.parameters() if p.grad is not None]
+
+    checkpointed = gradients(lambda x: torch.utils.checkpoint.checkpoint(case.model, x, use_reentrant=True))
+    for ours, plain in zip(checkpointed, gradients(case.model), strict=True):
+        close(ours, plain)

@@ -149,6 +149,25 @@ def test_create_graph(op, name, device):
             _assert_as_good(o, p, t, sample.id)
 
 
+@pytest.mark.parametrize(("rows", "k", "n"), [(300, 768, 700), (1, 4096, 4096), (2000, 96, 3000)])
+def test_thread_count_does_not_change_a_bit_of_a_large_call(rows, k, n):
+    """Large enough that every loop is really dealt out to threads."""
+    x, g, y = torch.randn(rows, k), torch.randn(rows, n), torch.zeros(rows, n)
+    a, b, rng, before = torch.randn(16, k), torch.randn(n, 16), torch.tensor([1, 2]), torch.get_num_threads()
+    try:
+        outs = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with pk.backend("cpu"):
+                added, t = OPS["lora_add"].run(y, x, a, b, 1.0, 0.1, rng)
+                back = OPS["lora_add_backward"].run(g, x, a, b, t, 1.0, 0.1, rng, (True, True, True))
+                outs.append((added, t, *back, *OPS["rescale_backward"].run(g, g, g[0], (True, True))))
+        for other in outs[1:]:
+            assert all(torch.equal(p, q) for p, q in zip(outs[0], other, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
 @every_differentiable
 def test_functorch(op):
     sample = next(iter(op.samples(torch.float32, "cpu")))
@@ -162,7 +181,9 @@ def test_functorch(op):
 
     a = sample.args[i]
     tangent = torch.randn_like(a)
-    assert torch.equal(torch.func.grad(lambda a: call(a).sum())(a), torch.func.grad(lambda a: plain(a).sum())(a))
+    leaf = a.clone().requires_grad_()
+    (kernel_grad,) = torch.autograd.grad(call(leaf).sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda a: call(a).sum())(a), kernel_grad)
     for ours, theirs in zip(
         torch.func.jvp(call, (a,), (tangent,)), torch.func.jvp(plain, (a,), (tangent,)), strict=True
     ):

@@ -41,6 +41,7 @@ class State:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     requires_grad: dict[str, bool] = field(default_factory=dict)  # of the base parameters before the first attach
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # before it too: BatchNorm moves them while training
     merged: list[str] = field(default_factory=list)
     stash: dict[str, Tensor | None] | None = None  # base values before the merge; None: a parameter the merge created
 
@@ -117,14 +118,25 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
         raise ValueError(f"adapter name {name!r}; expected letters, digits, '_' and '-'")
     if name in state.adapters:
         raise ValueError(f"adapter {name!r} is attached already; choose another name or pk.detach(model, {name!r})")
+    if name == "training":
+        raise ValueError("adapter name 'training' is a flag of every torch module; choose another")
     if state.merged:
         raise RuntimeError(f"{', '.join(state.merged)} is merged; pk.unmerge(model) before attaching another adapter")
+    for path, adapters in all_adapters(model):
+        if foreign := set(adapters.tuners) - set(state.adapters):
+            raise ValueError(
+                f"{path or 'the model'} carries {min(foreign)!r}, attached through another module; "
+                "use that module throughout, or detach it there first"
+            )
     chosen = _choose(model, adapter)
     _guard(model, chosen)
+    for _, site in chosen:
+        adapted(type(site.module))  # a class that cannot be extended stops here, before anything is changed
     built = [(site, cfg.tuner(cfg, site)) for cfg, site in chosen]
 
     if not state.adapters:
         state.requires_grad = {path: p.requires_grad for path, p in base_parameters(model)}
+        state.buffers = {path: b.clone() for path, b in _buffers(model)}
     for _, p in base_parameters(model):
         p.requires_grad_(False)
     for site, tuner in _by_module(built):
@@ -145,15 +157,24 @@ def _choose(model: nn.Module, adapter: Adapter) -> list[tuple[Method, Site]]:
         if not sites:
             kinds = ", ".join(sorted({s.kind for s in found})) or "nothing"
             raise ValueError(f"{part.method.key} cannot tune what {part.targets} match ({kinds}); choose other targets")
+        if part.method.tuner.opaque:
+            names = {site.name for site in sites}
+            chosen = {k: v for k, v in chosen.items() if not _inside(v[1].name, names)}
         for site in sites:
-            for key in [k for k, (_, s) in chosen.items() if _inside(s.name, site.name) and part.method.tuner.opaque]:
-                del chosen[key]
             chosen[(site.name, site.rows)] = (part.method.at(site), site)
+    whole = {site.name for cfg, site in chosen.values() if cfg.tuner.opaque}
+    chosen = {k: (c, s) for k, (c, s) in chosen.items() if not (s.name and _inside(s.name.rpartition(".")[0], whole))}
+    if not any(type(cfg) is type(adapter.parts[0].method) for cfg, _ in chosen.values()):
+        raise ValueError(
+            f"all targets of {adapter.parts[0].method.key} are trained whole already; choose other targets"
+        )
     return list(chosen.values())
 
 
-def _inside(path: str, other: str) -> bool:
-    return path == other or other == "" or path.startswith(other + ".")
+def _inside(path: str, names: set[str]) -> bool:
+    """Whether a module is one of `names` or inside one."""
+    parts = path.split(".")
+    return bool(names) and ("" in names or any(".".join(parts[: i + 1]) in names for i in range(len(parts))))
 
 
 def _by_module(built: list[tuple[Site, Tuner]]) -> list[tuple[Site, Tuner]]:
@@ -198,8 +219,14 @@ def _guard(model: nn.Module, chosen: list[tuple[Method, Site]]) -> None:
                 raise ValueError(
                     f"{site.name} is inside a module that is trained whole, so a tuner there would never run"
                 )
-        hidden = [p for p, a in all_adapters(site.module) if any(p or not t.opaque for t in a.tuners.values())]
-        if cfg.tuner.opaque and hidden:
+        if cfg.tuner.opaque and any("forward" in vars(m) for m in site.module.modules()):
+            raise ValueError(
+                f"{site.name or 'the model'} has an instance forward (an accelerate hook?); remove it first"
+            )
+        hidden = cfg.tuner.opaque and [
+            p for p, a in all_adapters(site.module) if any(p or not t.opaque for t in a.tuners.values())
+        ]
+        if hidden:
             raise ValueError(
                 f"{cfg.key} replaces {site.name or 'the model'} whole and would hide tuners in it; detach them first"
             )
@@ -251,7 +278,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             raise RuntimeError(
                 f"{type(module).__name__} got an instance forward after attach (an accelerate hook?); remove it first"
             )
-    if state.merged and state.stash is not None:
+    merged_for_good = bool(state.merged) and state.stash is None
+    if state.merged and not merged_for_good:
         unmerge(model)
     for adapters in leaving:
         module, lifted = adapters.module, adapters.site.lifted
@@ -272,6 +300,9 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         return model
     for path, p in base_parameters(model):
         p.requires_grad_(state.requires_grad.get(path, p.requires_grad))
+    for path, b in _buffers(model):
+        if path in state.buffers and not merged_for_good:
+            b.copy_(state.buffers[path])
     del vars(model)[_KEY]
     return model
 
@@ -321,7 +352,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        set_active(model, before)
+        if (state := vars(model).get(_KEY)) is not None:
+            set_active(model, [n for n in before if n in state.adapters])
 
 
 def _words(value: Any) -> tuple[str, ...]:
@@ -329,4 +361,15 @@ def _words(value: Any) -> tuple[str, ...]:
 
 
 def _numbers(layers: Any) -> tuple[int, ...] | None:
-    return None if layers is None else (layers,) if isinstance(layers, int) else tuple(layers)
+    numbers = None if layers is None else (layers,) if isinstance(layers, int) else tuple(layers)
+    if numbers is not None and not all(isinstance(n, int) for n in numbers):
+        raise ValueError(f"layers = {layers!r}; expected layer numbers such as 0, [0, 1] or [-1]")
+    return numbers
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(path, buffer) of the base model."""
+    for path, module in base_modules(model):
+        for name, b in module._buffers.items():
+            if b is not None:
+                yield f"{path}.{name}" if path else name, b

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .attach import names_of, tuners
-from .site import base_parameters
+from .site import base_modules, base_parameters
 from .store import tensors
 
 
@@ -44,13 +44,18 @@ class Counts:
 
 def counts(model: nn.Module, name: str | None = None) -> Counts:
     """Counts of one adapter (None: all attached). print() gives the survey's report."""
-    trainable = changed = rank = stored = size = 0
+    trainable = stored = size = 0
+    changes: dict[str, tuple[int, int]] = {}  # two adapters on one module change its numbers once
     for n in names_of(model, name):
-        for _, tuner in tuners(model, n):
+        for path, tuner in tuners(model, n):
             trainable += sum(p.numel() for p in tuner.parameters() if p.requires_grad)
-            c, r = tuner.changes()
-            changed, rank = changed + c, rank + r
+            (c, r), (changed, rank) = tuner.changes(), changes.get(path, (0, 0))
+            changes[path] = max(c, changed), rank + r
         values = tensors(model, n).values()
         stored += sum(t.numel() for t in values)
         size += sum(t.numel() * t.element_size() for t in values)
+    modules = dict(base_modules(model))
+    limits = {path: sum(min(p.shape) for _, p in base_parameters(modules[path]) if p.dim() == 2) for path in changes}
+    changed = sum(c for c, _ in changes.values())
+    rank = sum(min(r, limits[path]) for path, (_, r) in changes.items())
     return Counts(trainable, changed, rank, stored, sum(p.numel() for _, p in base_parameters(model)), size)

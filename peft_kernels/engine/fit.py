@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .attach import state_of, tuners
-from .method import method_of
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -21,13 +20,14 @@ def param_groups(model: nn.Module, lr: float | None = None) -> list[dict[str, An
     """Optimizer groups: the trainable tensors by learning rate, `lr` or each method's own."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, adapter in state_of(model).adapters.items():
-        rates: dict[type, float] = {part.method.tuner: part.method.lr for part in adapter.parts}
+        # The first part is the method, the others are modules trained beside it (train=...).
+        rates: dict[type, float] = {part.method.tuner: part.method.lr for part in adapter.parts[1:]}
+        method = adapter.parts[0].method
+        rates[method.tuner] = method.lr if lr is None else lr
         for _, tuner in tuners(model, name):
             for module in tuner.modules():
                 if type(module) in rates:
-                    rate = rates[type(module)]
-                    own = rate if lr is None or type(module) is method_of("head").tuner else lr
-                    groups.setdefault(own, []).extend(p for p in module.parameters() if p.requires_grad)
+                    groups.setdefault(rates[type(module)], []).extend(p for p in module.parameters() if p.requires_grad)
     return [{"params": params, "lr": rate} for rate, params in groups.items()]
 
 
@@ -64,7 +64,9 @@ def fit(
     params = [p for group in groups for p in group["params"]]
     if not params:
         raise ValueError("nothing is trainable; load the adapter with trainable=True")
-    per_epoch = len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
+    if iter(batches) is batches:
+        raise ValueError("batches is an iterator, which one epoch uses up; pass a list or a DataLoader")
+    per_epoch = _length(batches)
     if not per_epoch:
         raise ValueError("batches is empty; expected at least one batch")
     total = epochs * per_epoch
@@ -107,6 +109,13 @@ def fit(
     return log
 
 
+def _length(batches: Iterable) -> int:
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:  # a DataLoader over a stream has __len__ and raises all the same
+        return sum(1 for _ in batches)
+
+
 def _triangle(total: int, warmup: float) -> Callable[[int], float]:
     rising = max(1, round(total * warmup))
     return lambda step: min((step + 1) / rising, (total - step) / max(1, total - rising))
@@ -115,7 +124,7 @@ def _triangle(total: int, warmup: float) -> Callable[[int], float]:
 def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device)
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return {k: _to(v, device) for k, v in batch.items()}
     if isinstance(batch, (tuple, list)):
         return type(batch)(_to(v, device) for v in batch)
@@ -126,7 +135,7 @@ def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
     if loss_fn is not None:
         inputs, target = batch
         return loss_fn(model(inputs), target)
-    if not isinstance(batch, dict):
+    if not isinstance(batch, Mapping):
         raise ValueError(f"a batch is a {type(batch).__name__}; expected a dict for model(**batch), or pass loss_fn")
     loss = getattr(model(**batch), "loss", None)
     if loss is None:

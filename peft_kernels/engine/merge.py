@@ -57,31 +57,37 @@ def merge(model: nn.Module, name: str | None = None, *, into: None = None, stash
         _check(path, adapters, names, state.active)
     _check_ties(model, places)
 
-    for path, adapters in places:  # first pass: nothing is written until every weight is known to be finite
+    for path, adapters in places:  # first pass: nothing is written until every weight is known to fit its dtype
+        targets = _targets(adapters.module)
         for key, value in _folded(adapters, names).items():
-            if not torch.isfinite(value).all():
+            target = targets.get(key)
+            if not torch.isfinite(value if target is None else value.to(target.dtype)).all():
                 raise RuntimeError(f"{path}.{key} would not be finite after the merge; the model is unchanged")
     before: dict[str, Tensor | None] = {}
     numbers, rounding, created = 0, 0.0, []
-    for path, adapters in places:
-        for key, value in _folded(adapters, names).items():
-            full = f"{path}.{key}" if path else key
-            owner, leaf = _owner(adapters.module, key)
-            target = owner._parameters[leaf]
-            if target is None:
-                dtype = next(owner.parameters()).dtype
-                target = owner._parameters[leaf] = nn.Parameter(value.to(dtype), requires_grad=False)
-                before[full] = None
-                created.append(full)
-            else:
-                before[full] = target.detach().clone() if stash else None
-                with torch.no_grad():
-                    target.copy_(value)
-            stored = target.detach()
-            numbers += stored.numel()
-            if stored.numel() and stored.device.type != "meta":
-                rounding = max(rounding, (stored.to(value.dtype) - value).abs().max().item())
-    state.merged, state.stash = names, before if stash else None
+    state.merged, state.stash = names, before
+    try:
+        for path, adapters in places:
+            targets = _targets(adapters.module)
+            for key, value in _folded(adapters, names).items():
+                full, target = f"{path}.{key}" if path else key, targets.get(key)
+                before[full] = target.detach().clone() if stash and target is not None else None
+                if target is None:
+                    dtype = next(adapters.module.parameters()).dtype
+                    target = nn.Parameter(value.to(dtype), requires_grad=False)
+                    adapters.module._parameters[key] = target
+                    created.append(full)
+                else:
+                    with torch.no_grad():
+                        target.copy_(value)
+                numbers += target.numel()
+                if target.numel() and target.device.type != "meta":
+                    rounding = max(rounding, (target.detach().to(value.dtype) - value).abs().max().item())
+    except BaseException:
+        if stash:
+            unmerge(model)
+        raise
+    state.stash = before if stash else None
     refresh(model)
     return MergeReport(tuple(names), len(places), numbers, rounding, tuple(created))
 
@@ -100,7 +106,7 @@ def unmerge(model: nn.Module) -> nn.Module:
             modules[path]._parameters[leaf] = None
         else:
             with torch.no_grad():
-                dict(modules[path].named_parameters(recurse=False))[leaf].copy_(value)
+                _targets(modules[path])[leaf].copy_(value)
     state.merged, state.stash = [], None
     refresh(model)
     return model
@@ -118,6 +124,9 @@ def _check(path: str, adapters: Adapters, names: list[str], active: list[str]) -
             raise NotMergeable(
                 f"{path}: {type(adapters.tuners[n]).__name__} of {n!r} has no weight-space form; it cannot be merged"
             )
+        if n in adapters.tuners and not adapters.tuners[n].opaque and not adapters.site.plain:
+            kind = type(adapters.module).__name__
+            raise NotMergeable(f"{path}: {kind} has a forward of its own, so weights alone do not describe it")
     offloaded = any(p.device.type == "meta" for p in adapters.module.parameters(recurse=False))
     if adapters.site.lifted is not None and offloaded:
         raise RuntimeError(f"{path}: its weights are offloaded; load the whole model before merging")
@@ -142,18 +151,20 @@ def _folded(adapters: Adapters, names: list[str]) -> dict[str, Tensor]:
     """The module's parameters, by path inside it, with the tuners of `names` folded in, in fp32 or wider."""
     site, module = adapters.site, adapters.module
     with torch.no_grad():
-        own = dict(base_parameters(module)) if site.kind == "module" else _own(module)
-        params = {key: p.detach().to(promoted(p.dtype)) for key, p in own.items()}
+        params = {key: t.detach().to(promoted(t.dtype)) for key, t in _targets(module).items()}
         for n, tuner in adapters.tuners.items():
             if n in names:
+                if site.kind != "module" and "weight" not in params:
+                    raise NotMergeable(f"{site.name}: its weight is parametrized; remove the parametrization first")
                 params = {key: v.to(promoted(v.dtype)) for key, v in tuner.folded(site, params).items()}
     return params
 
 
-def _own(module: nn.Module) -> dict[str, Tensor]:
-    return {key: p for key, p in module._parameters.items() if p is not None}
-
-
-def _owner(module: nn.Module, key: str) -> tuple[nn.Module, str]:
-    path, _, leaf = key.rpartition(".")
-    return dict(base_modules(module))[path], leaf
+def _targets(module: nn.Module) -> dict[str, Tensor]:
+    """Floating parameters and buffers of the base under `module`, by path in it."""
+    tensors: dict[str, Tensor] = {}
+    for path, inner in base_modules(module):
+        for name, t in (*inner._parameters.items(), *inner._buffers.items()):
+            if t is not None and t.is_floating_point():
+                tensors[f"{path}.{name}" if path else name] = t
+    return tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -52,6 +53,24 @@ class Method:
         cls.key, cls.roles, cls.lr, cls.tiny, cls.kinds = key or cls.__name__.lower(), roles, lr, tiny, kinds
         _registry[cls.key] = cls
 
+    def __post_init__(self) -> None:
+        """Checks every field against its annotation; a word or a list where a tuple belongs becomes one."""
+        for field in fields(self):
+            value, kind = getattr(self, field.name), str(field.type).split("[")[0]
+            if kind == "tuple" and isinstance(value, (str, list)):
+                value = (value,) if isinstance(value, str) else tuple(value)
+                object.__setattr__(self, field.name, value)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            good = {
+                "int": number and isinstance(value, int),
+                "float": number and math.isfinite(value),
+                "bool": isinstance(value, bool),
+                "tuple": isinstance(value, tuple),
+                "dict": isinstance(value, dict),
+            }.get(kind, True)
+            if not good:
+                raise ValueError(f"{type(self).__name__} {field.name} = {value!r}; expected {field.type}")
+
     def select(self, sites: list[Site]) -> list[Site]:
         """Of the sites that match the targets, those the method can tune."""
         return [s for s in sites if self.kinds is None or s.kind in self.kinds]
@@ -71,7 +90,7 @@ class Method:
         known = {f.name for f in fields(cls)}
         if unknown := set(values) - known:
             raise ValueError(f"{cls.key} has no field {sorted(unknown)}; it has {sorted(known)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**values)
 
 
 def fields(method: Method | type[Method]) -> tuple[dataclasses.Field, ...]:
@@ -91,7 +110,7 @@ class Tuner(nn.Module):
     Where both exist they must agree (the fold law).
     """
 
-    fresh: ClassVar[bool] = False  # forward returns a tensor nobody else holds, which a tuner above may write into
+    fresh: bool = False  # forward returns a tensor nobody else holds, which a tuner above may write into
     opaque: ClassVar[bool] = False  # forward never calls the modules below: nothing else may tune them
 
     def __init_subclass__(cls, *, method: type[Method] | None = None):
@@ -142,7 +161,8 @@ class Replica(Tuner):
         return own["weight"].T if self.transposed else own["weight"], own.get("bias")
 
     def folded(self, site: Site, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self.copy.named_parameters()}
+        own = (*self.copy.named_parameters(), *self.copy.named_buffers())
+        return {name: t.detach() for name, t in own if name in params and t.is_floating_point()}
 
     def changes(self) -> tuple[int, int]:
         matrices = [p for p in self.copy.parameters() if p.dim() == 2]

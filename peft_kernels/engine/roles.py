@@ -125,8 +125,10 @@ def resolve(
     seed: int = 0,
 ) -> list[Site]:
     """The sites that roles or globs pick, in model order. ValueError for a target that matches nothing."""
+    if not targets:
+        raise ValueError("targets is empty; expected roles or globs over module paths")
     modules = dict(base_modules(model))
-    skips = [test for pattern in exclude for test, _, _ in _tests(model, pattern)]
+    skips = [(test, part) for pattern in exclude for test, part, _ in _tests(model, pattern)]
     sites: dict[tuple[str, tuple[int, int] | None], Site] = {}
     for target in targets:
         found = 0
@@ -135,7 +137,8 @@ def resolve(
                 if test(path):
                     found += 1
                     rows = _rows(path, module, part)
-                    if not any(skip(path) for skip in skips):
+                    if not any(skip(path) and _rows(path, module, p) in (None, rows) for skip, p in skips):
+                        role = role or _role(model, path)
                         sites.setdefault((path, rows), Site(path, module, role, rows, seed))
         if not found:
             raise ValueError(f"target {target!r} matches nothing in {type(model).__name__}; {_hint(model, modules)}")
@@ -185,6 +188,14 @@ def _pattern(pattern: str) -> tuple[Callable[[str], bool], tuple[int, int] | Non
     return lambda candidate: expression.fullmatch(candidate) is not None, part
 
 
+def _role(model: nn.Module, path: str) -> str:
+    """The role of a whole module that was picked by a glob, so that patterns by role hold there too."""
+    for role, patterns in FAMILIES.get(family(model) or "", {}).items():
+        if any(part is None and test(path) for test, part in map(_pattern, patterns)):
+            return role
+    return ""
+
+
 def _rows(path: str, module: nn.Module, part: tuple[int, int] | None) -> tuple[int, int] | None:
     if part is None:
         return None
@@ -196,11 +207,10 @@ def _rows(path: str, module: nn.Module, part: tuple[int, int] | None) -> tuple[i
 def _in_layers(sites: list[Site], layers: Sequence[int] | None) -> list[Site]:
     if layers is None:
         return sites
-    layers = [layers] if isinstance(layers, int) else list(layers)
     numbers = {n for s in sites if (n := layer_of(s.name)) is not None}
     depth = max(numbers, default=-1) + 1
     wanted = {n + depth if n < 0 else n for n in layers}
-    if unknown := wanted - numbers:
+    if unknown := {n for n in layers if (n + depth if n < 0 else n) not in numbers}:
         raise ValueError(
             f"layers {sorted(unknown)} do not exist among the targets; they are in layers {sorted(numbers)}"
         )

@@ -38,6 +38,8 @@ class Site:
         self.kind = _kind(module)
         # transformers' Conv1D keeps [in, out]; everybody above sees [out, in].
         self.transposed = self.kind == "linear" and not isinstance(module, nn.Linear)
+        # Its function is the one its class is known for, so weights alone describe it.
+        self.plain = self.transposed or _original(module).forward in (nn.Linear.forward, nn.LayerNorm.forward)
         self.lifted: Callable | None = None  # an instance `forward` found at attach: it is the innermost callable then
         self._drawn = 0
 
@@ -100,9 +102,9 @@ class Site:
         """The module's function of x with other weights."""
         dtype = self._weight.dtype
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        if self.kind == "linear":
+        if self.kind == "linear" and self.plain:
             return F.linear(x, weight, bias)
-        if isinstance(self.module, nn.LayerNorm):
+        if isinstance(self.module, nn.LayerNorm) and self.plain:
             return F.layer_norm(x, self.module.normalized_shape, weight, bias, self.module.eps)
         raise TypeError(
             f"{self.name}: {type(self.module).__name__} has no functional form; the tuner must write forward"
@@ -145,9 +147,15 @@ class Site:
         if adapters is not None:
             del replica._modules["peft"]
             replica.__class__ = base_class(self.module)
+        for hooks in (replica._forward_hooks, replica._forward_pre_hooks, replica._backward_hooks):
+            hooks.clear()  # they run on the module itself, around the replica
         for p in replica.parameters():
             p.requires_grad_(p.is_floating_point())
         return replica
+
+
+def _original(module: nn.Module) -> Any:
+    return base_class(module) if adapters_of(module) is not None else type(module)
 
 
 def _kind(module: nn.Module) -> str:
@@ -176,7 +184,8 @@ class Base:
     def __init__(self, site: Site, below: Base | None = None, tuner: Tuner | None = None):
         self.site, self.below, self.tuner = site, below, tuner
         # W may be used directly: nothing sits between this tuner and a dense linear.
-        self.innermost = tuner is None and site.kind == "linear" and site.lifted is None and site.rows is None
+        whole = site.kind == "linear" and site.plain and site.rows is None
+        self.innermost = tuner is None and whole and site.lifted is None
         # The output belongs to the caller, who may write into it.
         self.fresh = self.innermost if tuner is None else tuner.fresh
 
@@ -269,10 +278,13 @@ def _assemble(whole: Tensor, parts: list[tuple[slice, Tensor]], dim: int) -> Ten
 class Adapters(nn.Module):
     """`module.peft`: the tuners at one module by adapter name, bottom of the stack first, and the active chain."""
 
+    site: Site
+    chain: Base
+
     def __init__(self, site: Site):
         super().__init__()
-        self.site = site
-        self.chain = Base(site)
+        # Past nn.Module's attribute rules, or an adapter could not be called "site" or "chain".
+        vars(self).update(site=site, chain=Base(site))
 
     @property
     def module(self) -> nn.Module:
@@ -290,8 +302,19 @@ class Adapters(nn.Module):
         for name, tuner in self.tuners.items():
             if name in names:
                 chain = Base(self.site, chain, tuner)
-        self.chain = chain
+        vars(self)["chain"] = chain
 
+
+def _members(self: nn.Sequential) -> list[nn.Module]:
+    return [m for m in self._modules.values() if m is not None and not isinstance(m, Adapters)]
+
+
+# A Sequential takes all its children for steps of its own: ours is none.
+_SEQUENTIAL: dict[str, Any] = {
+    "__iter__": lambda self: iter(_members(self)),
+    "__len__": lambda self: len(_members(self)),
+    "__getitem__": lambda self, i: nn.Sequential(*_members(self)[i]) if isinstance(i, slice) else _members(self)[i],
+}
 
 _adapted: dict[type, type] = {}
 
@@ -310,6 +333,8 @@ def adapted(cls: type[nn.Module]) -> type[nn.Module]:
 
     names = ("__module__", "__qualname__", "__doc__")
     namespace = {**{n: getattr(cls, n) for n in names}, "forward": forward, "__reduce_ex__": __reduce_ex__}
+    if issubclass(cls, nn.Sequential):
+        namespace |= _SEQUENTIAL
     _adapted[cls] = types.new_class(cls.__name__, (cls,), exec_body=lambda ns: ns.update(namespace, base_class=cls))
     return _adapted[cls]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -61,12 +62,15 @@ def load(
 ) -> nn.Module:
     """Attaches a saved adapter, named as it was saved unless `name` says otherwise, and returns the model.
 
+    Where several were saved, `directory` holds "default" and, in a subdirectory, the one called `name`.
+
     FileNotFoundError if the directory holds none; ValueError if the file is broken, of another format, or belongs to
     another model. The model is untouched then. Loading reads safetensors and JSON only.
     """
     directory = Path(directory)
-    config = _read_config(directory)
-    values = _read_tensors(directory / WEIGHTS)
+    if name is not None and (directory / name / CONFIG).exists():
+        directory = directory / name  # several adapters were saved here
+    config, digest = _read_config(directory)
     try:
         parts = [
             Part(
@@ -80,6 +84,7 @@ def load(
         adapter, saved_name = Adapter(parts, config["seed"]), config["name"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{directory / CONFIG} is not a complete adapter configuration ({error!r})") from None
+    values = _read_tensors(directory / WEIGHTS, digest)
     name = saved_name if name is None else name
     attach_parts(model, name, adapter)
     try:
@@ -127,15 +132,18 @@ def _config(model: nn.Module, name: str) -> dict[str, Any]:
 def _write(place: Path, values: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Into a temporary directory beside `place`, synced, then renamed: a reader never sees half an adapter."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+    inside = place.exists()  # it may be a mount point, and a rename does not cross those
+    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place if inside else place.parent))
+    text = json.dumps(config, indent=1) + "\n"
     try:
         contiguous = {key: t.contiguous() for key, t in values.items()}
-        save_file(contiguous, temporary / WEIGHTS, metadata={"format": "pt"})
-        (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        # The digest ties the two files together: one replaced without the other is noticed.
+        save_file(contiguous, temporary / WEIGHTS, metadata={"format": "pt", "config": _digest(text)})
+        (temporary / CONFIG).write_text(text)
         for file in (WEIGHTS, CONFIG):
             _sync(temporary / file)
         temporary.chmod(0o755)
-        if not place.exists():
+        if not inside:
             os.rename(temporary, place)
         else:
             for file in (WEIGHTS, CONFIG):
@@ -143,6 +151,10 @@ def _write(place: Path, values: dict[str, Tensor], config: dict[str, Any]) -> No
         _sync(place.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _digest(config: str) -> str:
+    return hashlib.sha256(config.encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -153,12 +165,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def _read_config(directory: Path) -> tuple[dict[str, Any], str]:
     path = directory / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"{directory} holds no adapter ({CONFIG} is missing)")
     try:
-        config = json.loads(path.read_text())
+        text = path.read_text()
+        config = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error})") from None
     if not isinstance(config, dict) or config.get("format") != _FORMAT:
@@ -166,15 +179,20 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} was written by {'Hugging Face PEFT' if peft else 'another program'}, not by peft_kernels"
         )
-    return config
+    return config, _digest(text)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
     if not path.exists():
         raise FileNotFoundError(
             f"{path.parent} holds no adapter weights ({WEIGHTS} is missing; pickled files are not read)"
         )
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            written = (file.metadata() or {}).get("config", digest)
+        values = load_file(path)
     except (SafetensorError, ValueError, torch.cuda.OutOfMemoryError) as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from None
+    if written != digest:
+        raise ValueError(f"{path} and {CONFIG} beside it were not saved together; save the adapter again")
+    return values

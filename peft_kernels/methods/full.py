@@ -13,7 +13,7 @@ class FullTuning(Method, roles=("model",), lr=2e-4, tiny={}, key="full", kinds=N
 
 
 @dataclass(frozen=True)
-class Head(Method, roles=("head",), lr=1e-3, tiny={}, kinds=None):
+class Head(Method, roles=("head",), lr=5e-3, tiny={}, kinds=None):
     """Only the task head is trained: a linear probe when the head is linear."""
 
 

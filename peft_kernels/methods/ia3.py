@@ -20,11 +20,10 @@ class IA3(Method, roles=("k", "v", "down"), lr=3e-3, tiny={}):
 
 
 class IA3Tuner(Tuner, method=IA3):
-    fresh = True
-
     def __init__(self, cfg: IA3, site: Site):
         super().__init__(cfg, site)
         self.on_input = site.matches(cfg.feedforward)
+        self.fresh = not self.on_input  # else the output is whatever the base returned
         self.shape = (site.n_out, site.n_in)
         self.scaled_biases = 0 if self.on_input or site.bias is None else site.n_out
         self.l = site.param(site.n_in if self.on_input else site.n_out, init="ones")

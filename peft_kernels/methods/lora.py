@@ -26,11 +26,19 @@ class LoRA(Method, roles=("q", "v"), lr=2e-3, tiny={"rank": 2, "dropout": 0.25})
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # role or glob -> alpha there
 
     def __post_init__(self):
+        super().__post_init__()
         for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
             if rank < 1:
                 raise ValueError(f"LoRA {where} = {rank}; expected at least 1")
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"LoRA dropout = {self.dropout}; expected a probability from 0 to 1")
+
+    def select(self, sites: list[Site]) -> list[Site]:
+        sites = super().select(sites)
+        for key in (*self.rank_pattern, *self.alpha_pattern):
+            if sites and not any(s.matches((key,)) for s in sites):
+                raise ValueError(f"LoRA pattern {key!r} matches none of the targets; give one of their roles or a glob")
+        return sites
 
     def at(self, site: Site) -> LoRA:
         rank = _last(self.rank_pattern, site, self.rank)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 logger = logging.getLogger("peft_kernels")
 
@@ -178,7 +179,8 @@ class Op:
         return self._call(args, inplace=True)
 
     def _call(self, args: tuple, inplace: bool) -> Any:
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        # Transforms, and dual numbers outside of them, know how to differentiate plain torch only.
+        if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
             return self.reference(*args)
         grad = torch.is_grad_enabled()
         needed = False
@@ -200,9 +202,9 @@ class Op:
     def run(self, *args: Any, inplace: bool = False) -> Any:
         """Chooses a backend and runs it, below autograd."""
         if _thread.backend is None and _thread.record is None and _plain_settings:  # choose() for the usual case
-            for kernel in self._kernels.get(args[0].device.type, ()):
-                if kernel.wanted and not kernel.why_not(*args):
-                    return kernel.run_(*args) if inplace and kernel.run_ is not None else kernel.run(*args)
+            for k in self._kernels.get(args[0].device.type, ()):
+                if k.wanted and not k.why_not(*args):
+                    return k.run_(*args) if inplace and k.run_ is not None else k.run(*args)
         kernel, reasons = self.choose(*args)
         if _thread.record is not None or _EXPLAIN:
             self._tell(kernel, reasons)

@@ -202,9 +202,10 @@ _linear = Op(
 def _checked(op: str, x: Tensor, a: Tensor, b: Tensor, scale, p: float, rng: Tensor | None):
     """The arguments shared by both ops, checked; a tensor scale moves into b, where autograd and capture follow it."""
     xs, as_, bs = x.shape, a.shape, b.shape
-    if len(as_) != 2 or len(bs) != 2 or as_[1] != xs[-1] or bs[1] != as_[0]:
+    if not xs or len(as_) != 2 or len(bs) != 2 or as_[1] != xs[-1] or bs[1] != as_[0]:
         raise ValueError(
-            f"{op}: a {tuple(as_)} and b {tuple(bs)} do not fit x {tuple(xs)}; expected a [r, {xs[-1]}] and b [out, r]"
+            f"{op}: a {tuple(as_)} and b {tuple(bs)} do not fit x {tuple(xs)}; "
+            f"expected a [r, {xs[-1] if xs else 'in'}] and b [out, r]"
         )
     if a.device != x.device or b.device != x.device:
         raise ValueError(f"{op}: x is on {x.device}, a on {a.device}, b on {b.device}; move them to one device")
