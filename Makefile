@@ -47,9 +47,10 @@ test: build ## the quick tests
 test-all: build ## every test
 	@$(BIN)/pytest -n 2 -q
 
-lint: build ## ruff and clang-format, changing nothing
+lint: build ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 
 format: build ## ruff and clang-format, in place

@@ -97,11 +97,11 @@ def _add_method(parser: argparse.ArgumentParser, required: bool) -> None:
 
 def method_from(key: str, settings: Sequence[str]) -> Any:
     """The method `key` with its fields set from "field=value" words; ValueError names the known methods or fields."""
-    from .engine.method import method_of
+    from .engine.method import fields, method_of
 
     cls = method_of(key)
     hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]
+    known = [f.name for f in fields(cls)]
     values = {}
     for word in settings:
         name, equals, text = word.partition("=")
@@ -225,13 +225,13 @@ def _info(args: argparse.Namespace) -> None:
     from .ops import all_ops
 
     try:
-        from . import _C
+        from . import _C  # type: ignore[attr-defined]  # the binary may be absent
 
         build, isa = _C.build_info(), _C.cpu_isa()
     except (ImportError, ValueError) as error:
         build, isa = None, str(error)
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in RELATED:
         try:
             packages[name] = metadata.version(name)

@@ -39,9 +39,10 @@ def load_classifier(source: str, classes: list[str], dropout: float | None = Non
             label2id={name: i for i, name in enumerate(classes)},
             problem_type="single_label_classification",
         )
-        for name, value in config.to_dict().items() if dropout is not None else ():
-            if ("dropout" in name or "pdrop" in name) and isinstance(value, (int, float)):
-                setattr(config, name, float(dropout))
+        if dropout is not None:
+            for name, value in config.to_dict().items():
+                if ("dropout" in name or "pdrop" in name) and isinstance(value, (int, float)):
+                    setattr(config, name, float(dropout))
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             source,
             config=config,
@@ -72,7 +73,7 @@ def max_length(model: nn.Module, tokenizer: Any) -> int | None:
     return min(known, default=None)
 
 
-def backbone(model: nn.Module) -> nn.Module:
+def backbone(model: Any) -> nn.Module:
     """What turns tokens into hidden states, without the head (of encoder-decoder models: the encoder)."""
     return model.get_encoder() if model.config.is_encoder_decoder else model.base_model
 

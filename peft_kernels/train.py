@@ -127,7 +127,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path} is no data file by its name; expected .tsv, .csv or .jsonl, possibly with .gz or .xz")
     if not path.is_file():
         raise FileNotFoundError(f"no data file {path}")
-    opener = {"": open, ".gz": gzip.open, ".xz": lzma.open}[packed]
+    opener: Any = {"": open, ".gz": gzip.open, ".xz": lzma.open}[packed]
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             yield from _objects(path, file) if kind == ".jsonl" else _table(path, file, kind)
@@ -233,13 +233,12 @@ class Batches:
 @torch.inference_mode()
 def outputs(batches: Batches, device: torch.device, compute: Any) -> Tensor:
     """compute(batch) -> [rows, width] for every example, in the order of the data, on the CPU in fp32."""
-    out = None
+    parts, order = [], []
     for members in batches.sorted():
         batch = {key: value.to(device) for key, value in batches.collate(members).items()}
-        values = compute(batch).float().cpu()
-        out = torch.empty(len(batches.examples), values.shape[1]) if out is None else out
-        out[members] = values
-    return out
+        parts.append(compute(batch).float().cpu())
+        order += members
+    return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
 def logits(model: nn.Module, batches: Batches) -> Tensor:
@@ -292,7 +291,7 @@ def probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], seed: int =
             scores = {}
             for c in (0.3, 1.0, 3.0, 10.0, 30.0):
                 scores[c] = model.set_params(C=c).fit(x[rest], y[rest]).score(x[chosen], y[chosen])
-            best = max(scores, key=scores.get)
+            best = max(scores, key=scores.__getitem__)
         model.set_params(C=best, warm_start=False).fit(x, y)
     converged = bool(model.n_iter_.max() < limit)
     return {"accuracy": float(model.score(x_test, y_test)), "C": best, "converged": converged}
@@ -333,8 +332,8 @@ def _run(job: Job, directory: Path, progress: bool) -> tuple[dict[str, Any], lis
 
     probe_began = time.perf_counter()
     with disabled(model):
-        frozen = [(features(model, side), side.labels) for side in (train, test)]
-    baseline = probe(*frozen, seed=job.seed)
+        known, held_out = ((features(model, side), side.labels) for side in (train, test))
+    baseline = probe(known, held_out, seed=job.seed)
     probe_seconds = time.perf_counter() - probe_began
 
     last, away = {}, [0.0, 0.0]  # wall and CPU seconds spent on evaluation, which are no training seconds

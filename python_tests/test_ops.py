@@ -5,11 +5,14 @@ import threading
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import peft_kernels as pk
 from peft_kernels.ops import _philox
+from peft_kernels.ops._op import Sample
 
 OPS = pk.ops.all_ops()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -267,6 +270,32 @@ def test_explain_and_cost(op):
     cost = op.cost(*sample.args)
     assert cost.flops >= 0
     assert cost.bytes > 0
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    m=st.integers(0, 40),
+    k=st.integers(1, 90),
+    n=st.integers(1, 90),
+    r=st.integers(0, 20),
+    p=st.sampled_from((0.0, 0.3)),
+    dtypes=st.sampled_from([(d, low) for d in DTYPES for low in {d, torch.float32}]),
+    seed=st.integers(-(2**63), 2**63 - 1),
+)
+def test_lora_on_any_shape(m, k, n, r, p, dtypes, seed):
+    """Forward and backward on the CPU kernels, odd sizes and mixed dtypes, against fp64."""
+    dtype, low = dtypes
+    made = torch.Generator().manual_seed(m * 91 + k)
+    y, x, a, b = (torch.randn(s, generator=made) for s in ((m, n), (m, k), (r, k), (n, r)))
+    args = (y.to(dtype), x.to(dtype), a.to(low), b.to(low), 0.7, p, torch.tensor([seed, 3]) if p else None)
+    sample = Sample("any", args, (0, 1, 2, 3))
+    op = OPS["lora_add"]
+    with pk.backend("cpu"):
+        ours = (op.run(*args)[0], *_gradients(op, sample))
+    plain = (op.reference(*args)[0], *_gradients(op.reference, sample))
+    truth = (op.reference(*_double(args))[0], *_gradients(op.reference, sample, torch.float64))
+    for out, other, exact in zip(ours, plain, truth, strict=True):
+        _assert_as_good(out, other, exact, f"{m=} {k=} {n=} {r=} {p=} {dtypes=}")
 
 
 # -- dropout ----------------------------------------------------------------------------------------------------------
