@@ -1,5 +1,6 @@
 """What the documents show is run: the README's Python, its generated tables, the CONTRIBUTING example."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,36 @@ def methods_table():
 
 def test_the_table_of_methods_is_the_registry():
     assert section("methods") == methods_table()
+
+
+def bench_table():
+    """Wall and CPU time over the yardstick's, from the committed run."""
+    rows = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "cpu-avx2.jsonl").read_text().splitlines()]
+    cases = {}
+    for row in rows[1:]:
+        cases.setdefault((row["op"], row["case"], row["over"]), {})[row["rival"]] = row
+    lines = [
+        "| op | case (forward and backward unless it says otherwise) | over | ours: wall (CPU) | plain torch: wall (CPU) |",
+        "|---|---|---|---|---|",
+    ]
+    for (op, case, over), rivals in cases.items():
+        ours, plain = (f"{rivals[r]['ratio']:.2f} ({rivals[r]['ratio_cpu']:.2f})" for r in ("ours", "plain torch"))
+        lines.append(f"| {op} | {case} | {over} | {ours} | {plain} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_of_times_is_the_committed_run():
+    assert section("bench") == bench_table()
+
+
+def test_the_demo_shown_is_what_tune_prints():
+    """The labels of the README's table are those of the command today."""
+    source = (PACKAGE / "train.py").read_text()
+    shown = section("demo").split("```")[1].splitlines()
+    labels = [re.split(r"\s{2,}", line)[0].split(", ")[0] for line in shown if re.search(r"\S\s{2,}\S", line)]
+    assert len(labels) >= 10
+    for label in labels:
+        assert f'"{label}' in source, label
 
 
 def test_the_three_lines_of_the_readme_run(tmp_path, monkeypatch):
