@@ -114,3 +114,51 @@ def test_cuda_sources_stand_without_torch(source, tmp_path):
     target = ["-gencode", "arch=compute_90a,code=sm_90a", "-I", ROOT / "csrc", "-c", source, "-o", tmp_path / "out.o"]
     done = subprocess.run(["nvcc", "-std=c++17", *target], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_without_the_binary_everything_runs_and_says_so_once():
+    code = """
+import warnings
+import torch
+import peft_kernels.kernels.common.library as library
+library.NAME = "absent.so"
+import peft_kernels as pk
+model, x = torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.randn(2, 4)
+expected = model(x)
+pk.attach(model, pk.LoRA(rank=2), ("0",))
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        assert torch.allclose(model(x), expected)
+        model(x).sum().backward()
+assert len(seen) == 1, [str(w.message) for w in seen]
+assert "pip install --no-build-isolation" in str(seen[0].message)
+assert {r["backend"] for r in pk.explain(model)} == {"reference"}
+assert "not built" in pk.explain(model)[0]["reasons"]["cpu"]
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_binary
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_instruction_set_gives_the_reference(level):
+    """Each build of a kernel source, as far as this machine can run it, over the samples of every contract."""
+    if LEVELS.index(level) > highest_level():
+        pytest.skip(f"this CPU has no {level}")
+    code = """
+import torch
+import peft_kernels as pk
+for op in pk.ops.all_ops().values():
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
+        for sample in op.samples(dtype, "cpu"):
+            with pk.backend("cpu"):
+                outs = op.run(*sample.args)
+            plain = op.reference(*sample.args)
+            for out, expected in zip(*((o,) if torch.is_tensor(o) else o for o in (outs, plain))):
+                scale = expected.abs().max().item() if expected.numel() else 0.0
+                torch.testing.assert_close(out, expected, atol=tolerance * max(scale, 1.0), rtol=tolerance)
+"""
+    done = python(code, PEFT_KERNELS_CPU_ISA=level)
+    assert done.returncode == 0, done.stderr

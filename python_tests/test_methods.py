@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import io
 import json
 
@@ -252,10 +253,9 @@ def test_compiled_in_one_graph(key, family):
             close(grads[n], p.grad)
 
 
-@grid
+@every_method
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mlp"])  # the switch is transformers'
 def test_gradient_checkpointing_repeats_the_draw(key, family):
-    if family == "mlp":
-        pytest.skip("transformers' switch; the plain module has none")
     case = attached(key, family)
     perturb(case.model).train()
 
@@ -452,6 +452,19 @@ def test_the_swapped_class_is_the_class_others_knew():
     assert type(module).__name__ == "Linear"
     assert type(module).__module__ == torch.nn.Linear.__module__
     assert case.model.generate(case.inputs["input_ids"], max_new_tokens=2, do_sample=False).shape == (2, 9)
+
+
+def test_a_model_that_is_itself_a_site_stays_what_it_was(tmp_path):
+    """transformers reads the class name, the signature and the generation code of the model it is given."""
+    case = make("llama")
+    names = list(inspect.signature(case.model.forward).parameters)
+    plain = case.model.generate(case.inputs["input_ids"], max_new_tokens=3, do_sample=False)
+    pk.attach(case.model, pk.FullTuning())
+    assert list(inspect.signature(case.model.forward).parameters) == names
+    assert torch.equal(case.model.generate(case.inputs["input_ids"], max_new_tokens=3, do_sample=False), plain)
+    case.model.config.save_pretrained(tmp_path)
+    case.model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_dropout_draws_from_torch_and_only_in_training():
@@ -824,6 +837,7 @@ def test_fully_sharded_training_equals_plain_training(tmp_path):
     """FSDP2 on one process: attach first is right, attach after is refused."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
 
     plain, sharded, late = (make("llama") for _ in range(3))
     for case in (plain, sharded):
@@ -844,6 +858,10 @@ def test_fully_sharded_training_equals_plain_training(tmp_path):
         fully_shard(late.model.model.layers[0], mesh=mesh)
         with pytest.raises(ValueError, match="attach first"):
             pk.attach(late.model, pk.LoRA(rank=2))
+        mlp = make("mlp").model
+        mlp.first.weight = nn.Parameter(distribute_tensor(mlp.first.weight.detach(), mesh, [Shard(0)]))
+        with pytest.raises(ValueError, match="is a DTensor"):
+            pk.attach(mlp, pk.LoRA(rank=2), ("first",))
     finally:
         dist.destroy_process_group()
 
