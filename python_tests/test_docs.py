@@ -65,7 +65,7 @@ def bench_table():
     for row in rows[1:]:
         cases.setdefault((row["op"], row["case"], row["over"]), {})[row["rival"]] = row
     lines = [
-        "| op | case (forward and backward unless it says otherwise) | over | ours: wall (CPU) | plain torch: wall (CPU) |",
+        "| op | case (forward and backward unless it says otherwise) | over | ours: wall (CPU) | torch: wall (CPU) |",
         "|---|---|---|---|---|",
     ]
     for (op, case, over), rivals in cases.items():

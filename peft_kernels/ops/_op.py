@@ -168,20 +168,22 @@ class Op:
     # -- calling ------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.dispatch(*args)
+        """The result: without the auxiliary outputs, which differentiable ops have for their own backward."""
         return self._call(args, inplace=False)
 
     def call_(self, *args: Any) -> Any:
         """As `__call__`, but may overwrite args[0] and return it; the caller must own it and use only the result."""
-        if torch.compiler.is_compiling():
-            return self.dispatch(*args)
         return self._call(args, inplace=True)
 
+    def _result(self, out: Any) -> Any:
+        return out if self.gradient is None or isinstance(out, Tensor) else out[0]
+
     def _call(self, args: tuple, inplace: bool) -> Any:
+        if torch.compiler.is_compiling():
+            return self._result(self.dispatch(*args))
         # Transforms, and dual numbers outside of them, know how to differentiate plain torch only.
         if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-            return self.reference(*args)
+            return self._result(self.reference(*args))
         grad = torch.is_grad_enabled()
         needed = False
         plain = torch._C._len_torch_dispatch_stack() == 0 and not torch._C._is_any_autocast_enabled()
@@ -194,10 +196,10 @@ class Op:
         if needed and self.gradient is None:
             return self.reference(*args)
         if not plain:
-            return self.dispatch(*args)
+            return self._result(self.dispatch(*args))
         if needed:
             return _Short.apply(self, inplace and not args[0]._is_view(), *args)
-        return self.run(*args, inplace=inplace)
+        return self._result(self.run(*args, inplace=inplace))
 
     def run(self, *args: Any, inplace: bool = False) -> Any:
         """Chooses a backend and runs it, below autograd."""
@@ -357,11 +359,10 @@ class _Short(torch.autograd.Function):
     def forward(ctx, op: Op, inplace: bool, *args):
         out = op.run(*args, inplace=inplace)
         _keep(ctx, op, args, out)
-        if inplace and out[0] is args[0]:
-            ctx.mark_dirty(out[0])
-        if type(out) is tuple:
-            ctx.mark_non_differentiable(*out[1:])
-        return out
+        first = op._result(out)
+        if inplace and first is args[0]:
+            ctx.mark_dirty(first)
+        return first
 
     @staticmethod
     def backward(ctx, *grads):

@@ -235,14 +235,14 @@ def lora_add(
     dtypes: y any floating dtype and kept; a and b equal, and x's dtype or wider. Differentiable in y, x, a, b.
     Raises ValueError on shapes, dtypes or devices that do not fit. Hu et al. 2021, arXiv:2106.09685.
     """
-    return _add(*_add_args("lora_add", y, x, a, b, scale, p, rng))[0]
+    return _add(*_add_args("lora_add", y, x, a, b, scale, p, rng))
 
 
 def lora_add_(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, *, p: float = 0.0, rng: Tensor | None = None
 ) -> Tensor:
     """`lora_add` that may write into y, for a caller that owns y and goes on with the result alone."""
-    return _add.call_(*_add_args("lora_add_", y, x, a, b, scale, p, rng))[0]
+    return _add.call_(*_add_args("lora_add_", y, x, a, b, scale, p, rng))
 
 
 def _add_args(op, y, x, a, b, scale, p, rng):
@@ -273,5 +273,5 @@ def lora_linear(
     if w.shape != (b.shape[0], x.shape[-1]):
         raise ValueError(f"lora_linear: w is {tuple(w.shape)}; expected [{b.shape[0]}, {x.shape[-1]}] from b and x")
     if torch.is_grad_enabled() and (w.requires_grad or (bias is not None and bias.requires_grad)):
-        return _add.call_(F.linear(x, w, bias), x, a, b, scale, p, rng)[0]
-    return _linear(x, w, bias, a, b, scale, p, rng)[0]
+        return _add.call_(F.linear(x, w, bias), x, a, b, scale, p, rng)
+    return _linear(x, w, bias, a, b, scale, p, rng)
