@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -22,8 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-
-logger = logging.getLogger("peft_kernels")
 
 KERNELS = "peft_kernels.kernels"
 # In the order in which choose() asks them: name, file suffix of the module, device it serves.
@@ -263,8 +261,9 @@ class Op:
 
     def _row(self, kernel: _Kernel | None, reasons: dict[str, str]) -> dict:
         name = kernel.name if kernel else "reference"
-        why = {b: f"it serves {serves} tensors" for b, _, serves in BACKENDS if b != name} if kernel else {}
-        return {"op": self.name, "backend": name, "reasons": {**why, **self._absent, **reasons}}
+        why = {b: f"it serves {serves} tensors" for b, _, serves in BACKENDS} if kernel else {}
+        why = {b: reason for b, reason in {**why, **self._absent, **reasons}.items() if b != name}
+        return {"op": self.name, "backend": name, "reasons": why}
 
     def _tell(self, kernel: _Kernel | None, reasons: dict[str, str]) -> None:
         row = self._row(kernel, reasons)
@@ -273,7 +272,7 @@ class Op:
         line = f"{row['op']}: {row['backend']}" + "".join(f"; not {k}: {v}" for k, v in row["reasons"].items())
         if _EXPLAIN and line not in _said:
             _said.add(line)
-            print(f"peft_kernels: {line}")
+            print(f"peft_kernels: {line}", file=sys.stderr)
 
     def _load(self, device: str) -> list[_Kernel]:
         kernels = []
