@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+import peft_kernels as pk
+from peft_kernels.engine.attach import tuners
+from peft_kernels.engine.site import base_parameters
+
 
 class MLP(nn.Module):
     """A plain module that no table knows: targets are globs."""
@@ -93,3 +97,48 @@ def make(family: str, dtype: torch.dtype = torch.float32) -> Case:
                 p.add_(torch.randn_like(p) * 0.1)
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     return Case(model.to(dtype).eval(), inputs)
+
+
+# -- adapted models ----------------------------------------------------------------------------------------------------
+
+METHODS = pk.methods()
+
+TIED_HEADS = ("gpt2", "t5")  # to the embedding
+
+
+def targets_of(key, family):
+    if family != "mlp" or key == "full":
+        return None
+    return {"head": ("out",), "bitfit": ("first", "ln")}.get(key, ("first", "second"))
+
+
+def attached(key, family, dtype=torch.float32, **kwargs):
+    case = make(family, dtype)
+    cfg = METHODS[key](**METHODS[key].tiny)
+    pk.attach(case.model, cfg, targets_of(key, family), **kwargs)
+    return case
+
+
+def perturb(model, name="default"):
+    """Every tuner number moves, so that no law holds only because the update is zero."""
+    made = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for _, tuner in tuners(model, name):
+            for p in tuner.parameters():
+                p.add_(torch.randn(p.shape, generator=made, dtype=torch.float64).to(p) * 0.1)
+    return model
+
+
+def snapshot(model):
+    return {name: p.detach().clone() for name, p in base_parameters(model)}
+
+
+def assert_same(model, before):
+    now = dict(base_parameters(model))
+    assert now.keys() == before.keys()
+    for name, value in before.items():
+        assert torch.equal(now[name], value), name
+
+
+def close(out, truth, dtype=torch.float32):
+    torch.testing.assert_close(out, truth, atol={torch.float32: 1e-5, torch.float64: 1e-11}[dtype], rtol=1e-5)
