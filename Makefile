@@ -66,7 +66,7 @@ bench: build ## time the kernels against plain torch
 gpu: ## build with CUDA for $(PYTHON)'s torch, run the GPU tests and the benchmarks (OUT=build/gpu)
 	mkdir -p $(OUT)
 	$(PYTHON) -m venv --without-pip build/gpu-env
-	export PYTHONPATH=$$($(PYTHON) -c 'import sys; print(":".join(sys.path[1:]))') PEFT_KERNELS_BUILD=cuda; set -e; \
+	export PYTHONPATH=$$($(PYTHON) -c 'import sys; print(":".join(sys.path[1:]))') PEFT_KERNELS_BUILD=cuda PEFT_KERNELS_UNVERIFIED=1; set -e; \
 	build/gpu-env/bin/python -m pip install -q --no-deps --no-build-isolation -e .; \
 	build/gpu-env/bin/python -m pytest -q -m gpu; \
 	build/gpu-env/bin/python benchmarks/run.py --json $(OUT)/results.json

@@ -1,6 +1,9 @@
 """The laws of every op on every backend: op x backend x dtype over the samples of its contract."""
 
 import itertools
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -30,6 +33,7 @@ def _runnable():
 
 
 RUNNABLE = list(_runnable())
+LORA_BACKENDS = [p.values[1] for p in RUNNABLE if p.values[0].name == "lora_add" and p.values[2] == "cpu"]
 every_kernel = pytest.mark.parametrize(("op", "name", "device"), RUNNABLE)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 differentiable_kernels = pytest.mark.parametrize(
@@ -317,7 +321,7 @@ def test_dropout_rate():
         assert abs(keep.sum().item() - (1 - p) * n) < 4 * (n * p * (1 - p)) ** 0.5
 
 
-@pytest.mark.parametrize("name", [p.values[1] for p in RUNNABLE if p.values[0].name == "lora_add"])
+@pytest.mark.parametrize("name", LORA_BACKENDS)
 def test_every_backend_drops_the_same_elements(name):
     rows, columns, p = 9, 43, 0.4
     for rng in (torch.tensor([2**40 + 1, 5]), torch.tensor([-7, -(2**50)])):
@@ -345,14 +349,13 @@ def test_a_dropped_element_contributes_nothing_even_when_it_is_not_finite():
     rng = torch.tensor([1, 1])
     keep = _philox.keep_mask(rng, 4, 16, 0.5)
     x = torch.where(keep, 1.0, torch.nan)
-    for p in RUNNABLE:
-        if p.values[0].name == "lora_add":
-            with pk.backend(p.values[1]):
-                y = pk.ops.lora_add(torch.zeros(4, 3), x, torch.ones(2, 16), torch.ones(3, 2), 1.0, p=0.5, rng=rng)
-            assert y.isfinite().all(), p.values[1]
+    for name in LORA_BACKENDS:
+        with pk.backend(name):
+            y = pk.ops.lora_add(torch.zeros(4, 3), x, torch.ones(2, 16), torch.ones(3, 2), 1.0, p=0.5, rng=rng)
+        assert y.isfinite().all(), name
 
 
-@pytest.mark.parametrize("name", [p.values[1] for p in RUNNABLE if p.values[0].name == "lora_add"])
+@pytest.mark.parametrize("name", LORA_BACKENDS)
 def test_a_nan_stays_in_its_row(name):
     x, w = torch.randn(5, 12), torch.randn(7, 12)
     a, b = torch.randn(3, 12), torch.randn(7, 3)
@@ -448,6 +451,27 @@ def test_threads_keep_their_backends_apart():
         seen.append(OPS["lora_add"].explain(*args)["backend"])
     thread.join()
     assert seen == ["cpu", "reference"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "shown"),
+    [
+        ("STRICT", "every backend (PEFT_KERNELS_STRICT=1) refused"),
+        ("EXPLAIN", "lora_add: reference; not cpu: no kernel"),
+    ],
+)
+def test_environment(variable, shown):
+    """fp64 has no kernel: STRICT raises instead of falling back, EXPLAIN says that it does."""
+    code = """
+import torch
+import peft_kernels as pk
+x = torch.ones(2, 3, dtype=torch.float64)
+pk.ops.lora_add(x, x, x[:1], x[:1].T.contiguous(), 1.0)
+"""
+    environment = {**os.environ, f"PEFT_KERNELS_{variable}": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode != 0) == (variable == "STRICT")
+    assert shown in done.stderr
 
 
 BAD = {

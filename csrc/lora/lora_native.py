@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..common.library import unavailable  # noqa: F401  (part of a backend module's interface)
-from ._compose import compose, why_not  # noqa: F401
+from ..common.library import unavailable as unavailable
+from ._compose import compose
+from ._compose import why_not as why_not
 
 VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..common.library import unavailable  # noqa: F401  (part of a backend module's interface)
+from ..common.library import unavailable as unavailable
 
 VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
 
