@@ -16,7 +16,18 @@ from typing import Any
 from ._version import __version__
 
 PROGRAM = "peft-kernels"
-RELATED = ("torch", "numpy", "safetensors", "transformers", "scikit-learn", "sacrebleu", "matplotlib", "tqdm", "triton", "peft")
+RELATED = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "transformers",
+    "scikit-learn",
+    "sacrebleu",
+    "matplotlib",
+    "tqdm",
+    "triton",
+    "peft",
+)
 SWEPT = ("lr", "epochs", "batch_size")  # what --sweep can vary besides the fields of the method
 
 
@@ -50,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    _add_tune(command("tune", _tune, "fine-tune a model on a file and write the adapter, a log, a picture and a summary"))
+    _add_tune(command("tune", _tune, "fine-tune a model and write the adapter, a log, a picture and a summary"))
     explain = command("explain", _explain, "show which kernel serves each tuned layer of a model, and why not another")
     _add_method(explain, required=False)
     command("methods", _methods, "list the methods with their fields and defaults")

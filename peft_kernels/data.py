@@ -65,7 +65,8 @@ def read_data(
     kept = [row for row in train if row[0] not in held_out]
     if not kept:
         raise ValueError(f"{path}: every training text is also a test text; nothing is left to train on")
-    dropped, chosen = len(train) - len(kept), []
+    dropped = len(train) - len(kept)
+    chosen: list[Row] = []
     if validation:
         kept, chosen = _cut(kept, validation, by_label, seed)
         if not chosen:

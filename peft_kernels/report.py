@@ -8,6 +8,7 @@ from typing import Any
 
 from .engine.counts import Counts
 from .engine.store import WEIGHTS
+from .files import size
 from .tasks import Metric, tasks
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -16,14 +17,13 @@ from .tasks import Metric, tasks
 def table(summary: dict[str, Any]) -> str:
     """The one table that a run prints."""
     n, merged, seconds = Counts(**summary["counts"]), summary["merge"], summary["seconds"]
-    settings, data, note = summary["settings"], summary["data"], f"largest difference {{:.1e}} of a {_task(summary).score}"
+    settings, data = summary["settings"], summary["data"]
     if not merged["merged"]:
         check, note = "no", merged["reason"]
-    elif "same" in merged:
-        check = f"{merged['same']:,} of {merged['of']:,}"
-        note = f"predictions the same; largest logit difference {merged['largest_difference']:.1e}"
     else:
-        check, note = "yes", note.format(merged["largest_difference"])
+        check, note = "yes", f"largest {_task(summary).score} difference {merged['largest_difference']:.1e}"
+        if "same" in merged:
+            check, note = f"{merged['same']:,} of {merged['of']:,}", f"predictions the same; {note}"
     epochs = len(summary["epochs"])
     stopped = f", stopped early of {settings['epochs']}" if epochs < settings["epochs"] else ""
     resumed = "; since it was resumed" if seconds["resumed"] else ""
@@ -118,14 +118,6 @@ def _lined(title: str, rows: Sequence[tuple[str, ...]]) -> str:
         middle = (f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:-1], strict=True))
         lines.append(f"{first:<{widths[0]}}{''.join(middle)}  {last}".rstrip())
     return "\n".join((title, "-" * max(map(len, lines)), *lines))
-
-
-def size(n: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.2f} GB"
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------

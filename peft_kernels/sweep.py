@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import report
-from .output import SUMMARY, Checkpoint, replacing, resolved
+from .files import output
+from .resume import Checkpoint
 from .tasks import tasks
-from .train import Job, World, run
+from .train import SUMMARY, Job, World, run
 
 PICTURE = "sweep.png"
 
@@ -23,12 +24,11 @@ def sweep(job: Job, runs: Sequence[tuple[dict[str, str], Job]], *, progress: boo
     Whatever is wrong with a value is a ValueError before the first run. The best run is chosen on the validation rows;
     without them none is. A sweep that did not end leaves the runs that did in OUT.checkpoint.
     """
-    names = ["_".join(f"{field}-{re.sub(r'[^A-Za-z0-9.+-]', '_', v)}" for field, v in values.items()) for values, _ in runs]
+    names = ["_".join(f"{field}-{_plain(value)}" for field, value in values.items()) for values, _ in runs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--sweep has {twice[0]} twice; every value needs a directory of its own")
-    out = resolved(job.out)
-    checkpoint = Checkpoint(out, {**job.identity(), "sweep": names}, resume=job.resume, force=job.force)
-    with checkpoint.kept(), replacing(out, job.force) as directory:
+    checkpoint = Checkpoint(job.out, {**job.identity(), "sweep": names}, resume=job.resume, force=job.force)
+    with checkpoint.kept(), output(job.out, job.force, SUMMARY) as directory:
         world = World(job)
         for name, (_, one) in zip(names, runs, strict=True):
             try:
@@ -41,7 +41,7 @@ def sweep(job: Job, runs: Sequence[tuple[dict[str, str], Job]], *, progress: boo
         for name, (_, one) in zip(names, runs, strict=True):
             own = Checkpoint(place / name, one.identity(), resume=True, force=False)
             if not (place / name / SUMMARY).exists():
-                with own.kept(), replacing(place / name, False) as inside:
+                with own.kept(), output(place / name, False, SUMMARY) as inside:
                     run(one, world, own, inside, progress)
             summaries.append(json.loads((place / name / SUMMARY).read_text()))
         summary = _summary([values for values, _ in runs], names, summaries)
@@ -84,3 +84,8 @@ def best(task: str, rows: list[dict[str, Any]]) -> str | None:
     metric = tasks()[task].metrics[0]
     sign = 1 if metric.higher else -1
     return max(rows, key=lambda row: sign * row["validation"][metric.name])["directory"]
+
+
+def _plain(value: str) -> str:
+    """As part of the name of a directory."""
+    return re.sub(r"[^A-Za-z0-9.+-]", "_", value)

@@ -69,7 +69,7 @@ class Task(ABC):
         """A label as written -> as a row keeps it; ValueError says what is wrong with it."""
         return text
 
-    def check(self, path: str, rows: list[Row]) -> None:
+    def check(self, path: str, rows: list[Row]) -> None:  # noqa: B027  # most tasks take any rows
         """ValueError if figures of these rows would mean nothing."""
 
     def settings(self) -> dict[str, Any]:
@@ -258,7 +258,7 @@ class LanguageModel(Task, key="lm"):
 
     kind = "CausalLM"
     metrics = (Metric("perplexity", "perplexity", ".2f", higher=False),)
-    loss, score = "cross-entropy of a token", "summed loss of a text"
+    loss, score = "cross-entropy of a token", "summed loss"
     labelled, type_ids = False, False
 
     def load(self, source, dropout):
@@ -293,7 +293,7 @@ class Seq2Seq(Task, key="seq2seq"):
 
     kind = "Seq2SeqLM"
     metrics = (Metric("chrf", "chrF", ".1f"), Metric("exact_match", "exact match", ".1%"))
-    loss, score = "cross-entropy of a token", "summed loss of a text"
+    loss, score = "cross-entropy of a token", "summed loss"
     needs = ("sacrebleu",)
     type_ids = False
 
@@ -333,7 +333,7 @@ def _without_labels(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _token_losses(logits: Tensor, wanted: Tensor) -> Tensor:
-    """[rows, t, vocabulary], [rows, t] -> [rows, 2]: summed loss, tokens counted. Row by row, to save a copy in fp32."""
+    """[rows, t, vocabulary], [rows, t] -> [rows, 2]: summed loss, tokens counted. By rows, to save an fp32 copy."""
     rows = []
     for scores, ids in zip(logits, wanted, strict=True):
         loss = nn.functional.cross_entropy(scores.float(), ids, ignore_index=IGNORED, reduction="sum")

@@ -23,9 +23,11 @@ from .engine.fit import fit
 from .engine.merge import merge, unmerge
 from .engine.method import Method
 from .engine.store import CONFIG, WEIGHTS, save
-from .output import LOG, PICTURE, SUMMARY, Checkpoint, digest, replacing, resolved
+from .files import output
+from .resume import Checkpoint, digest
 from .tasks import Task, tasks
 
+LOG, PICTURE, SUMMARY = "log.jsonl", "curves.png", "summary.json"
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -108,9 +110,8 @@ def tune(job: Job, *, progress: bool = True) -> dict[str, Any]:
     that did not end leaves OUT.checkpoint, from which one with resume=True continues to the same bits.
     KeyboardInterrupt then says so.
     """
-    out = resolved(job.out)
-    checkpoint = Checkpoint(out, job.identity(), resume=job.resume, force=job.force)
-    with checkpoint.kept(), replacing(out, job.force) as directory:
+    checkpoint = Checkpoint(job.out, job.identity(), resume=job.resume, force=job.force)
+    with checkpoint.kept(), output(job.out, job.force, SUMMARY) as directory:
         world = World(job)
         world.try_on(job)
         world.look()
@@ -282,7 +283,7 @@ def _length(job: Job, longest: int | None) -> int:
 
 
 def merged_check(model: nn.Module, task: Task, test: Batches, adapted: Tensor) -> dict[str, Any]:
-    """Merges, scores the test rows again, unmerges: how many predictions stay, and the largest difference of a score."""
+    """Merges, scores the test rows again, unmerges: how many predictions stay, the largest difference of scores."""
     try:
         merge(model)
     except RuntimeError as error:  # a method without a weight-space form is a fact about it, not a failure
@@ -290,9 +291,9 @@ def merged_check(model: nn.Module, task: Task, test: Batches, adapted: Tensor) -
     scores = task.scores(model, test)
     unmerge(model)
     facts: dict[str, Any] = {"merged": True, "largest_difference": (scores - adapted).abs().max().item()}
-    if (decided := task.decided(scores)) is not None:
-        facts["same"] = (decided == task.decided(adapted)).sum().item()
-        facts["of"] = len(scores)
+    before, after = task.decided(adapted), task.decided(scores)
+    if before is not None and after is not None:
+        facts |= {"same": (before == after).sum().item(), "of": len(scores)}
     return facts
 
 

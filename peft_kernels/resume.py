@@ -1,12 +1,10 @@
-"""Where a job writes: OUT, which is whole or absent, and OUT.checkpoint beside it, from which a run continues."""
+"""OUT.checkpoint beside OUT: from which an interrupted job continues."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,36 +12,7 @@ from typing import Any
 
 from .engine.checkpoint import RECORD
 
-LOG, PICTURE, SUMMARY, JOB = "log.jsonl", "curves.png", "summary.json", "job.json"
-
-
-def resolved(out: str) -> Path:
-    """OUT as an absolute path; FileNotFoundError if there is no directory to write it into."""
-    path = Path(out).expanduser().resolve()
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no directory {path.parent}; create it first")
-    return path
-
-
-@contextmanager
-def replacing(out: Path, force: bool) -> Iterator[Path]:
-    """A hidden directory beside `out`, which it replaces at the end; whatever goes wrong leaves `out` as it was."""
-    if out.exists():
-        if not force:
-            raise FileExistsError(f"{out} exists; choose another --out, or --force to replace it")
-        if not out.is_dir() or (any(out.iterdir()) and not (out / SUMMARY).exists()):
-            raise ValueError(f"--force only replaces an earlier result; {out} is none, it has no {SUMMARY}")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        old = temporary.with_name(temporary.name + "-old")
-        if out.exists():
-            os.rename(out, old)
-        os.rename(temporary, out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+JOB = "job.json"
 
 
 class Checkpoint:
@@ -52,14 +21,17 @@ class Checkpoint:
     job: option -> value, everything that a resumed job must have in common with the interrupted one.
     """
 
-    def __init__(self, out: Path, job: dict[str, Any], *, resume: bool, force: bool):
+    def __init__(self, out: str | Path, job: dict[str, Any], *, resume: bool, force: bool):
+        out = Path(out).expanduser().resolve()
         self.directory = out.with_name(out.name + ".checkpoint")
         self.job, self.resume = json.loads(json.dumps(job)), resume
         self.resumed = False  # there is something to go on from
         if not self.directory.exists():
             return
         if not resume and not force:
-            raise FileExistsError(f"{self.directory} exists; continue that run with --resume, or discard it with --force")
+            raise FileExistsError(
+                f"{self.directory} exists; continue from it with --resume, or discard it with --force"
+            )
         try:
             before = json.loads((self.directory / JOB).read_text())
         except (OSError, ValueError):
