@@ -279,12 +279,12 @@ class LanguageModel(Task, key="lm"):
     def scores(self, model, batches):
         def compute(batch: dict[str, Tensor]) -> Tensor:
             wanted = batch["labels"][:, 1:]
-            return _token_losses(_without_labels(model, batch)[:, :-1], wanted)
+            return token_losses(_without_labels(model, batch)[:, :-1], wanted)
 
         return stacked(model, batches, compute)
 
     def figures(self, model, batches, scores):
-        loss = _token_mean(scores)
+        loss = token_mean(scores)
         return {"perplexity": torch.tensor(loss).double().exp().item(), "loss": loss}
 
 
@@ -301,7 +301,7 @@ class Seq2Seq(Task, key="seq2seq"):
         return tokenizer(text_target=[label for _, label in rows], truncation=True, max_length=max_length)["input_ids"]
 
     def scores(self, model, batches):
-        return stacked(model, batches, lambda batch: _token_losses(model(**batch).logits, batch["labels"]))
+        return stacked(model, batches, lambda batch: token_losses(model(**batch).logits, batch["labels"]))
 
     def figures(self, model, batches, scores):
         from sacrebleu.metrics import CHRF
@@ -311,7 +311,7 @@ class Seq2Seq(Task, key="seq2seq"):
         return {
             "chrf": CHRF().corpus_score(written, [wanted]).score,
             "exact_match": same / len(wanted),
-            "loss": _token_mean(scores),
+            "loss": token_mean(scores),
         }
 
     def written(self, model: nn.Module, batches: Batches) -> list[str]:
@@ -332,7 +332,7 @@ def _without_labels(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
 
 
-def _token_losses(logits: Tensor, wanted: Tensor) -> Tensor:
+def token_losses(logits: Tensor, wanted: Tensor) -> Tensor:
     """[rows, t, vocabulary], [rows, t] -> [rows, 2]: summed loss, tokens counted. By rows, to save an fp32 copy."""
     rows = []
     for scores, ids in zip(logits, wanted, strict=True):
@@ -341,7 +341,7 @@ def _token_losses(logits: Tensor, wanted: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def _token_mean(scores: Tensor) -> float:
+def token_mean(scores: Tensor) -> float:
     """The mean over all tokens of all texts."""
     loss, tokens = scores.double().sum(0).tolist()
     return loss / tokens

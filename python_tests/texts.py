@@ -71,7 +71,7 @@ def bart(directory):
     layers = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
     sizes = dict(d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=32, **layers)
     tokens = dict(pad_token_id=0, bos_token_id=2, eos_token_id=3, decoder_start_token_id=3, forced_eos_token_id=3)
-    config = BartConfig(vocab_size=len(WORDS), **sizes, **tokens)
+    config = BartConfig(vocab_size=len(WORDS), **sizes, **tokens, init_std=0.2)
     BartForConditionalGeneration(config).save_pretrained(directory)
     return directory
 
