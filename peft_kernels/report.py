@@ -47,8 +47,8 @@ def table(summary: dict[str, Any]) -> str:
         ),
         ("merged model", check, note),
     ]
-    classes = f", {len(data['classes'])} classes" if data["classes"] else ""
-    return _lined(f"{_about(summary)}{classes}", rows)
+    what = f"{len(data['classes'])} classes" if data["classes"] else summary["task"]
+    return _lined(f"{_about(summary)}, {what}", rows)
 
 
 def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -79,23 +79,33 @@ def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def sweep_table(summary: dict[str, Any]) -> str:
-    """One line per run, the baseline above them, and which value to take."""
-    main = _main(summary)
+    """One line per run, then the baseline, and which value to take."""
+    main, fields = _main(summary), list(summary["sweep"])
     splits = [split for split in ("validation", "test") if summary["data"][split]]
-    fields = list(summary["sweep"])
-    rows = [(*fields, *(f"{main.label}, {split}" for split in splits), "trainable", "training", "")]
+    rows = [(*fields, *(f"{main.label}, {name}" for name in (*splits, *summary["eval_data"])), "trainable", "time", "")]
     for run in summary["runs"]:
-        figures = (main.show(run[split][main.name]) for split in splits)
-        note = "best" if run["directory"] == summary["best"] else ""
         words = run["values"].values()
+        if "failed" in run:
+            rows.append((*words, *["-"] * (len(rows[0]) - len(fields) - 1), run["failed"]))
+            continue
+        found = (*(run[split] for split in splits), *(own["after"] for own in run["eval_data"].values()))
+        figures = (main.show(figures[main.name]) for figures in found)
+        note = "best" if run["directory"] == summary["best"] else ""
         rows.append((*words, *figures, f"{run['trainable']:,}", f"{run['training_seconds']:.1f} s", note))
-    base = f"{_task(summary).rival}: {main.label} {main.show(summary['baseline'][main.name])} on the test rows"
+    before = {"test": summary["baseline"], **summary["eval_data"]}
+    lines = [f"{main.label}, {name}, {_rival(summary, name)}: {main.show(f[main.name])}" for name, f in before.items()]
     choice = (
         f"best: {summary['best']}, chosen on {summary['data']['validation']:,} validation texts"
         if summary["best"]
-        else f"every {main.label} is of the test rows, which choose nothing: add --validation FRACTION for that"
+        else f"every {main.label} is of test rows, which choose nothing; add --validation FRACTION for that"
     )
-    return "\n".join((_lined(f"{_about(summary)}; sweep of {' x '.join(fields)}", rows), base, choice))
+    title = f"{_about(summary)}; sweep of {' x '.join(fields)}"
+    return "\n".join((_lined(title, rows), *lines, choice))
+
+
+def _rival(summary: dict[str, Any], name: str) -> str:
+    """What the figures before tuning on some rows are called."""
+    return _task(summary).rival if name == "test" else "before tuning"
 
 
 def _task(summary: dict[str, Any]) -> Any:
@@ -148,13 +158,14 @@ def draw(path: Path, log: list[dict[str, Any]], summary: dict[str, Any]) -> None
     right.plot(numbers, [scale * v for v in values], "o-", color="C1", label=f"{name}, {whose} texts")
     _annotate(right, numbers, values, main, scale)
     base = summary["baseline"][main.name]
-    right.axhline(scale * base, color="0.4", linestyle="--", label=f"{task.rival}, {main.show(base)}")
+    rival = f"{task.rival}, held-out texts, {main.show(base)}"
+    right.axhline(scale * base, color="0.4", linestyle="--", label=rival)
     shown = [base, *values]
     if split == "validation":
         test = summary["test"][main.name]
-        right.plot(numbers[-1:], [scale * test], "s", color="C2", label=f"held-out texts at the end, {main.show(test)}")
+        right.plot(numbers[-1:], [scale * test], "s", color="C2", label=f"{name}, held-out texts, {main.show(test)}")
         shown.append(test)
-    right.set(title=f"{main.label} by epoch", xlabel="epoch", ylabel=_unit(main), xlim=(0.5, len(epochs) + 0.5))
+    right.set(title="After each epoch", xlabel="epoch", ylabel=_unit(main), xlim=(0.5, len(epochs) + 0.5))
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     _room(right, [scale * v for v in shown])
     right.legend(frameon=False, loc="best")
@@ -169,19 +180,25 @@ def draw_sweep(path: Path, summary: dict[str, Any]) -> None:
     ticks = summary["sweep"][field]
     scale = 100 if "%" in main.form else 1
     lines: dict[str, list[dict[str, Any]]] = {}
-    for run in summary["runs"]:
+    for run in (run for run in summary["runs"] if "failed" not in run):
         lines.setdefault(", ".join(f"{name}={run['values'][name]}" for name in others), []).append(run)
     figure, left, right = _figure()
-    for name, runs in lines.items():
+    shown = [base := summary["baseline"][main.name]]
+    for n, (name, runs) in enumerate(lines.items()):
+        places = [ticks.index(run["values"][field]) for run in runs]
         values = [run[split][main.name] for run in runs]
-        left.plot(range(len(runs)), [scale * v for v in values], "o-", label=name)
-        right.plot(range(len(runs)), [run["trainable"] for run in runs], "o-", label=name)
+        shown += values
+        style = {"marker": "osD^v"[n % 5], "markersize": 6 + 3 * (len(lines) - 1 - n), "markerfacecolor": "none"}
+        left.plot(places, [scale * v for v in values], label=name, **style)
+        right.plot(places, [run["trainable"] for run in runs], **style)
         if not others:
-            _annotate(left, range(len(runs)), values, main, scale)
-    base = summary["baseline"][main.name]
-    left.axhline(scale * base, color="0.4", linestyle="--", label=f"{_task(summary).rival}, {main.show(base)}")
-    _room(left, [scale * v for v in [base, *(run[split][main.name] for run in summary["runs"])]])
-    left.set(title=f"{main.label} on the {split} rows", ylabel=_unit(main))
+            _annotate(left, places, values, main, scale)
+        for place, value in ((p, v) for p, v, run in zip(places, values, runs, strict=True) if _is_best(run, summary)):
+            left.plot(place, scale * value, "*", color="C3", markersize=12, label=f"best, {main.show(value)}")
+    rival = f"{_task(summary).rival}, held-out texts, {main.show(base)}"
+    left.axhline(scale * base, color="0.4", linestyle="--", label=rival)
+    _room(left, [scale * v for v in shown])
+    left.set(title=f"On the {split} rows", ylabel=_unit(main))
     left.legend(frameon=False)
     right.set(title="Trainable numbers", ylim=(0, None))
     right.yaxis.set_major_formatter("{x:,.0f}")
@@ -189,6 +206,10 @@ def draw_sweep(path: Path, summary: dict[str, Any]) -> None:
         axes.set(xlabel=field, xlim=(-0.5, len(ticks) - 0.5))
         axes.set_xticks(range(len(ticks)), ticks)
     figure.savefig(path, dpi=150)
+
+
+def _is_best(run: dict[str, Any], summary: dict[str, Any]) -> bool:
+    return run["directory"] == summary["best"]
 
 
 def _figure() -> Any:
@@ -206,7 +227,7 @@ def _unit(metric: Metric) -> str:
 
 
 def _annotate(axes: Any, places: Sequence[float], values: Sequence[float], metric: Metric, scale: float) -> None:
-    for place, value in zip(places, values, strict=True):
+    for place, value in zip(places, values, strict=True) if len(places) <= 12 else ():
         text = metric.show(value).rstrip("%")
         axes.annotate(text, (place, scale * value), textcoords="offset points", xytext=(0, 7), ha="center")
 

@@ -57,8 +57,10 @@ class Checkpoint:
         """Until the job is done; an interrupt then says where the checkpoint is."""
         try:
             yield
-        except KeyboardInterrupt:
-            if not self.directory.exists():
+        except BaseException as stop:
+            if self.directory.exists() and {path.name for path in self.directory.iterdir()} <= {JOB}:
+                shutil.rmtree(self.directory)  # nothing to go on from
+            if not isinstance(stop, KeyboardInterrupt) or not self.directory.exists():
                 raise
             raise KeyboardInterrupt(
                 f"the checkpoint is {self.directory}; the same command with --resume continues from there"

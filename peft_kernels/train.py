@@ -112,13 +112,13 @@ def tune(job: Job, *, progress: bool = True) -> dict[str, Any]:
     """
     checkpoint = Checkpoint(job.out, job.identity(), resume=job.resume, force=job.force)
     with checkpoint.kept(), output(job.out, job.force, SUMMARY) as directory:
-        world = World(job)
-        world.try_on(job)
-        world.look()
-        return run(job, world, checkpoint, directory, progress)
+        setup = Setup(job)
+        setup.try_on(job)
+        setup.look()
+        return run(job, setup, checkpoint, directory, progress)
 
 
-class World:
+class Setup:
     """What does not depend on the method: rows, model, tokenizer, and the figures before tuning.
 
     A sweep shares one among its runs: each attaches to the same model and comes off without a trace.
@@ -175,23 +175,32 @@ class World:
         self.before = self.figures(self.further)
         self.seconds = time.perf_counter() - self.began
 
+    def facts(self, job: Job) -> dict[str, Any]:
+        """About the data."""
+        return {
+            "file": job.data,
+            **{name: len(self.rows.get(name, ())) for name in ("train", "validation", "test")},
+            "classes": getattr(self.task, "classes", None),
+            "dropped": self.data.dropped,
+        }
+
     def figures(self, names: Iterable[str]) -> dict[str, dict[str, float]]:
         return {name: self.task.evaluate(self.model, self.batches(name))[0] for name in names}
 
 
-def run(job: Job, world: World, checkpoint: Checkpoint, directory: Path, progress: bool) -> dict[str, Any]:
-    """One run in a world: trains, writes everything into `directory`, leaves the model as it was; the summary."""
+def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progress: bool) -> dict[str, Any]:
+    """One run in a set-up: trains, writes everything into `directory`, leaves the model as it was; the summary."""
     began = time.perf_counter()
-    model, task = world.attach(job), world.task
+    model, task = setup.attach(job), setup.task
     if job.on_cuda:
         torch.cuda.reset_peak_memory_stats()
-    watched = "validation" if "validation" in world.rows else "test"  # the test rows are not looked at without need
+    watched = "validation" if "validation" in setup.rows else "test"  # the test rows are not looked at without need
     latest: dict[str, tuple[dict[str, float], Tensor]] = {}  # of the epoch before: a last epoch is not scored twice
     away = [0.0, 0.0]  # wall and CPU seconds spent on evaluation, which are no training seconds
 
     def on_epoch(epoch: int, model: nn.Module) -> dict[str, float]:
         wall, cpu = time.perf_counter(), time.process_time()
-        latest[watched] = task.evaluate(model, world.batches(watched))
+        latest[watched] = task.evaluate(model, setup.batches(watched))
         away[0] += time.perf_counter() - wall
         away[1] += time.process_time() - cpu
         return {f"{watched}_{name}": value for name, value in latest[watched][0].items()}
@@ -200,7 +209,7 @@ def run(job: Job, world: World, checkpoint: Checkpoint, directory: Path, progres
     wall, cpu = time.perf_counter(), time.process_time()
     log = fit(
         model,
-        world.batches("train", job.batch_size),
+        setup.batches("train", job.batch_size),
         epochs=job.epochs,
         lr=job.lr,
         seed=job.seed,
@@ -216,55 +225,50 @@ def run(job: Job, world: World, checkpoint: Checkpoint, directory: Path, progres
     seconds = time.perf_counter() - wall - away[0]
     cpu_seconds = time.process_time() - cpu - away[1]
 
-    test, scores = latest.get("test") or task.evaluate(model, world.batches("test"))
-    validation = world.figures({"validation"} & world.rows.keys()).get("validation")
-    after = world.figures(world.further)
-    learned = {text for text, _ in world.data.train}
+    test, scores = latest.get("test") or task.evaluate(model, setup.batches("test"))
+    validation = setup.figures({"validation"} & setup.rows.keys()).get("validation")
+    after = setup.figures(setup.further)
+    learned = {text for text, _ in setup.data.train}
     save(model, directory)
     summary = {
         "task": task.key,
         "model": job.model,
-        "data": {
-            "file": job.data,
-            **{name: len(world.rows.get(name, ())) for name in ("train", "validation", "test")},
-            "classes": getattr(task, "classes", None),
-            "dropped": world.data.dropped,
-        },
+        "data": setup.facts(job),
         "method": job.method.to_json(),
         "targets": list(job.targets or job.method.roles),
         "settings": {
             "train": list(job.trained(task, model)),
             **{name: getattr(job, name) for name in ("epochs", "batch_size", "accumulate", "validation", "patience")},
             "lr": job.lr or job.method.lr,
-            "max_length": world.length,
+            "max_length": setup.length,
             **{name: getattr(job, name) for name in ("model_dropout", "precision", "checkpointing", "seed")},
             "threads": torch.get_num_threads(),
             "device": str(device_of(model)),
         },
-        "baseline": world.baseline,
+        "baseline": setup.baseline,
         "test": test,
         "validation": validation,
         "eval_data": {
             name: {
                 "file": file,
-                "rows": len(world.rows[name]),
-                "trained_on": sum(text in learned for text, _ in world.rows[name]),
-                "before": world.before[name],
+                "rows": len(setup.rows[name]),
+                "trained_on": sum(text in learned for text, _ in setup.rows[name]),
+                "before": setup.before[name],
                 "after": after[name],
             }
             for name, file in job.eval_data
         },
         "epochs": [row for row in log if f"{watched}_loss" in row],
         "counts": asdict(counts(model)),
-        "merge": merged_check(model, task, world.batches("test"), scores),
+        "merge": merged_check(model, task, setup.batches("test"), scores),
         "peak_memory_bytes": peak_memory(job.on_cuda),
         "adapter_bytes": (directory / WEIGHTS).stat().st_size,
         "seconds": {
             "training": seconds,
             "training_cpu": cpu_seconds,
             "evaluation": away[0],
-            "baseline": world.baseline_seconds,
-            "total": world.seconds + time.perf_counter() - began,
+            "baseline": setup.baseline_seconds,
+            "total": setup.seconds + time.perf_counter() - began,
             "resumed": checkpoint.resumed,
         },
         "files": [CONFIG, WEIGHTS, LOG, PICTURE, SUMMARY],

@@ -3,16 +3,19 @@
 import json
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from texts import bert, gpt2, refused, run, toy, tune, write
+from texts import bert, gpt2, interrupted, refused, run, same, stop_at, toy, tune, undrawn, write
 
 import peft_kernels as pk
-from peft_kernels import hf
+from peft_kernels import hf, train
 from peft_kernels.batches import Batches
 
 for module in ("transformers", "sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(module)
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(monkeypatch):
+    undrawn(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -25,47 +28,14 @@ def data_file(tmp_path_factory):
     return write(tmp_path_factory.mktemp("data") / "toy.tsv", toy(100))
 
 
-@pytest.fixture
-def stop_at(monkeypatch):
-    """stop_at(n): a Ctrl-C in place of the n-th training batch from now on."""
-    whole = Batches.__iter__
-
-    def stop_at(n):
-        count = iter(range(1, n + 1))
-
-        def broken(self):
-            for batch in whole(self):
-                if next(count) == n:
-                    monkeypatch.setattr(Batches, "__iter__", whole)
-                    raise KeyboardInterrupt
-                yield batch
-
-        monkeypatch.setattr(Batches, "__iter__", broken)
-
-    return stop_at
-
-
 def words_of(model, data, out, *more):
     options = ("--method", "lora", "--set", "dropout=0.2", "--epochs", 3, "--batch-size", 16, "--json")
     return ("tune", "--model", model, "--data", data, "--out", out, *options, *more)
 
 
-def interrupted(capsys, *words):
-    """The one line of an interrupted command."""
-    code, out, err = run(capsys, *words)
-    assert (code, out) == (130, ""), err
-    assert err.count("\n") == 1, err
-    return err
-
-
 def log_of(out):
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-
-
-def same(a, b):
-    a, b = (load_file(path / "adapter_model.safetensors") for path in (a, b))
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize(
@@ -77,10 +47,10 @@ def same(a, b):
     ],
     ids=["plain", "accumulating", "with patience"],
 )
-def test_resumed_ends_at_the_same_bits(capsys, model_dir, data_file, tmp_path, stop_at, batch, more):
+def test_resumed_ends_at_the_same_bits(capsys, model_dir, data_file, tmp_path, monkeypatch, batch, more):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert run(capsys, *words_of(model_dir, data_file, whole, *more))[0] == 0
-    stop_at(batch)
+    stop_at(monkeypatch, batch)
     line = interrupted(capsys, *words_of(model_dir, data_file, out, *more))
     checkpoint = tmp_path / "out.checkpoint"
     assert str(checkpoint) in line and "--resume" in line
@@ -98,19 +68,19 @@ def test_resumed_ends_at_the_same_bits(capsys, model_dir, data_file, tmp_path, s
     assert not checkpoint.exists()
 
 
-def test_a_language_model_resumes_too(capsys, data_file, tmp_path, stop_at):
+def test_a_language_model_resumes_too(capsys, data_file, tmp_path, monkeypatch):
     source = gpt2(tmp_path / "model")
     more = ("--task", "lm", "--epochs", 2)
     assert run(capsys, *words_of(source, data_file, tmp_path / "whole", *more))[0] == 0
-    stop_at(7)
+    stop_at(monkeypatch, 7)
     interrupted(capsys, *words_of(source, data_file, tmp_path / "out", *more))
     assert run(capsys, *words_of(source, data_file, tmp_path / "out", *more, "--resume"))[0] == 0
     assert same(tmp_path / "whole", tmp_path / "out")
 
 
-def test_a_checkpoint_is_resumed_or_discarded_by_request_alone(capsys, model_dir, data_file, tmp_path, stop_at):
+def test_a_checkpoint_is_resumed_or_discarded_by_request_alone(capsys, model_dir, data_file, tmp_path, monkeypatch):
     words = words_of(model_dir, data_file, tmp_path / "out")
-    stop_at(8)
+    stop_at(monkeypatch, 8)
     interrupted(capsys, *words)
     line = refused(capsys, tmp_path, *words)
     assert "--resume" in line and "--force" in line
@@ -119,10 +89,10 @@ def test_a_checkpoint_is_resumed_or_discarded_by_request_alone(capsys, model_dir
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_other_settings_are_not_resumed(capsys, model_dir, tmp_path, stop_at):
+def test_other_settings_are_not_resumed(capsys, model_dir, tmp_path, monkeypatch):
     data = write(tmp_path / "d.tsv", toy(100))
     words = words_of(model_dir, data, tmp_path / "out")
-    stop_at(8)
+    stop_at(monkeypatch, 8)
     interrupted(capsys, *words)
     for more, name in ((("--batch-size", 8), "batch_size = 16"), (("--set", "rank=2"), '"rank": 8')):
         assert name in refused(capsys, tmp_path, *words, "--resume", *more)
@@ -152,8 +122,6 @@ def test_an_interrupt_before_training_leaves_nothing(capsys, model_dir, data_fil
 
 
 def test_an_interrupt_of_the_last_evaluation_can_be_resumed(capsys, model_dir, data_file, tmp_path, monkeypatch):
-    from peft_kernels import train
-
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 

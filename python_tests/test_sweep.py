@@ -1,17 +1,19 @@
-"""--sweep: a run per value that equals the run alone, a choice on validation rows, and nothing trained for a bad value."""
+"""--sweep: each run equals the run alone, validation rows choose, and nothing is trained where a value is bad."""
 
 import json
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from test_resume import interrupted, stop_at  # noqa: F401  # a fixture
-from texts import WRITTEN, bert, refused, run, toy, tune, write
+from texts import WRITTEN, bert, interrupted, refused, run, same, stop_at, toy, tune, undrawn, write
 
 from peft_kernels import report, sweep, train
 
 for module in ("transformers", "sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(module)
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(monkeypatch):
+    undrawn(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +24,6 @@ def model_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data_file(tmp_path_factory):
     return write(tmp_path_factory.mktemp("data") / "toy.tsv", toy(100))
-
-
-def same(a, b):
-    a, b = (load_file(path / "adapter_model.safetensors") for path in (a, b))
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_each_run_is_the_run_alone(capsys, model_dir, data_file, tmp_path):
@@ -67,11 +64,11 @@ def test_the_direction_of_the_metric_decides():
     assert sweep.best("lm", rows) == "b" and sweep.best("classify", rows) == "a"
 
 
-def test_an_interrupted_sweep_goes_on(capsys, model_dir, data_file, tmp_path, stop_at, monkeypatch):  # noqa: F811
+def test_an_interrupted_sweep_goes_on(capsys, model_dir, data_file, tmp_path, monkeypatch):
     words = ("tune", "--model", model_dir, "--data", data_file, "--method", "lora", "--json", "--batch-size", 16)
     words += ("--epochs", 2, "--sweep", "rank=1,2,4")
     assert run(capsys, *words, "--out", tmp_path / "whole")[0] == 0
-    stop_at(14)  # in the second of three runs of ten batches
+    stop_at(monkeypatch, 14)  # in the second of three runs of ten batches
     line = interrupted(capsys, *words, "--out", tmp_path / "out")
     checkpoint = tmp_path / "out.checkpoint"
     assert f"{checkpoint};" in line and "--resume" in line and not (tmp_path / "out").exists()
@@ -82,6 +79,19 @@ def test_an_interrupted_sweep_goes_on(capsys, model_dir, data_file, tmp_path, st
     assert len(trained) == 2 and not checkpoint.exists()
     for name in ("rank-1", "rank-2", "rank-4"):
         assert same(tmp_path / "out" / name, tmp_path / "whole" / name)
+
+
+def test_a_run_that_fails_is_a_row(capsys, model_dir, data_file, tmp_path):
+    words = ("--validation", 0.2, "--set", "rank=2", "--epochs", 3)
+    summary = tune(capsys, model_dir, data_file, tmp_path / "out", *words, "--sweep", "lr=1e-3,1e30,1e-2")
+    assert [row.get("failed", "")[:11] for row in summary["runs"]] == ["", "the loss is", ""]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"lr-1e-3", "lr-1e-2", "summary.json", "sweep.png"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    tune(capsys, model_dir, data_file, tmp_path / "alone", *words, "--lr", 1e-2)
+    assert same(tmp_path / "out" / "lr-1e-2", tmp_path / "alone"), "the failed run left something in the model"
+    assert "the loss is" in report.sweep_table(summary)
+    words = ("--model", model_dir, "--data", data_file, "--method", "lora", "--out", tmp_path / "none")
+    assert "every run failed" in refused(capsys, tmp_path, "tune", *words, "--json", "--sweep", "lr=1e29,1e30")
 
 
 BAD = {

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from texts import SPECIAL, WORDS, WRITTEN, bert, gpt2, numbers, refused, run, toy, tune, write
+from texts import SPECIAL, WORDS, WRITTEN, bert, gpt2, numbers, refused, run, same, toy, tune, undrawn, values, write
 from torch import nn
 
 import peft_kernels as pk
@@ -17,6 +17,11 @@ from peft_kernels.data import read_data
 
 for module in ("transformers", "sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(module)
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(monkeypatch):
+    undrawn(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -122,17 +127,6 @@ def test_force_replaces_results_only(capsys, model_dir, data_file, tmp_path):
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
-
-
-def values(directory):
-    from safetensors.torch import load_file
-
-    return load_file(directory / "adapter_model.safetensors")
-
-
-def same(a, b):
-    a, b = values(a), values(b)
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_train_says_what_is_trained_whole(capsys, model_dir, data_file, tmp_path):

@@ -1,11 +1,13 @@
-"""What the tests of the command line share: tiny random text models with a tokenizer, toy data, and running a command."""
+"""What the tests of the command line share: tiny random text models, toy data, running and interrupting a command."""
 
 import json
 import random
 
 import torch
+from safetensors.torch import load_file
 
-from peft_kernels import cli
+from peft_kernels import cli, report
+from peft_kernels.batches import Batches
 
 ANIMALS, FOODS = ["cat", "dog", "cow", "hen", "ant", "bee"], ["pie", "jam", "rye", "tea", "soup", "rice"]
 FILLER = ["the", "one", "big", "old"]
@@ -125,3 +127,40 @@ def refused(capsys, tmp_path, *words):
     assert err.count("\n") == 1 and err.endswith("\n") and err.startswith("peft-kernels"), err
     assert sorted(tmp_path.rglob("*")) == before
     return err
+
+
+def interrupted(capsys, *words):
+    """The one line of an interrupted command."""
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (130, ""), err
+    assert err.count("\n") == 1, err
+    return err
+
+
+def stop_at(monkeypatch, n):
+    """A Ctrl-C in place of the n-th training batch from now on, once."""
+    whole, count = Batches.__iter__, iter(range(1, n + 1))
+
+    def broken(self):
+        for batch in whole(self):
+            if next(count) == n:
+                monkeypatch.setattr(Batches, "__iter__", whole)
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(Batches, "__iter__", broken)
+
+
+def undrawn(monkeypatch):
+    """No picture of a run: it takes longer than everything else."""
+    monkeypatch.setattr(report, "draw", lambda path, log, summary: path.touch())
+
+
+def values(directory):
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def same(a, b):
+    """Whether two saved adapters are bit-equal."""
+    a, b = values(a), values(b)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
