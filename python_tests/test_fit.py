@@ -267,8 +267,8 @@ def test_penalty_and_loss_enter_the_gradient(options, monkeypatch):
     loss = cross_entropy(out, y) + options.get("term", 0) * (model(x) - out.detach() + 1).square().mean()
     shifts = [t.shift for _, t in tuners(model, "default")]
     loss = loss + options.get("penalty", 0) * sum(s.square().sum() for s in shifts)
-    for ours, expected in zip(gradients(model, monkeypatch), torch.autograd.grad(loss, params), strict=True):
-        torch.testing.assert_close(ours, expected)
+    expected = torch.autograd.grad(loss, params)
+    torch.testing.assert_close(gradients(model, monkeypatch), list(expected))
 
 
 def test_penalty_sums_over_active_tuners():
@@ -399,17 +399,16 @@ def whole_runs():
     return {}
 
 
-@pytest.mark.parametrize("every", [None, 1])
 @pytest.mark.parametrize("n", range(1, 16))
 @pytest.mark.parametrize("method", METHODS)
-def test_a_break_leaves_no_trace(method, n, every, tmp_path, whole_runs):
+def test_a_break_leaves_no_trace(method, n, tmp_path, whole_runs):
     """Interrupted in any batch, within an accumulation too, and resumed: weights, buffers and log are bit-equal."""
     if method not in whole_runs:
         whole_runs[method] = run(method, Interrupt())
     whole, log = whole_runs[method]
     first, second = Interrupt(n), Interrupt()
     with pytest.raises(KeyboardInterrupt):
-        run(method, first, checkpoint=tmp_path / "c", checkpoint_every=every)
+        run(method, first, checkpoint=tmp_path / "c", checkpoint_every=n % 2 or None)
     taken = [
         r["step"]
         for r in json.loads((tmp_path / "c" / "training.json").read_text())["log"]
