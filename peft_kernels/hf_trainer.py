@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from .engine.attach import all_adapters, is_attached, state_of
 from .engine.checkpoint import below, set_weights, weights
-from .engine.life import has_penalty, method_terms, penalty, scheduled, timeline, trained, unmerged
+from .engine.life import advance, has_penalty, method_terms, penalty, scheduled, timeline, trained, unmerged
 from .engine.store import replacing, save
 
 _WEIGHTS = "model.safetensors"
@@ -63,8 +63,7 @@ class Callback(TrainerCallback):
         for entry in entries:
             entry.enter(model)
         if loaded:
-            for tuner in self._scheduled:
-                tuner.step(state.global_step / state.max_steps)
+            advance(self._scheduled, state.global_step / state.max_steps)
             set_weights(model, names, loaded, None)
         if _trainable(model) != before:
             raise RuntimeError("a phase changes what is trained after Trainer has made its optimizer; use pk.fit")
@@ -84,8 +83,7 @@ class Callback(TrainerCallback):
             self._batches = left
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for tuner in self._scheduled:
-            tuner.step(state.global_step / state.max_steps)
+        advance(self._scheduled, state.global_step / state.max_steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._remove_hook()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import checkpoint as files
 from .attach import state_of, tuners
 from .batches import LossFn, finite, length, task_loss, to
-from .life import Entry, has_penalty, method_terms, penalty, scheduled, timeline, trained, unmerged
+from .life import Entry, advance, has_penalty, method_terms, penalty, scheduled, timeline, trained, unmerged
 from .store import recipe
 
 OnEpoch = Callable[[int, nn.Module], dict[str, Any]]
@@ -180,8 +180,7 @@ class _Run:
         for entry in self.entries[: self.at.entered]:
             entry.enter(self.model)
         if self.at.step:
-            for tuner in scheduled(self.model, self.names):
-                tuner.step(self.at.step / self.total)
+            advance(scheduled(self.model, self.names), self.at.step / self.total)
         files.set_weights(self.model, self.names, files.below(values, "now/"), self.directory)
         if self.at.entered:
             self._begin()
@@ -290,8 +289,7 @@ class _Run:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             at.step, at.batch, at.begun = at.step + 1, at.batch + size, True
-            for tuner in self.scheduled:
-                tuner.step(at.step / self.total)
+            advance(self.scheduled, at.step / self.total)
             self._mark()
             row = {"step": at.step, "epoch": at.epoch, "loss": sum(losses) / size}
             self.log.append({**row, "lr": self.optimizer.param_groups[0]["lr"], "seconds": at.seconds})
