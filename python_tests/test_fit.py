@@ -130,20 +130,21 @@ def test_bf16_is_the_precision_of_the_forward_alone():
     assert log[-1]["loss"] < log[0]["loss"]
 
 
-@pytest.mark.gpu
-def test_fp16_scales_the_loss_and_resumes(tmp_path):
-    def run(**kwargs):
-        case = make("mlp")
-        model = pk.attach(case.model.cuda(), pk.LoRA(rank=2, dropout=0.5), ("first",))
-        log = pk.fit(model, [data()] * 3, epochs=3, precision="fp16", loss_fn=cross_entropy, progress=False, **kwargs)
-        return values(model), log
+@pytest.mark.parametrize(
+    ("device", "precision"), [("cpu", "bf16"), pytest.param("cuda", "fp16", marks=pytest.mark.gpu)]
+)
+def test_a_precision_survives_a_resume(device, precision, tmp_path):
+    """With dropout on the device's own generator, and for fp16 the scale of the loss."""
 
-    whole, log = run()
-    assert log[-1]["loss"] < log[0]["loss"]
-    interrupt = Interrupt(7)
+    def run(**options):
+        model = pk.attach(make("mlp").model.to(device), pk.LoRA(rank=2, dropout=0.5), ("first",))
+        options = {"loss_fn": cross_entropy, "progress": False, **options}
+        pk.fit(model, [data()] * 3, epochs=3, precision=precision, **options)
+        return values(model)
+
     with pytest.raises(KeyboardInterrupt):
-        run(checkpoint=tmp_path / "c", on_epoch=interrupt.epoch_of(3))
-    assert_equal(run(checkpoint=tmp_path / "c", resume=True, on_epoch=lambda epoch, model: {})[0], whole)
+        run(checkpoint=tmp_path / "c", on_epoch=Interrupt().epoch_of(2))
+    assert_equal(run(checkpoint=tmp_path / "c", resume=True), run())
 
 
 @pytest.mark.parametrize(
@@ -267,8 +268,8 @@ def test_penalty_and_loss_enter_the_gradient(options, monkeypatch):
     loss = cross_entropy(out, y) + options.get("term", 0) * (model(x) - out.detach() + 1).square().mean()
     shifts = [t.shift for _, t in tuners(model, "default")]
     loss = loss + options.get("penalty", 0) * sum(s.square().sum() for s in shifts)
-    for ours, expected in zip(gradients(model, monkeypatch), torch.autograd.grad(loss, params), strict=True):
-        torch.testing.assert_close(ours, expected)
+    expected = torch.autograd.grad(loss, params)
+    torch.testing.assert_close(gradients(model, monkeypatch), list(expected))
 
 
 def test_penalty_sums_over_active_tuners():
@@ -399,17 +400,16 @@ def whole_runs():
     return {}
 
 
-@pytest.mark.parametrize("every", [None, 1])
 @pytest.mark.parametrize("n", range(1, 16))
 @pytest.mark.parametrize("method", METHODS)
-def test_a_break_leaves_no_trace(method, n, every, tmp_path, whole_runs):
+def test_a_break_leaves_no_trace(method, n, tmp_path, whole_runs):
     """Interrupted in any batch, within an accumulation too, and resumed: weights, buffers and log are bit-equal."""
     if method not in whole_runs:
         whole_runs[method] = run(method, Interrupt())
     whole, log = whole_runs[method]
     first, second = Interrupt(n), Interrupt()
     with pytest.raises(KeyboardInterrupt):
-        run(method, first, checkpoint=tmp_path / "c", checkpoint_every=every)
+        run(method, first, checkpoint=tmp_path / "c", checkpoint_every=n % 2 or None)
     taken = [
         r["step"]
         for r in json.loads((tmp_path / "c" / "training.json").read_text())["log"]

@@ -41,14 +41,22 @@ def to(batch: Any, device: torch.device) -> Any:
     return mapped(batch, lambda t: t.to(device))
 
 
+def check(batch: Any, loss_fn: LossFn | None) -> None:
+    """ValueError unless the batch is a dict, or with loss_fn a pair."""
+    kind = type(batch).__name__
+    if loss_fn is None and not isinstance(batch, Mapping):
+        raise ValueError(f"a batch is a {kind}; expected a dict for model(**batch), or pass loss_fn")
+    if loss_fn is not None and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        raise ValueError(f"a batch is a {kind}; expected a pair (inputs, target) for loss_fn")
+
+
 def task_loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> tuple[Tensor, Any]:
     """(loss, the model's outputs): model(**batch).loss, or loss_fn(model(inputs), target) of a pair."""
+    check(batch, loss_fn)
     if loss_fn is not None:
         inputs, target = batch
         outputs = model(inputs)
         return loss_fn(outputs, target), outputs
-    if not isinstance(batch, Mapping):
-        raise ValueError(f"a batch is a {type(batch).__name__}; expected a dict for model(**batch), or pass loss_fn")
     outputs = model(**batch)
     loss = getattr(outputs, "loss", None)
     if loss is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import all_adapters, state_of
-from .batches import LossFn, finite, rows, split, task_loss, to
+from .batches import LossFn, check, finite, rows, split, task_loss, to
 from .life import device_of, unmerged
 from .method import Stats, Tuner
 from .site import Parts, Site
@@ -49,6 +49,7 @@ def calibrate(
     total = min((n for n in (steps, getattr(batches, "__len__", lambda: None)()) if n is not None), default=None)
     with _calibrating(model, params), tqdm(total=total, disable=not progress, unit="batch", dynamic_ncols=True) as bar:
         for batch in islice(batches, steps):
+            check(batch, loss_fn)
             batch = to(batch, device)
             for part in split(batch) if per_sample else (batch,):
                 n = 1 if per_sample else rows(part)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import checkpoint as files
 from .attach import state_of, tuners
 from .batches import LossFn, finite, length, task_loss, to
-from .life import Entry, has_penalty, method_terms, penalty, scheduled, timeline, trained, unmerged
+from .life import Entry, advance, has_penalty, method_terms, penalty, scheduled, timeline, trained, unmerged
 from .store import recipe
 
 OnEpoch = Callable[[int, nn.Module], dict[str, Any]]
@@ -131,6 +131,7 @@ def fit(
         try:
             run.train(bar)
         except KeyboardInterrupt:
+            run.roll_back()
             run.save()
             raise
     model.eval()
@@ -162,6 +163,7 @@ class _Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.at, self.log = files.Position(), list[dict[str, Any]]()
         self.best: dict[str, Tensor] = {}
+        self.buffers: list[tuple[Tensor, Tensor]] = []  # each with its value at the last mark
 
     # -- from the start, or from a checkpoint -------------------------------------------------------------------------
 
@@ -178,8 +180,7 @@ class _Run:
         for entry in self.entries[: self.at.entered]:
             entry.enter(self.model)
         if self.at.step:
-            for tuner in scheduled(self.model, self.names):
-                tuner.step(self.at.step / self.total)
+            advance(scheduled(self.model, self.names), self.at.step / self.total)
         files.set_weights(self.model, self.names, files.below(values, "now/"), self.directory)
         if self.at.entered:
             self._begin()
@@ -191,14 +192,14 @@ class _Run:
         files.set_rng_state(self.epoch_rng if self.at.begun else self.rng, self.device)
 
     def save(self) -> None:
-        """Writes the checkpoint of the last whole step, if there is a directory for it."""
+        """Writes the checkpoint, if there is a directory for it."""
         if self.directory is None:
             return
         parts = {
             "now": files.weights(self.model, self.names),
             "best": self.best,
             "optimizer": files.moments(self.optimizer) if self.at.entered else {},
-            "epoch_rng": self.epoch_rng,
+            "epoch_rng": self.epoch_rng if self.at.begun else {},  # else the next one is the same
             "rng": self.rng,
         }
         record = {
@@ -215,6 +216,13 @@ class _Run:
         self.at.seconds = time.perf_counter() - self.began
         if self.directory is not None:
             self.rng = files.rng_state(self.device)
+            for b, held in self.buffers:
+                held.copy_(b)
+
+    def roll_back(self) -> None:
+        """Undoes what forward passes since the last mark have moved (BatchNorm); weights move in whole steps only."""
+        for b, held in self.buffers:
+            b.copy_(held)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -281,8 +289,7 @@ class _Run:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             at.step, at.batch, at.begun = at.step + 1, at.batch + size, True
-            for tuner in self.scheduled:
-                tuner.step(at.step / self.total)
+            advance(self.scheduled, at.step / self.total)
             self._mark()
             row = {"step": at.step, "epoch": at.epoch, "loss": sum(losses) / size}
             self.log.append({**row, "lr": self.optimizer.param_groups[0]["lr"], "seconds": at.seconds})
@@ -327,6 +334,8 @@ class _Run:
             group["initial_lr"] = group["lr"]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=self.settings.weight_decay)
         self.scheduled = scheduled(self.model, self.names)
+        if self.directory is not None:
+            self.buffers = [(b, b.clone()) for b in self.model.buffers()]
         self.terms, self.penalised = method_terms(self.model), has_penalty(self.model)
 
     def _watch(self, row: dict[str, Any]) -> None:
