@@ -36,11 +36,12 @@ class Checkpoint:
             before = json.loads((self.directory / JOB).read_text())
         except (OSError, ValueError):
             raise ValueError(f"{self.directory} is no checkpoint, it has no {JOB}; move it away") from None
-        for option, value in self.job.items() if resume else ():
-            if before.get(option) != value:
+        for option in {**before, **self.job} if resume else ():
+            was, now = (json.dumps(known.get(option)) for known in (before, self.job))
+            if was != now:
                 raise ValueError(
-                    f"--resume: the interrupted run had {option} = {json.dumps(before.get(option))}, this one has "
-                    f"{json.dumps(value)}; give the same, or --force without --resume to start again"
+                    f"--resume: the interrupted run had {option} = {was}, this one has {now}; give the same, or --force "
+                    "without --resume to start again"
                 )
 
     def begin(self) -> Path:

@@ -73,6 +73,7 @@ def test_an_interrupted_sweep_goes_on(capsys, model_dir, data_file, tmp_path, mo
     checkpoint = tmp_path / "out.checkpoint"
     assert f"{checkpoint};" in line and "--resume" in line and not (tmp_path / "out").exists()
     assert {p.name for p in checkpoint.iterdir()} == {"job.json", "rank-1", "rank-2.checkpoint"}
+    assert "sweep = " in refused(capsys, tmp_path, *words[:-2], "--out", tmp_path / "out", "--resume")
     trained, fit = [], train.fit
     monkeypatch.setattr(train, "fit", lambda *args, **kwargs: trained.append(1) or fit(*args, **kwargs))
     assert run(capsys, *words, "--out", tmp_path / "out", "--resume")[0] == 0
