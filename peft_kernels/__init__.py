@@ -7,6 +7,7 @@ from .engine.counts import Counts, counts
 from .engine.fit import fit
 from .engine.merge import MergeReport, merge, unmerge
 from .engine.method import Method, Tuner
+from .engine.route import checkpoint_context, route
 from .engine.store import load, save
 from .explain import explain
 from .methods import IA3, BitFit, FullTuning, Head, LoRA, methods  # the registry, shadowing the package of that name
@@ -27,6 +28,7 @@ __all__ = [
     "active",
     "attach",
     "backend",
+    "checkpoint_context",
     "counts",
     "detach",
     "disabled",
@@ -37,6 +39,7 @@ __all__ = [
     "methods",
     "ops",
     "rename",
+    "route",
     "save",
     "set_active",
     "unmerge",
