@@ -7,25 +7,40 @@ from .engine.counts import Counts, counts
 from .engine.fit import fit
 from .engine.merge import MergeReport, merge, unmerge
 from .engine.method import Method, Tuner
+from .engine.recipe import at
 from .engine.route import checkpoint_context, route
 from .engine.store import load, save
 from .explain import explain
-from .methods import IA3, BitFit, FullTuning, Head, LoRA, methods  # the registry, shadowing the package of that name
+from .methods import (
+    IA3,
+    BitFit,
+    ByLayer,
+    FullTuning,
+    Gated,
+    Head,
+    LoRA,
+    Union,
+    methods,
+)  # the registry, shadowing the package of that name
 from .ops import BackendError, backend
 
 __all__ = [
     "IA3",
     "BackendError",
     "BitFit",
+    "ByLayer",
     "Counts",
     "FullTuning",
+    "Gated",
     "Head",
     "LoRA",
     "MergeReport",
     "Method",
     "Tuner",
+    "Union",
     "__version__",
     "active",
+    "at",
     "attach",
     "backend",
     "checkpoint_context",

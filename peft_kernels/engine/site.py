@@ -135,7 +135,9 @@ class Site:
         module, dtype = self.module, self._weight.dtype
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         if not self.plain:
-            raise TypeError(f"{self.name}: {type(module).__name__} has no functional form; the tuner must write forward")
+            raise TypeError(
+                f"{self.name}: {type(module).__name__} has no functional form; the tuner must write forward"
+            )
         if self._kind == "linear":
             return F.linear(x, weight, bias)
         if isinstance(module, _CONVOLUTIONS):
