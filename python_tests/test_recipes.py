@@ -133,7 +133,7 @@ def test_bad_recipes():
         (lambda: pk.Gated(pk.Union(pk.LoRA())), "gate each member"),
         (lambda: pk.ByLayer({"first": pk.LoRA()}), "expected layer numbers"),
         (lambda: pk.Method.from_json({"method": "lora", "ranks": 3}), "no field"),
-        (lambda: pk.attach(make("mlp").model, pk.Union(pk.LoRA())), "families in the table"),
+        (lambda: pk.attach(make("mlp").model, pk.Union(pk.LoRA())), "known model types"),
         (lambda: pk.attach(make("bert").model, pk.Gated(pk.BitFit()), ("norm",)), "cannot tune"),
     ):
         with pytest.raises(ValueError, match=message):

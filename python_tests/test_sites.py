@@ -16,7 +16,7 @@ class Mixed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed = nn.Embedding(11, 6, padding_idx=0)
+        self.embed = nn.Embedding(11, 6)
         self.one = nn.Conv1d(6, 8, 3, padding=1, padding_mode="circular")
         self.depthwise = nn.Conv1d(8, 8, 3, stride=2, groups=4, bias=False)
         self.two = nn.Conv2d(1, 5, (2, 3), dilation=2)
@@ -64,7 +64,6 @@ def test_convolutions_and_embeddings(key, site, tmp_path):
     pk.merge(case.model)
     close(case.call(case.model), adapted, torch.float64)
     moved = sum(int((p != before[n]).sum()) for n, p in case.model.named_parameters() if n in before)
-    # The padding row of the table moves too, although no gradient reaches it.
     assert moved == changed
     pk.unmerge(case.model)
     assert_same(case.model, before)
@@ -73,6 +72,19 @@ def test_convolutions_and_embeddings(key, site, tmp_path):
     close(fresh.call(fresh.model), adapted, torch.float64)
     pk.detach(case.model)
     assert torch.equal(case.call(case.model), plain)
+
+
+def test_the_padding_row_is_not_trained():
+    model = nn.Sequential(nn.Embedding(5, 4, padding_idx=0))
+    pk.attach(model, pk.LoRA(rank=2), ("0",))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    ids = torch.tensor([[0, 1, 2]])
+    for _ in range(3):
+        model(ids).square().sum().backward()
+        optimizer.step()
+    before = model[0].weight.detach().clone()
+    pk.merge(model)
+    assert (model[0].weight != before).any(-1).tolist() == [False, True, True, False, False]
 
 
 def test_convolutions_in_16_bit_and_in_training():

@@ -61,7 +61,7 @@ _local = _Local()
 def routing(key: int | None) -> Routing | None:
     """The routing of the model `key` in this thread, or None."""
     routes = _local.routes
-    return None if routes is None else routes.get(key)
+    return None if routes is None or key is None else routes.get(key)
 
 
 class routed:

@@ -23,7 +23,10 @@ class LoRA(
     tiny={"rank": 2, "dropout": 0.25},
     kinds=("linear", "conv", "embedding"),
 ):
-    """Low-rank update of linear layers, convolutions and embeddings. Hu et al. 2021, arXiv:2106.09685; rsLoRA: arXiv:2312.03732."""
+    """Low-rank update of linear layers, convolutions and embeddings. Hu et al. 2021, arXiv:2106.09685.
+
+    rsLoRA is Kalajdzievski 2023, arXiv:2312.03732.
+    """
 
     rank: int = 8  # rows of A, columns of B
     alpha: float = 16.0  # the update is scaled by alpha / rank
