@@ -9,7 +9,9 @@ from .engine.merge import MergeReport, merge, unmerge
 from .engine.method import Method, Tuner
 from .engine.store import load, save
 from .explain import explain
-from .methods import IA3, BitFit, FullTuning, Head, LoRA, methods  # the registry, shadowing the package of that name
+
+# `methods` is the registry, shadowing the package of that name.
+from .methods import IA3, BitFit, DoRA, FullTuning, Head, LayerType, LoRA, TopLayers, methods
 from .ops import BackendError, backend
 
 __all__ = [
@@ -17,11 +19,14 @@ __all__ = [
     "BackendError",
     "BitFit",
     "Counts",
+    "DoRA",
     "FullTuning",
     "Head",
+    "LayerType",
     "LoRA",
     "MergeReport",
     "Method",
+    "TopLayers",
     "Tuner",
     "__version__",
     "active",

@@ -2,8 +2,11 @@
 
 from ..engine.method import methods
 from .bitfit import BitFit
+from .dora import DoRA
 from .full import FullTuning, Head
 from .ia3 import IA3
+from .layertype import LayerType
 from .lora import LoRA
+from .toplayers import TopLayers
 
-__all__ = ["IA3", "BitFit", "FullTuning", "Head", "LoRA", "methods"]
+__all__ = ["IA3", "BitFit", "DoRA", "FullTuning", "Head", "LayerType", "LoRA", "TopLayers", "methods"]
