@@ -70,11 +70,6 @@ class Site:
     def n_in(self) -> int:
         return self.weight.shape[-1]
 
-    def effective(self) -> Tensor:
-        """The weight with the module's active tuners folded in: what a tuner attached now has below it."""
-        adapters = adapters_of(self.module)
-        return self.weight if adapters is None else self._rows(adapters.chain.effective()[0])
-
     def read(self, params: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """(weight [out, in], bias or None) of parameters by name."""
         bias = params.get("bias")

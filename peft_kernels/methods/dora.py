@@ -43,7 +43,7 @@ class DoRATuner(LoRATuner, method=DoRA):
         super().__init__(cfg, site)
         if site.weight.is_meta and not self.a.is_meta:
             raise ValueError(f"{site.name} is offloaded and DoRA needs the norms of its rows; load the whole model")
-        self.m = site.param(site.n_out, init=lambda m, _: m.copy_(_root(_squares(site.effective()))))  # [out]
+        self.m = site.param(site.n_out, init=lambda m, _: m.copy_(_root(_squares(site.weight))))  # [out]
         self._kept: dict[str, tuple[list, Tensor]] = {}  # name -> (what it was computed from, value); in no state_dict
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
