@@ -7,6 +7,7 @@ from .engine.counts import Counts, counts
 from .engine.fit import fit
 from .engine.merge import MergeReport, merge, unmerge
 from .engine.method import Method, Tuner
+from .engine.route import checkpoint_context, route
 from .engine.store import load, save
 from .explain import explain
 
@@ -32,6 +33,7 @@ __all__ = [
     "active",
     "attach",
     "backend",
+    "checkpoint_context",
     "counts",
     "detach",
     "disabled",
@@ -42,6 +44,7 @@ __all__ = [
     "methods",
     "ops",
     "rename",
+    "route",
     "save",
     "set_active",
     "unmerge",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .attach import all_adapters, names_of, refresh, state_of
+from .attach import all_adapters, names_of, refresh, refuse_routed, state_of
 from .method import NotMergeable, promoted
 from .site import Adapters, base_modules, base_parameters
 
@@ -49,6 +49,7 @@ def merge(model: nn.Module, name: str | None = None, *, into: None = None, stash
     state = state_of(model)
     if state.merged:
         raise RuntimeError(f"{', '.join(state.merged)} is merged already; pk.unmerge(model) first")
+    refuse_routed(state, "merge")
     names = [n for n in names_of(model, name) if name is not None or n in state.active]
     if idle := [n for n in names if n not in state.active]:
         raise RuntimeError(f"{idle[0]} is not active; pk.set_active(model, ...) before merging it")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .rows import Routing, by_rows
+
 if TYPE_CHECKING:
     from .site import Base, Site
 
@@ -32,6 +34,7 @@ class Method:
 
     Subclass keywords: `roles` (default targets), `lr` (a sensible learning rate), `tiny` (fields for tests on small
     models), `key` (registry key; default the class name in lower case), `kinds` (of sites it can tune; None: any).
+    Without `roles` the class is an abstract one and not registered.
     """
 
     key: ClassVar[str]
@@ -44,12 +47,14 @@ class Method:
     def __init_subclass__(
         cls,
         *,
-        roles: tuple[str, ...],
-        lr: float,
-        tiny: dict[str, Any],
+        roles: tuple[str, ...] | None = None,
+        lr: float = math.nan,
+        tiny: dict[str, Any] | None = None,
         key: str | None = None,
         kinds: tuple[str, ...] | None = ("linear",),
     ):
+        if roles is None or tiny is None:
+            return
         cls.key, cls.roles, cls.lr, cls.tiny, cls.kinds = key or cls.__name__.lower(), roles, lr, tiny, kinds
         _registry[cls.key] = cls
 
@@ -79,8 +84,12 @@ class Method:
         """The method's fields at one site, where patterns override them."""
         return self
 
+    def parts(self, part: Part) -> list[Part]:
+        """What an attach of this method with the targets of `part` consists of; a recipe has several parts."""
+        return [part]
+
     def to_json(self) -> dict[str, Any]:
-        return {"method": self.key, **{f.name: getattr(self, f.name) for f in fields(self)}}
+        return {"method": self.key, **{f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Method:
@@ -90,12 +99,51 @@ class Method:
         known = {f.name for f in fields(cls)}
         if unknown := set(values) - known:
             raise ValueError(f"{cls.key} has no field {sorted(unknown)}; it has {sorted(known)}")
-        return cls(**values)
+        return cls(**{name: _rich(value) for name, value in values.items()})
 
 
 def fields(method: Method | type[Method]) -> tuple[dataclasses.Field, ...]:
     """The hyper-parameters of a method."""
     return dataclasses.fields(method)  # type: ignore[arg-type]  # every subclass is a dataclass
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A method with the targets it is attached to; empty targets are the method's own."""
+
+    method: Method
+    targets: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Part:
+        layers = data["layers"]
+        return Part(
+            Method.from_json(data["method"]),
+            tuple(data["targets"]),
+            tuple(data["exclude"]),
+            None if layers is None else tuple(layers),
+        )
+
+
+def _plain(value: Any) -> Any:
+    """A field as JSON: methods inside methods become objects."""
+    if isinstance(value, (Method, Part)):
+        return value.to_json()
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _rich(value: Any) -> Any:
+    """The inverse of _plain: the object of a method has its key under "method", that of a part the method's object."""
+    if isinstance(value, list):
+        return [_rich(item) for item in value]
+    if isinstance(value, dict) and "method" in value:
+        return Part.from_json(value) if isinstance(value["method"], dict) else Method.from_json(value)
+    return value
 
 
 class NotMergeable(RuntimeError):
@@ -112,6 +160,8 @@ class Tuner(nn.Module):
 
     fresh: bool = False  # forward returns a tensor nobody else holds, which a tuner above may write into
     opaque: ClassVar[bool] = False  # forward never calls the modules below: nothing else may tune them
+    needs_residual: ClassVar[bool] = False  # forward calls base.residual()
+    taps: tuple[str, ...] = ()  # inputs of other modules noted for it
 
     def __init_subclass__(cls, *, method: type[Method] | None = None):
         if method is not None:
@@ -126,6 +176,15 @@ class Tuner(nn.Module):
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         return base.site.apply(*self.fold(*base.effective()), *args, **kwargs)
+
+    @classmethod
+    def forward_many(cls, base: Any, tuners: dict[int, Tuner], route: Routing, *args: Any, **kwargs: Any) -> Any:
+        """A routed call: `tuners` of this class by adapter number, each for the rows that `route` gives it.
+
+        base(*args) is the output for all rows of everything below; rows of other numbers keep it. The default runs
+        every tuner on its rows; a method with a batched kernel overrides it and reads `route.expanded(rows)`.
+        """
+        return by_rows(base, tuners, route, args, kwargs)
 
     @property
     def mergeable(self) -> bool:
@@ -151,14 +210,14 @@ class Replica(Tuner):
     def __init__(self, cfg: Method, site: Site):
         super().__init__(cfg, site)
         self.copy = site.replicate()
-        self.transposed = site.transposed
+        self.layout = site.layout
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         return self.copy(*args, **kwargs)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         own = dict(self.copy.named_parameters(recurse=False))
-        return own["weight"].T if self.transposed else own["weight"], own.get("bias")
+        return as_matrix(own["weight"], self.layout), own.get("bias")
 
     def folded(self, site: Site, params: dict[str, Tensor]) -> dict[str, Tensor]:
         own = (*self.copy.named_parameters(), *self.copy.named_buffers())
@@ -172,3 +231,23 @@ class Replica(Tuner):
 def promoted(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a base of `dtype` is tuned: at least fp32."""
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
+
+
+def as_matrix(weight: Tensor, layout: str) -> Tensor:
+    """A weight as its module keeps it -> [out, in]."""
+    if layout == "columns":
+        return weight.T
+    return weight.flatten(1) if layout == "kernel" else weight
+
+
+def words(value: Any) -> tuple[str, ...]:
+    """One word or several -> a tuple of them."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def numbers(layers: Any) -> tuple[int, ...] | None:
+    """A layer number or several -> a tuple of them; None for all layers."""
+    chosen = None if layers is None else (layers,) if isinstance(layers, int) else tuple(layers)
+    if chosen is not None and not all(isinstance(n, int) for n in chosen):
+        raise ValueError(f"layers = {layers!r}; expected layer numbers such as 0, [0, 1] or [-1]")
+    return chosen

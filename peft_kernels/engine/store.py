@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .._version import __version__
-from .attach import Adapter, Part, attach_parts, detach, names_of, state_of, tuners
-from .method import Method
+from .attach import Adapter, attach_parts, detach, names_of, state_of, tuners
+from .method import Part
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -72,15 +72,7 @@ def load(
         directory = directory / name  # several adapters were saved here
     config, digest = _read_config(directory)
     try:
-        parts = [
-            Part(
-                Method.from_json(part["method"]),
-                tuple(part["targets"]),
-                tuple(part["exclude"]),
-                None if part["layers"] is None else tuple(part["layers"]),
-            )
-            for part in config["parts"]
-        ]
+        parts = [Part.from_json(part) for part in config["parts"]]
         adapter, saved_name = Adapter(parts, config["seed"]), config["name"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{directory / CONFIG} is not a complete adapter configuration ({error!r})") from None
@@ -122,10 +114,7 @@ def _config(model: nn.Module, name: str) -> dict[str, Any]:
         "name": name,
         "model": {"class": type(model).__name__, "type": getattr(getattr(model, "config", None), "model_type", None)},
         "seed": adapter.seed,
-        "parts": [
-            {"method": p.method.to_json(), "targets": p.targets, "exclude": p.exclude, "layers": p.layers}
-            for p in adapter.parts
-        ],
+        "parts": [part.to_json() for part in adapter.parts],
     }
 
 

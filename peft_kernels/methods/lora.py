@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
@@ -15,8 +16,14 @@ from ..engine.site import Base, Site
 
 
 @dataclass(frozen=True)
-class LoRA(Method, roles=("q", "v"), lr=2e-3, tiny={"rank": 2, "dropout": 0.25}):
-    """Low-rank update of linear layers. Hu et al. 2021, arXiv:2106.09685; rsLoRA: arXiv:2312.03732."""
+class LoRA(
+    Method,
+    roles=("q", "v"),
+    lr=2e-3,
+    tiny={"rank": 2, "dropout": 0.25},
+    kinds=("linear", "conv", "embedding"),
+):
+    """Low-rank update of linear layers, convolutions and embeddings. Hu et al. 2021, arXiv:2106.09685; rsLoRA: arXiv:2312.03732."""
 
     rank: int = 8  # rows of A, columns of B
     alpha: float = 16.0  # the update is scaled by alpha / rank
@@ -59,6 +66,10 @@ def _last(pattern: dict[str, Any], site: Site, default: Any) -> Any:
     return next((v for k, v in reversed(pattern.items()) if site.matches((k,))), default)
 
 
+def _normal(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    return tensor.normal_(generator=generator)
+
+
 class LoRATuner(Tuner, method=LoRA):
     fresh = True
 
@@ -66,8 +77,10 @@ class LoRATuner(Tuner, method=LoRA):
         super().__init__(cfg, site)
         self.scale = cfg.alpha / (math.sqrt(cfg.rank) if cfg.rslora else cfg.rank)
         self.dropout = cfg.dropout
-        self.a = site.param(cfg.rank, site.n_in, init="kaiming")  # [r, in]
-        self.b = site.param(site.n_out, cfg.rank, init="zeros")  # [out, r]
+        # An embedding reads few columns of A: with B = 0 they would hardly learn, so there A is 0 and B is drawn.
+        inits: tuple[Any, Any] = (_normal, "zeros") if site.kind == "embedding" else ("zeros", "kaiming")
+        self.b = site.param(site.n_out, cfg.rank, init=inits[0])  # [out, r]
+        self.a = site.param(cfg.rank, site.n_in, init=inits[1])  # [r, in]
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * (self.b @ self.a), bias
@@ -80,12 +93,25 @@ class LoRATuner(Tuner, method=LoRA):
         return self.dropout, torch.randint(-(2**62), 2**62, (2,), device=x.device)
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
+        if base.site.kind != "linear":
+            return self._elsewhere(base, x)
         p, rng = self.draw(x)
         if base.innermost:
             weight, bias = base.effective()
             return ops.lora_linear(x, weight, bias, self.a, self.b, self.scale, p=p, rng=rng)
         add = ops.lora_add_ if base.fresh else ops.lora_add
         return add(base(x), x, self.a, self.b, self.scale, p=p, rng=rng)
+
+    def _elsewhere(self, base: Base, x: Tensor) -> Tensor:
+        """At a convolution A is its kernel, down to r channels, and B is 1 x 1; at an embedding A is the table."""
+        site, groups = base.site, getattr(base.site.module, "groups", 1)
+        if groups > 1:
+            return super().forward(base, x)  # A mixes channels across groups: only the sum is a convolution
+        dropped = F.dropout(x, self.dropout, self.training) if site.kind == "conv" else x
+        h = site.apply(self.a, None, dropped)  # [..., r] or [..., r, *spatial]
+        channels = site.channels(h)
+        delta = F.linear(h.movedim(channels, -1), self.b.to(h.dtype)).movedim(-1, channels)
+        return base(x) + self.scale * delta
 
     def changes(self) -> tuple[int, int]:
         rank, n_in = self.a.shape
