@@ -11,17 +11,22 @@ from .engine.recipe import at
 from .engine.route import checkpoint_context, route
 from .engine.store import load, save
 from .explain import explain
+
+# `methods` is the registry, shadowing the package of that name.
 from .methods import (
     IA3,
     BitFit,
     ByLayer,
+    DoRA,
     FullTuning,
     Gated,
     Head,
+    LayerType,
     LoRA,
+    TopLayers,
     Union,
     methods,
-)  # the registry, shadowing the package of that name
+)
 from .ops import BackendError, backend
 
 __all__ = [
@@ -30,12 +35,15 @@ __all__ = [
     "BitFit",
     "ByLayer",
     "Counts",
+    "DoRA",
     "FullTuning",
     "Gated",
     "Head",
+    "LayerType",
     "LoRA",
     "MergeReport",
     "Method",
+    "TopLayers",
     "Tuner",
     "Union",
     "__version__",

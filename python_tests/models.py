@@ -189,7 +189,8 @@ TIED_HEADS = ("gpt2", "t5")  # to the embedding
 def targets_of(key, family):
     if family != "mlp" or key == "full":
         return None
-    return {"head": ("out",), "bitfit": ("first", "ln")}.get(key, ("first", "second"))
+    own = {"head": ("out",), "bitfit": ("first", "ln"), "layertype": ("first", "ln")}
+    return own.get(key, ("first", "second"))
 
 
 def attached(key, family, dtype=torch.float32, **kwargs):

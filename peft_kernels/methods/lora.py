@@ -39,15 +39,18 @@ class LoRA(
         super().__post_init__()
         for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
             if rank < 1:
-                raise ValueError(f"LoRA {where} = {rank}; expected at least 1")
+                raise ValueError(f"{type(self).__name__} {where} = {rank}; expected at least 1")
         if not 0 <= self.dropout <= 1:
-            raise ValueError(f"LoRA dropout = {self.dropout}; expected a probability from 0 to 1")
+            raise ValueError(f"{type(self).__name__} dropout = {self.dropout}; expected a probability from 0 to 1")
 
     def select(self, sites: list[Site]) -> list[Site]:
         sites = super().select(sites)
         for key in (*self.rank_pattern, *self.alpha_pattern):
             if sites and not any(s.matches((key,)) for s in sites):
-                raise ValueError(f"LoRA pattern {key!r} matches none of the targets; give one of their roles or a glob")
+                name = type(self).__name__
+                raise ValueError(
+                    f"{name} pattern {key!r} matches none of the targets; give one of their roles or a glob"
+                )
         return sites
 
     def at(self, site: Site) -> LoRA:
@@ -55,7 +58,8 @@ class LoRA(
         limit = min(site.n_in, site.n_out)
         if rank > limit:
             raise ValueError(
-                f"LoRA rank = {rank} at {site.name}; a {site.n_out} x {site.n_in} layer takes at most {limit}"
+                f"{type(self).__name__} rank = {rank} at {site.name}; "
+                f"a {site.n_out} x {site.n_in} layer takes at most {limit}"
             )
         return replace(self, rank=rank, alpha=_last(self.alpha_pattern, site, self.alpha))
 
@@ -84,13 +88,17 @@ class LoRATuner(Tuner, method=LoRA):
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * (self.b @ self.a), bias
 
+    def draw(self, x: Tensor) -> tuple[float, Tensor | None]:
+        """(p, rng) of the dropout of one call."""
+        if not (self.training and self.dropout):
+            return 0.0, None
+        # From torch's generator, so that seeds, checkpointing and compile all see the draw.
+        return self.dropout, torch.randint(-(2**62), 2**62, (2,), device=x.device)
+
     def forward(self, base: Base, x: Tensor) -> Tensor:
         if base.site.kind != "linear":
             return self._elsewhere(base, x)
-        p, rng = 0.0, None
-        if self.training and self.dropout:
-            # From torch's generator, so that seeds, checkpointing and compile all see the draw.
-            p, rng = self.dropout, torch.randint(-(2**62), 2**62, (2,), device=x.device)
+        p, rng = self.draw(x)
         if base.innermost:
             weight, bias = base.effective()
             return ops.lora_linear(x, weight, bias, self.a, self.b, self.scale, p=p, rng=rng)
