@@ -109,11 +109,11 @@ def _whisper(kind):
     return model, {"input_features": torch.randn(2, 4, 10), "decoder_input_ids": _tokens()}
 
 
-def _vit(kind):
+def _vit(kind, **changes):
     from transformers import AutoModelForImageClassification
 
     sizes = {k: v for k, v in _SIZES.items() if k != "vocab_size"}
-    config = _config(kind, **sizes, image_size=8, patch_size=4, num_labels=3)
+    config = _config(kind, **sizes, image_size=8, patch_size=4, num_labels=3, **changes)
     return AutoModelForImageClassification.from_config(config), {"pixel_values": torch.randn(2, 3, 8, 8)}
 
 
@@ -160,7 +160,7 @@ _MAKERS = {
         kind: partial(_bart, kind)
         for kind in ("plbart", "blenderbot-small", "marian", "mbart", "pegasus", "blenderbot", "m2m_100")
     },
-    "deit": lambda: _vit("deit"),
+    "deit": lambda: _vit("deit", architectures=["DeiTForImageClassification"]),
 }
 KINDS = tuple(kind for kind in _MAKERS if kind != "mlp")
 EVERY = tuple(_MAKERS)[: tuple(_MAKERS).index("whisper") + 1]
@@ -183,7 +183,7 @@ def make(family: str, dtype: torch.dtype = torch.float32) -> Case:
 
 METHODS = pk.methods()
 
-TIED_HEADS = ("gpt2", "t5")  # to the embedding
+TIED_HEADS = ("gpt2", "t5", "opt", "gemma", "falcon", "bloom", "bart", "whisper")  # to the embedding
 
 
 def targets_of(key, family):

@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     groups: int = 1
 
     def of(self, t: Tensor, dim: int = 0) -> Tensor:
-        """These rows of `t` along `dim`: a view where they are contiguous, else a copy."""
+        """These rows of `t` along `dim`; of one group, a view."""
         if self.groups == 1:
             return t.narrow(dim, self.start, self.stop - self.start)
         dim %= t.dim()
@@ -59,8 +59,9 @@ class Site:
         self.kind = _kind(module)
         # transformers' Conv1D keeps [in, out]; everybody above sees [out, in].
         self.transposed = self.kind == "linear" and not isinstance(module, nn.Linear)
-        # Its function is the one its class is known for, so weights alone describe it.
-        self.plain = self.transposed or _original(module).forward in (nn.Linear.forward, nn.LayerNorm.forward)
+        # Its function is the one its class is known for, so weights alone describe it; FalconLinear's is F.linear too.
+        known = self.transposed or type(module).__name__ == "FalconLinear"
+        self.plain = known or _original(module).forward in (nn.Linear.forward, nn.LayerNorm.forward)
         self.lifted: Callable | None = None  # an instance `forward` found at attach: it is the innermost callable then
         self._drawn = 0
 
