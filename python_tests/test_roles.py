@@ -24,7 +24,7 @@ fused = pytest.mark.parametrize("kind", FUSED)
 def roles_of(model):
     """The roles this very model has: those of its family, less what its config leaves out."""
     config = model.config
-    roles = set(TABLE[family(model)].roles)
+    roles = set(family(model).roles)
     if not (config.is_encoder_decoder or getattr(config, "add_cross_attention", False)):
         roles -= CROSS
     return roles if getattr(config, "is_gated_act", True) else roles - {"gate"}
@@ -62,7 +62,7 @@ def test_every_role_finds_modules_that_run(kind):
     for path, module in case.model.named_modules():
         module.register_forward_hook(lambda *_, path=path: called.add(path))
     case.call(case.model)
-    for role in TABLE[family(case.model)].roles:
+    for role in family(case.model).roles:
         if role not in roles_of(case.model):
             with pytest.raises(ValueError, match="matches nothing"):
                 resolve(case.model, (role,))
@@ -72,6 +72,15 @@ def test_every_role_finds_modules_that_run(kind):
         assert {site.role for site in sites} == {role}
         if role not in ("norm", "embed", "head"):
             assert {layer_of(site.name) for site in sites} == {0, 1}
+
+
+@every_kind
+def test_the_bare_model_has_the_same_roles(kind):
+    model = make(kind).model
+    inside = set(model.base_model.modules())
+    for role in roles_of(model) - {"head"}:
+        bare = resolve(model.base_model, (role,))
+        assert [s.module for s in bare] == [s.module for s in resolve(model, (role,)) if s.module in inside]
 
 
 @every_kind
@@ -154,6 +163,10 @@ def test_the_layernorm_where_there_is_none():
     assert (site.role, site.norm, site.prenorm) == ("q", layer.attention.output.LayerNorm, False)
     model = make("gpt2").model
     assert resolve(model, ("c_attn",))[0].norm is model.transformer.h[0].ln_1
+    model = make("bloom").model
+    model.config.apply_residual_connection_post_layernorm = True
+    (site,) = resolve(model, ("q",), layers=[0])
+    assert (site.norm, site.prenorm) == (model.transformer.h[0].input_layernorm, None)
 
 
 # -- rows of fused linears --------------------------------------------------------------------------------------------
