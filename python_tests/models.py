@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+import pytest
 import torch
 from torch import nn
 
@@ -109,11 +110,11 @@ def _whisper(kind):
     return model, {"input_features": torch.randn(2, 4, 10), "decoder_input_ids": _tokens()}
 
 
-def _vit(kind):
+def _vit(kind, **changes):
     from transformers import AutoModelForImageClassification
 
     sizes = {k: v for k, v in _SIZES.items() if k != "vocab_size"}
-    config = _config(kind, **sizes, image_size=8, patch_size=4, num_labels=3)
+    config = _config(kind, **sizes, image_size=8, patch_size=4, num_labels=3, **changes)
     return AutoModelForImageClassification.from_config(config), {"pixel_values": torch.randn(2, 3, 8, 8)}
 
 
@@ -160,7 +161,7 @@ _MAKERS = {
         kind: partial(_bart, kind)
         for kind in ("plbart", "blenderbot-small", "marian", "mbart", "pegasus", "blenderbot", "m2m_100")
     },
-    "deit": lambda: _vit("deit"),
+    "deit": lambda: _vit("deit", architectures=["DeiTForImageClassification"]),
 }
 KINDS = tuple(kind for kind in _MAKERS if kind != "mlp")
 EVERY = tuple(_MAKERS)[: tuple(_MAKERS).index("whisper") + 1]
@@ -183,10 +184,12 @@ def make(family: str, dtype: torch.dtype = torch.float32) -> Case:
 
 METHODS = pk.methods()
 
+TIED_HEADS = ("gpt2", "t5", "opt", "gemma", "falcon", "bloom", "bart", "whisper")  # to the embedding
+
 
 def mergeable(key, family):
-    """A gate depends on the input; GPT-2's and T5's heads are tied to the embedding."""
-    return key != "gated" and not (key == "head" and family in ("gpt2", "t5"))
+    """A gate depends on the input, and a tied weight is not the head's alone."""
+    return key != "gated" and not (key == "head" and family in TIED_HEADS)
 
 
 def targets_of(key, family):
@@ -196,8 +199,12 @@ def targets_of(key, family):
     return own.get(key, ("first", "second"))
 
 
-# By-layer recipes need layers.
-GRID = [(key, family) for key in METHODS for family in FAMILIES if (key, family) != ("bylayer", "mlp")]
+def over(families):
+    """(method, family) for all methods that fit; beyond the families of the quick grid it is slow."""
+    families = tuple(families)
+    marks = {f: () if f in FAMILIES else pytest.mark.slow for f in families}
+    fitting = [(k, f) for k in METHODS for f in families if (k, f) != ("bylayer", "mlp")]  # which has no layers
+    return [pytest.param(k, f, id=f"{k}-{f}", marks=marks[f]) for k, f in fitting]
 
 
 def attached(key, family, dtype=torch.float32, **kwargs):

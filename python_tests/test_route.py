@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 import torch._dynamo.testing
-from models import GRID, METHODS, assert_same, close, make, perturb, snapshot, targets_of
+from models import FAMILIES, METHODS, assert_same, close, make, over, perturb, snapshot, targets_of
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
@@ -35,7 +35,7 @@ def alone(case, name):
     return case.call(case.model)
 
 
-@pytest.mark.parametrize(("key", "family"), GRID)
+@pytest.mark.parametrize(("key", "family"), over(FAMILIES))
 def test_each_row_is_as_if_its_adapter_were_alone(key, family):
     case = two(key, family)
     single = {name: alone(case, name).detach() for name in ("a", "b", None)}
@@ -50,7 +50,7 @@ def test_each_row_is_as_if_its_adapter_were_alone(key, family):
     assert_same(case.model, before)
 
 
-@pytest.mark.parametrize(("key", "family"), GRID)
+@pytest.mark.parametrize(("key", "family"), over(FAMILIES))
 def test_gradients_of_a_mixed_batch(key, family):
     """Every adapter gets the gradient of its own rows, with backward outside the `with`."""
     # Nothing else can sit in a module trained whole.

@@ -10,7 +10,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -147,7 +147,14 @@ _ROWS: dict[tuple[str, ...], Family] = {
             "norm": ("LayerNorm",),
             "embed": ("embeddings.word_embeddings",),
             "block": ("encoder.layer.#",),
-            "head": (*_HEAD, "cls", "discriminator_predictions", "generator_predictions", "generator_lm_head"),
+            "head": (
+                *_HEAD,
+                "cls",
+                "discriminator_predictions",
+                "generator_predictions",
+                "generator_lm_head",
+                "sequence_summary",
+            ),
         },
         norms={
             "attn": ("layer.#.attention.output.LayerNorm",),
@@ -306,10 +313,13 @@ _ROWS: dict[tuple[str, ...], Family] = {
 FAMILIES: dict[str, Family] = {kind: row for kinds, row in _ROWS.items() for kind in kinds}
 
 
-def family(model: nn.Module) -> str | None:
-    """The model type under which the model is in FAMILIES, or None."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    return kind if kind in FAMILIES else None
+def family(model: nn.Module) -> Family | None:
+    """The model's row of the table, or None."""
+    return FAMILIES.get(_model_type(model))
+
+
+def _model_type(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", None) or ""
 
 
 def layer_of(path: str) -> int | None:
@@ -373,8 +383,8 @@ def _picks(model: nn.Module, modules: dict[str, nn.Module], target: str) -> Iter
         yield from ((key, _role(model, modules, key)) for key in _spans(modules, target))
     else:
         # `*` is every layer but what is trained whole or not at all unless it is named: embeddings and the task head.
-        name = family(model)
-        heads = FAMILIES[name].roles["head"] if name and target == "*" else ()
+        row = family(model)
+        heads = row.roles["head"] if row and target == "*" else ()
         for path, module in modules.items():
             if target == "*" and isinstance(module, nn.Embedding):
                 continue
@@ -384,16 +394,15 @@ def _picks(model: nn.Module, modules: dict[str, nn.Module], target: str) -> Iter
 
 
 def _patterns(model: nn.Module, role: str) -> tuple[str, ...]:
-    name = family(model)
-    if name is None:
-        kind = getattr(getattr(model, "config", None), "model_type", None)
+    row, kind = family(model), _model_type(model)
+    if row is None:
         raise ValueError(
             f"role {role!r} is not known for {type(model).__name__}{f' (model type {kind})' if kind else ''}; "
             f"give globs over module paths instead, such as '*.query'; known model types: {', '.join(FAMILIES)}"
         )
-    if role not in FAMILIES[name].roles:
-        raise ValueError(f"role {role!r} does not exist in family {name}; it has {' '.join(FAMILIES[name].roles)}")
-    return FAMILIES[name].roles[role]
+    if role not in row.roles:
+        raise ValueError(f"role {role!r} does not exist in family {kind}; it has {' '.join(row.roles)}")
+    return row.roles[role]
 
 
 def _prefixes(path: str) -> list[str]:
@@ -425,15 +434,15 @@ def _key(model: nn.Module, modules: dict[str, nn.Module], pattern: str, path: st
     if (match := _match(end, path)) is None:
         return None
     start = _beside(match, entry) if entry else None
-    return path, _rows(model, path, modules[path], part[:-1]) if part else None, start
+    return path, _rows(model, Site(path, modules[path]), part[:-1]) if part else None, start
 
 
-def _rows(model: nn.Module, path: str, module: nn.Module, part: str) -> Rows:
+def _rows(model: nn.Module, site: Site, part: str) -> Rows:
     """Where a part of a fused linear lies among its output rows."""
-    layouts = (layout(model.config) for layout in FAMILIES[family(model) or ""].fused)
+    layouts = (layout(model.config) for layout in cast(Family, family(model)).fused)
     groups, units = next((groups, units) for groups, units in layouts if part in units)
     names = list(units)
-    unit = Site(path, module).n_out // groups // sum(units.values())
+    unit = site.n_out // groups // sum(units.values())
     start = unit * sum(units[name] for name in names[: names.index(part)])
     return Rows(start, start + unit * units[part], groups)
 
@@ -462,8 +471,8 @@ def _layer(path: str) -> str:
 
 def _role(model: nn.Module, modules: dict[str, nn.Module], key: Key) -> str:
     """The role of what a glob picked, so that patterns by role hold there too."""
-    name = family(model)
-    for role, patterns in FAMILIES[name].roles.items() if name else ():
+    row = family(model)
+    for role, patterns in row.roles.items() if row else ():
         if any(_key(model, modules, pattern, key[0]) == key for pattern in patterns):
             return role
     return ""
@@ -474,9 +483,8 @@ def _norm(
 ) -> tuple[nn.Module | None, bool | None, nn.Module | None]:
     """Of the sublayer that the module at `path` belongs to: (LayerNorm, does it come before, module that the residual
     enters)."""
-    if (name := family(model)) is None:
+    if (row := family(model)) is None:
         return None, None, None
-    row = FAMILIES[name]
     for sublayer, roles in _SUBLAYERS.items():
         for pattern in (p for role in roles for p in row.roles.get(role, ())):
             if match := _match(pattern.partition("[")[0].rpartition(">")[2], path):
@@ -517,8 +525,7 @@ def _in_layers(sites: list[Site], layers: Sequence[int] | None) -> list[Site]:
 
 
 def _hint(model: nn.Module, modules: dict[str, nn.Module]) -> str:
-    name = family(model)
-    if name:
-        return f"family {name} has the roles {' '.join(FAMILIES[name].roles)}; or give a glob over module paths"
+    if row := family(model):
+        return f"family {_model_type(model)} has the roles {' '.join(row.roles)}; or give a glob over module paths"
     paths = [path for path in modules if path]
     return f"its modules are {', '.join(paths[:6])}{', ...' if len(paths) > 6 else ''}"

@@ -33,7 +33,7 @@ class Rows(NamedTuple):
     groups: int = 1
 
     def of(self, t: Tensor, dim: int = 0) -> Tensor:
-        """These rows of `t` along `dim`: a view where they are contiguous, else a copy."""
+        """These rows of `t` along `dim`; of one group, a view."""
         if self.groups == 1:
             return t.narrow(dim, self.start, self.stop - self.start)
         dim %= t.dim()
@@ -227,7 +227,8 @@ def _plain(module: nn.Module) -> bool:
     cls: Any = base_class(module) if adapters_of(module) is not None else type(module)
     if isinstance(module, nn.Embedding):  # transformers' scaled ones multiply the rows afterwards
         return module.max_norm is None and (cls.forward is nn.Embedding.forward or hasattr(module, "embed_scale"))
-    if _kind(module) == "linear" and not isinstance(module, nn.Linear):  # transformers' Conv1D
+    # transformers' Conv1D and FalconLinear have a forward of their own that is F.linear.
+    if _kind(module) == "linear" and not isinstance(module, nn.Linear) or type(module).__name__ == "FalconLinear":
         return True
     return cls.forward in [known.forward for known in (nn.Linear, nn.LayerNorm, *_CONVOLUTIONS)]
 
