@@ -7,21 +7,37 @@ from .engine.counts import Counts, counts
 from .engine.fit import fit
 from .engine.merge import MergeReport, merge, unmerge
 from .engine.method import Method, Tuner
+from .engine.recipe import at
 from .engine.route import checkpoint_context, route
 from .engine.store import load, save
 from .explain import explain
 
 # `methods` is the registry, shadowing the package of that name.
-from .methods import IA3, BitFit, DoRA, FullTuning, Head, LayerType, LoRA, TopLayers, methods
+from .methods import (
+    IA3,
+    BitFit,
+    ByLayer,
+    DoRA,
+    FullTuning,
+    Gated,
+    Head,
+    LayerType,
+    LoRA,
+    TopLayers,
+    Union,
+    methods,
+)
 from .ops import BackendError, backend
 
 __all__ = [
     "IA3",
     "BackendError",
     "BitFit",
+    "ByLayer",
     "Counts",
     "DoRA",
     "FullTuning",
+    "Gated",
     "Head",
     "LayerType",
     "LoRA",
@@ -29,8 +45,10 @@ __all__ = [
     "Method",
     "TopLayers",
     "Tuner",
+    "Union",
     "__version__",
     "active",
+    "at",
     "attach",
     "backend",
     "checkpoint_context",

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +22,14 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 @dataclass
 class Adapter:
+    """What was attached under one name: the method, then the modules trained beside it."""
+
     parts: list[Part]
     seed: int
+
+    def expanded(self) -> list[tuple[Part, bool]]:
+        """(part, does it belong to the method) without recipes; a tuner's `part` is its number here."""
+        return [(own, i == 0) for i, part in enumerate(self.parts) for own in part.method.expand(part)]
 
 
 @dataclass
@@ -128,7 +133,10 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
     _guard(model, chosen)
     for _, _, site in chosen:
         adapted(type(site.module))  # a class that cannot be extended stops here, before anything is changed
-    built = _by_module([(level, site, cfg.tuner(cfg, site)) for level, cfg, site in chosen])
+    made = [(level, site, cfg.tuner(cfg, site)) for level, cfg, site in chosen]
+    for level, _, tuner in made:
+        tuner.part = level
+    built = _by_module(made)
 
     if not state.adapters:
         state.requires_grad = {path: p.requires_grad for path, p in base_parameters(model)}
@@ -152,9 +160,8 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
 def _choose(model: nn.Module, adapter: Adapter) -> list[tuple[int, Method, Site]]:
     """(part number, method, site) part by part in model order; a module trained whole belongs to that part alone."""
     chosen: list[tuple[int, Method, Site]] = []
-    first = adapter.parts[0].method.parts(adapter.parts[0])
-    parts = [*first, *(p for part in adapter.parts[1:] for p in part.method.parts(part))]
-    for level, part in enumerate(parts):
+    parts = adapter.expanded()
+    for level, (part, _) in enumerate(parts):
         found = resolve(model, part.targets, exclude=part.exclude, layers=part.layers, seed=adapter.seed + level)
         sites = part.method.select(found)
         if not sites:
@@ -166,7 +173,7 @@ def _choose(model: nn.Module, adapter: Adapter) -> list[tuple[int, Method, Site]
         chosen += [(level, part.method.at(site), site) for site in sites]
     whole = {site.name for _, cfg, site in chosen if cfg.tuner.opaque}
     chosen = [c for c in chosen if not (c[2].name and _inside(c[2].name.rpartition(".")[0], whole))]
-    if not any(level < len(first) for level, _, _ in chosen):
+    if not any(parts[level][1] for level, _, _ in chosen):
         raise ValueError(
             f"all targets of {adapter.parts[0].method.key} are trained whole already; choose other targets"
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import state_of, tuners
+from .method import Tuner
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -20,14 +21,12 @@ def param_groups(model: nn.Module, lr: float | None = None) -> list[dict[str, An
     """Optimizer groups: the trainable tensors by learning rate, `lr` or each method's own."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, adapter in state_of(model).adapters.items():
-        # The first part is the method, the others are modules trained beside it (train=...).
-        rates: dict[type, float] = {part.method.tuner: part.method.lr for part in adapter.parts[1:]}
-        method = adapter.parts[0].method
-        rates[method.tuner] = method.lr if lr is None else lr
+        # Modules trained beside the method (train=...) keep their own rate.
+        rates = [part.method.lr if lr is None or not own else lr for part, own in adapter.expanded()]
         for _, tuner in tuners(model, name):
             for module in tuner.modules():
-                if type(module) in rates:
-                    groups.setdefault(rates[type(module)], []).extend(p for p in module.parameters() if p.requires_grad)
+                if isinstance(module, Tuner) and module.part is not None:
+                    groups.setdefault(rates[module.part], []).extend(p for p in module.parameters() if p.requires_grad)
     return [{"params": params, "lr": rate} for rate, params in groups.items()]
 
 

@@ -84,8 +84,8 @@ class Method:
         """The method's fields at one site, where patterns override them."""
         return self
 
-    def parts(self, part: Part) -> list[Part]:
-        """What an attach of this method with the targets of `part` consists of; a recipe has several parts."""
+    def expand(self, part: Part) -> list[Part]:
+        """What attaching this method as `part` comes to; a recipe has several parts."""
         return [part]
 
     def to_json(self) -> dict[str, Any]:
@@ -161,6 +161,7 @@ class Tuner(nn.Module):
     fresh: bool = False  # forward returns a tensor nobody else holds, which a tuner above may write into
     opaque: ClassVar[bool] = False  # forward never calls the modules below: nothing else may tune them
     needs_residual: ClassVar[bool] = False  # forward calls base.residual()
+    part: int | None = None  # which part of its adapter made it; None for a tuner inside or around others
     taps: tuple[str, ...] = ()  # inputs of other modules noted for it
 
     def __init_subclass__(cls, *, method: type[Method] | None = None):

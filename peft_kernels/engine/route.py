@@ -33,9 +33,9 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
         names_of(model, name)
     if state.merged:
         raise RuntimeError(f"{', '.join(state.merged)} is merged; pk.unmerge(model) before routing")
-    order = {None: -1, **{name: i for i, name in enumerate(state.adapters)}}
-    device = next((p.device for _, p in base_parameters(model)), None)
-    routing = Routing([order[n] for n in names], device)
+    order = list(state.adapters)
+    device = next(p.device for _, p in base_parameters(model))
+    routing = Routing([-1 if n is None else order.index(n) for n in names], device)
     with routed({**(routes() or {}), _key(model, state): routing}):
         yield model
 

@@ -30,7 +30,9 @@ class Routing:
         """How many rows a call with this leading dimension has; a leading 1 is one row for all."""
         n = len(self.numbers)
         if leading != 1 and (leading == 0 or leading % n):
-            raise ValueError(f"the route has {n} names, but {where} sees {leading} rows; expected one name per batch row")
+            raise ValueError(
+                f"the route has {n} names, but {where} sees {leading} rows; expected one name per batch row"
+            )
         return max(leading, n)
 
     def expanded(self, rows: int) -> Tensor:
@@ -59,7 +61,7 @@ _local = _Local()
 def routing(key: int | None) -> Routing | None:
     """The routing of the model `key` in this thread, or None."""
     routes = _local.routes
-    return None if routes is None else routes.get(key)
+    return None if routes is None or key is None else routes.get(key)
 
 
 class routed:
@@ -117,7 +119,9 @@ def by_rows(base: Base, tuners: dict[int, Tuner], route: Routing, args: tuple, k
 def _refuse(base: Base, kwargs: dict[str, Any]) -> None:
     """Raises where the route would be lost or fixed without a word, or rows cannot be taken."""
     if cache := next((name for name, value in kwargs.items() if hasattr(value, "get_seq_length")), None):
-        raise RuntimeError(f"{base.site} gets a key-value cache ({cache}), which has no rows to route; pass use_cache=False")
+        raise RuntimeError(
+            f"{base.site} gets a key-value cache ({cache}), which has no rows to route; pass use_cache=False"
+        )
     if torch.compiler.is_exporting():
         raise RuntimeError("torch.export would fix the route of this call for ever; export outside pk.route")
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not base.site.module.training:
@@ -200,7 +204,9 @@ def _per_row(t: Tensor, rows: int) -> bool:
 
 def _take(value: Any, index: Tensor, rows: int) -> Any:
     """The chosen rows of every tensor that has `rows` of them."""
-    return together([value], lambda ts: ts[0].index_select(0, index.to(ts[0].device)) if _per_row(ts[0], rows) else ts[0])
+    return together(
+        [value], lambda ts: ts[0].index_select(0, index.to(ts[0].device)) if _per_row(ts[0], rows) else ts[0]
+    )
 
 
 def _put(pieces: list[tuple[Tensor, Any]]) -> Any:
@@ -214,7 +220,9 @@ def _put(pieces: list[tuple[Tensor, Any]]) -> Any:
             return torch.cat(list(ts)).index_select(0, order.to(ts[0].device))
         if ts[0].dim():
             return ts[0]
-        raise RuntimeError("a loss inside a module that is routed by rows cannot be put together; compute it from its logits")
+        raise RuntimeError(
+            "a loss inside a module that is routed by rows cannot be put together; compute it from its logits"
+        )
 
     return together([value for _, value in pieces], join)
 

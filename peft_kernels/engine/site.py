@@ -9,7 +9,7 @@ import types
 import zlib
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +25,31 @@ def matches(path: str, pattern: str) -> bool:
     return fnmatchcase(path, pattern) or fnmatchcase(path, "*." + pattern)
 
 
+class Rows(NamedTuple):
+    """Some output rows of a fused linear: start to stop inside each of `groups` equal groups of its rows."""
+
+    start: int
+    stop: int
+    groups: int = 1
+
+    def of(self, t: Tensor, dim: int = 0) -> Tensor:
+        """These rows of `t` along `dim`: a view where they are contiguous, else a copy."""
+        if self.groups == 1:
+            return t.narrow(dim, self.start, self.stop - self.start)
+        dim %= t.dim()
+        inner = t.unflatten(dim, (self.groups, -1)).narrow(dim + 1, self.start, self.stop - self.start)
+        return inner.flatten(dim, dim + 1)
+
+
 class Site:
     """A module, some output rows of a fused linear, or the span between two linears, that one tuner tunes.
 
     name: path of the module in the model.   role: the role it was picked by, or "".
-    rows: (start, stop) of the output features for a part of a fused linear, None for the whole module.
-    entry: the first linear of a span, whose last is `module`; None otherwise.   norm: the LayerNorm of the sublayer
-    that the site lies in, or None.   prenorm: whether that norm comes before the sublayer (its input is the residual)
-    or after the addition.   residual: the module whose input is the residual of that sublayer, or None.
+    rows: the output features of a part of a fused linear, None for the whole module.
+    entry: the linear where a span begins that ends in `module`, or None.
+    norm: the LayerNorm of the sublayer that the module belongs to, or None.   prenorm: True: the norm's input is the
+    residual and its output enters the sublayer; False: the norm comes after the addition; None: unknown.
+    residual: the module whose input is what the model adds to the sublayer's output, or None.
     kind: "linear" (also transformers' Conv1D), "conv", "embedding", "norm", "span" or "module".
     """
 
@@ -41,9 +58,7 @@ class Site:
     prenorm: bool | None = None
     residual: nn.Module | None = None
 
-    def __init__(
-        self, name: str, module: nn.Module, role: str = "", rows: tuple[int, int] | None = None, seed: int = 0
-    ):
+    def __init__(self, name: str, module: nn.Module, role: str = "", rows: Rows | None = None, seed: int = 0):
         self.name, self.module, self.role, self.rows, self.seed = name, module, role, rows, seed
         self.layout = _layout(module)
         self._kind = _kind(module)
@@ -52,7 +67,7 @@ class Site:
         self._drawn = 0
 
     def __repr__(self) -> str:
-        rows = f"[{self.rows[0]}:{self.rows[1]}]" if self.rows else ""
+        rows = f"[{self.rows.start}:{self.rows.stop} of {self.rows.groups}]" if self.rows else ""
         return f"Site({self.name}{rows}, {self.kind})"
 
     def key(self, what: str) -> str:
@@ -114,7 +129,7 @@ class Site:
         return cast(Tensor, self.module.weight)
 
     def _rows(self, t: Tensor) -> Tensor:
-        return t if self.rows is None else t[self.rows[0] : self.rows[1]]
+        return t if self.rows is None else self.rows.of(t)
 
     def _stored(self, weight: Tensor) -> Tensor:
         """The inverse of as_matrix, for any number of output features."""
@@ -135,7 +150,9 @@ class Site:
         module, dtype = self.module, self._weight.dtype
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         if not self.plain:
-            raise TypeError(f"{self.name}: {type(module).__name__} has no functional form; the tuner must write forward")
+            raise TypeError(
+                f"{self.name}: {type(module).__name__} has no functional form; the tuner must write forward"
+            )
         if self._kind == "linear":
             return F.linear(x, weight, bias)
         if isinstance(module, _CONVOLUTIONS):
@@ -144,6 +161,7 @@ class Site:
             y = F.embedding(x, weight.T, module.padding_idx)
             scale = getattr(module, "embed_scale", None)
             return y if scale is None else y * scale
+        assert isinstance(module, nn.LayerNorm)  # the last of the plain classes
         return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
 
     def channels(self, y: Tensor) -> int:
@@ -267,19 +285,19 @@ class _PartBase:
     """The base of a tuner that sees some output rows of a fused linear: y was computed for all rows at once."""
 
     innermost = False
-    fresh = False  # y is a view of the fused output
+    fresh = False  # y may be a view of the fused output
 
-    def __init__(self, site: Site, rows: slice, base: Base, x: Tensor, y: Tensor):
+    def __init__(self, site: Site, rows: Rows, base: Base, x: Tensor, y: Tensor):
         self.site, self.rows, self.base, self.x, self.y = site, rows, base, x, y
 
     def __call__(self, x: Tensor) -> Tensor:
         if x is self.x:
-            return self.y[..., self.rows]
+            return self.rows.of(self.y, dim=-1)
         return self.site.apply(*self.effective(), x)  # the tuner changed the input: its rows are computed anew
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.base.effective()
-        return weight[self.rows], None if bias is None else bias[self.rows]
+        return self.rows.of(weight), None if bias is None else self.rows.of(bias)
 
 
 class Parts(Tuner):
@@ -294,10 +312,9 @@ class Parts(Tuner):
             self.site_name = site.name
             self._modules[label] = tuner
 
-    def parts(self) -> Iterator[tuple[Site, slice, Tuner]]:
+    def parts(self) -> Iterator[tuple[Site, Rows, Tuner]]:
         for label, site in self.sites.items():
-            start, stop = site.rows or (0, site.n_out)
-            yield site, slice(start, stop), cast(Tuner, self._modules[label])
+            yield site, cast(Rows, site.rows), cast(Tuner, self._modules[label])
 
     @property
     def mergeable(self) -> bool:
@@ -311,7 +328,7 @@ class Parts(Tuner):
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         weights, biases = [], []
         for _, rows, tuner in self.parts():
-            w, b = tuner.fold(weight[rows], None if bias is None else bias[rows])
+            w, b = tuner.fold(rows.of(weight), None if bias is None else rows.of(bias))
             weights.append((rows, w))
             if b is not None:
                 biases.append((rows, b))
@@ -324,10 +341,15 @@ class Parts(Tuner):
         return sum(changed), sum(rank)
 
 
-def _assemble(whole: Tensor, parts: list[tuple[slice, Tensor]], dim: int) -> Tensor:
-    """`whole` with the given ranges along `dim` replaced, without writing into it."""
+def _assemble(whole: Tensor, parts: list[tuple[Rows, Tensor]], dim: int) -> Tensor:
+    """`whole` with the given rows along `dim` replaced, without writing into it."""
+    groups = parts[0][0].groups
+    if groups > 1:
+        dim %= whole.dim()
+        split = [(Rows(rows.start, rows.stop), part.unflatten(dim, (groups, -1))) for rows, part in parts]
+        return _assemble(whole.unflatten(dim, (groups, -1)), split, dim + 1).flatten(dim, dim + 1)
     pieces, at = [], 0
-    for rows, part in sorted(parts, key=lambda item: item[0].start):
+    for rows, part in sorted(parts, key=lambda item: item[0]):
         if rows.start > at:
             pieces.append(whole.narrow(dim, at, rows.start - at))
         pieces.append(part)
@@ -389,7 +411,8 @@ class Many:
     fresh = False
 
     def __init__(self, below: Base | Many, cls: type[Tuner], tuners: dict[int, Tuner], adapters: Adapters):
-        self.site, self.below, self.cls, self.tuners, self.adapters = below.site, below, cls, tuners, adapters
+        self.site: Site = below.site
+        self.below, self.cls, self.tuners, self.adapters = below, cls, tuners, adapters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         route = routing(self.adapters.key)

@@ -63,7 +63,9 @@ class Stack(Tuner):
 
     def folded(self, site: Site, params: dict[str, Tensor]) -> dict[str, Tensor]:
         for tuner in self.members():
-            params = tuner.folded(site, {key: value.to(torch.promote_types(value.dtype, torch.float32)) for key, value in params.items()})
+            params = tuner.folded(
+                site, {key: value.to(torch.promote_types(value.dtype, torch.float32)) for key, value in params.items()}
+            )
         return params
 
     def changes(self) -> tuple[int, int]:

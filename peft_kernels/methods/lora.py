@@ -23,7 +23,10 @@ class LoRA(
     tiny={"rank": 2, "dropout": 0.25},
     kinds=("linear", "conv", "embedding"),
 ):
-    """Low-rank update of linear layers, convolutions and embeddings. Hu et al. 2021, arXiv:2106.09685; rsLoRA: arXiv:2312.03732."""
+    """Low-rank update of linear layers, convolutions and embeddings. Hu et al. 2021, arXiv:2106.09685.
+
+    rsLoRA is Kalajdzievski 2023, arXiv:2312.03732.
+    """
 
     rank: int = 8  # rows of A, columns of B
     alpha: float = 16.0  # the update is scaled by alpha / rank
@@ -78,9 +81,9 @@ class LoRATuner(Tuner, method=LoRA):
         self.scale = cfg.alpha / (math.sqrt(cfg.rank) if cfg.rslora else cfg.rank)
         self.dropout = cfg.dropout
         # An embedding reads few columns of A: with B = 0 they would hardly learn, so there A is 0 and B is drawn.
-        inits: tuple[Any, Any] = (_normal, "zeros") if site.kind == "embedding" else ("zeros", "kaiming")
-        self.b = site.param(site.n_out, cfg.rank, init=inits[0])  # [out, r]
-        self.a = site.param(cfg.rank, site.n_in, init=inits[1])  # [r, in]
+        inits: tuple[Any, Any] = ("zeros", _normal) if site.kind == "embedding" else ("kaiming", "zeros")
+        self.a = site.param(cfg.rank, site.n_in, init=inits[0])  # [r, in]
+        self.b = site.param(site.n_out, cfg.rank, init=inits[1])  # [out, r]
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * (self.b @ self.a), bias
