@@ -183,7 +183,10 @@ def make(family: str, dtype: torch.dtype = torch.float32) -> Case:
 
 METHODS = pk.methods()
 
-TIED_HEADS = ("gpt2", "t5")  # to the embedding
+
+def mergeable(key, family):
+    """A gate depends on the input; GPT-2's and T5's heads are tied to the embedding."""
+    return key != "gated" and not (key == "head" and family in ("gpt2", "t5"))
 
 
 def targets_of(key, family):
@@ -191,6 +194,10 @@ def targets_of(key, family):
         return None
     own = {"head": ("out",), "bitfit": ("first", "ln"), "layertype": ("first", "ln")}
     return own.get(key, ("first", "second"))
+
+
+# By-layer recipes need layers.
+GRID = [(key, family) for key in METHODS for family in FAMILIES if (key, family) != ("bylayer", "mlp")]
 
 
 def attached(key, family, dtype=torch.float32, **kwargs):

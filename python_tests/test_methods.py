@@ -7,15 +7,13 @@ import json
 
 import pytest
 import torch
-from models import FAMILIES, METHODS, TIED_HEADS, assert_same, attached, close, make, perturb, snapshot, targets_of
+from models import FAMILIES, GRID, METHODS, assert_same, attached, close, make, mergeable, perturb, snapshot, targets_of
 
 import peft_kernels as pk
 from peft_kernels.engine.attach import tuners
 from peft_kernels.engine.site import base_parameters
 
-grid = pytest.mark.parametrize(
-    ("key", "family"), [pytest.param(k, f, id=f"{k}-{f}") for k in METHODS for f in FAMILIES]
-)
+grid = pytest.mark.parametrize(("key", "family"), [pytest.param(k, f, id=f"{k}-{f}") for k, f in GRID])
 every_method = pytest.mark.parametrize("key", METHODS)
 
 
@@ -104,7 +102,7 @@ def test_fold_law_16_bit(key, family):
     )
     with torch.no_grad():
         t, fast = exact.call(truth), case.call(case.model)
-        if family in TIED_HEADS and key == "head":
+        if not mergeable(key, family):
             return
         pk.merge(case.model)
         merged = case.call(case.model)
@@ -120,8 +118,8 @@ def test_fold_law_16_bit(key, family):
 def test_merge_and_unmerge(key, family):
     case = attached(key, family)
     perturb(case.model)
-    if family in TIED_HEADS and key == "head":
-        with pytest.raises(RuntimeError, match="shares its weight"):
+    if not mergeable(key, family):
+        with pytest.raises(RuntimeError, match="shares its weight|no weight-space form"):
             pk.merge(case.model)
         return
     before, adapted = snapshot(case.model), case.call(case.model)
@@ -190,8 +188,7 @@ def test_copies_and_pickles(key, family):
         close(case.call(other), case.call(make(family).model))
 
 
-@every_method
-@pytest.mark.parametrize("family", ["mlp", "llama"])
+@pytest.mark.parametrize(("key", "family"), [(k, f) for k, f in GRID if f in ("mlp", "llama")])
 def test_compiled_in_one_graph(key, family):
     case = attached(key, family)
     perturb(case.model)
@@ -234,6 +231,9 @@ def test_gradient_checkpointing_repeats_the_draw(key, family):
 # method -> field -> another value than that of `tiny`
 _LORA = {"rank": 3, "alpha": 3.0, "dropout": 0.7, "rslora": True, "rank_pattern": {"q": 1}, "alpha_pattern": {"v": 5.0}}
 OTHER_VALUES = {
+    "bylayer": {"members": [pk.at("q", pk.LoRA(rank=2), layers=0)]},
+    "gated": {"inner": pk.LoRA(rank=3)},
+    "union": {"members": [pk.LoRA(rank=1)]},
     "dora": _LORA,
     "ia3": {"feedforward": ("v", "down")},
     "layertype": {"types": ("o",)},
@@ -279,7 +279,7 @@ def test_counts_agree_with_each_other(key, family):
     assert 0 < counts.trainable == counts.stored
     if key != "full":
         before, _ = snapshot(case.model), perturb(case.model)
-        if not (family in TIED_HEADS and key == "head"):
+        if mergeable(key, family):
             pk.merge(case.model)
             now = dict(base_parameters(case.model))
             moved = sum(int((now[n] != v).sum()) for n, v in before.items() if n in now)

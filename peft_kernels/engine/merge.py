@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import all_adapters, names_of, refresh, refuse_routed, state_of
-from .method import NotMergeable, promoted
+from .method import NotMergeable, Tuner, promoted
 from .site import Adapters, base_modules, base_parameters
 
 
@@ -122,9 +122,8 @@ def _check(path: str, adapters: Adapters, names: list[str], active: list[str]) -
         )
     for n in names:
         if n in adapters.tuners and not adapters.tuners[n].mergeable:
-            raise NotMergeable(
-                f"{path}: {type(adapters.tuners[n]).__name__} of {n!r} has no weight-space form; it cannot be merged"
-            )
+            inner = [t for t in adapters.tuners[n].modules() if isinstance(t, Tuner) and not t.mergeable][-1]
+            raise NotMergeable(f"{path}: {type(inner).__name__} of {n!r} has no weight-space form; it cannot be merged")
         if n in adapters.tuners and not adapters.tuners[n].opaque and not adapters.site.plain:
             kind = type(adapters.module).__name__
             raise NotMergeable(f"{path}: {kind} has a forward of its own, so weights alone do not describe it")

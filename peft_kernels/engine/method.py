@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +151,31 @@ class NotMergeable(RuntimeError):
     """The method has no weight-space form, so it cannot be merged."""
 
 
+class Changes(NamedTuple):
+    """How many original numbers a merge gives another value, and an upper bound of the rank of that change."""
+
+    weight: int = 0
+    bias: int = 0
+    rank: int = 0
+
+    def over(self, other: Changes) -> Changes:
+        """Both at the same place: a number that both change is changed once."""
+        return Changes(max(self.weight, other.weight), max(self.bias, other.bias), self.rank + other.rank)
+
+    def beside(self, other: Changes) -> Changes:
+        """Both, at different places."""
+        return Changes(self.weight + other.weight, self.bias + other.bias, self.rank + other.rank)
+
+
+def overlaid(changes: Iterable[dict[Any, Changes]]) -> dict[Any, Changes]:
+    """The changes of tuners at one module, by rows."""
+    out: dict[Any, Changes] = {}
+    for blocks in changes:
+        for rows, change in blocks.items():
+            out[rows] = out.get(rows, Changes()).over(change)
+    return out
+
+
 class Tuner(nn.Module):
     """The trainable part of a method at one site. Write at least one of `fold` and `forward`.
 
@@ -195,9 +221,13 @@ class Tuner(nn.Module):
         """The site's own parameters by name -> their values with this tuner folded in."""
         return site.written(*self.fold(*site.read(params)))
 
-    def changes(self) -> tuple[int, int]:
-        """(original numbers whose value a merge changes, upper bound of the rank of that change)."""
-        return 0, 0
+    def changes(self) -> Changes:
+        """What a merge changes of the original numbers at the site; by default nothing."""
+        return Changes()
+
+    def changes_by_rows(self) -> dict[Any, Changes]:
+        """The same by block of output rows of a fused linear; None stands for the whole module."""
+        return {None: self.changes()}
 
     def extra_repr(self) -> str:
         return f"{sum(p.numel() for p in self.parameters(recurse=False)):,} numbers"
@@ -229,9 +259,14 @@ class Replica(Tuner):
         own = (*self.copy.named_parameters(), *self.copy.named_buffers())
         return {name: t.detach() for name, t in own if name in params and t.is_floating_point()}
 
-    def changes(self) -> tuple[int, int]:
-        matrices = [p for p in self.copy.parameters() if p.dim() == 2]
-        return sum(p.numel() for p in self.copy.parameters()), sum(min(p.shape) for p in matrices)
+    def changes(self) -> Changes:
+        own = list(self.copy.parameters())
+        return Changes(sum(p.numel() for p in own), 0, sum(largest_rank(p) for p in own))
+
+
+def largest_rank(p: Tensor) -> int:
+    """Of a change of `p` as a matrix [out, in], a convolution's kernel flattened; vectors have none."""
+    return min(len(p), p[0].numel()) if p.dim() > 1 and len(p) else 0
 
 
 def promoted(dtype: torch.dtype) -> torch.dtype:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .method import Tuner, as_matrix, promoted
+from .method import Changes, Tuner, as_matrix, promoted
 from .rows import routing
 from .taps import forget, seen
 
@@ -336,9 +336,8 @@ class Parts(Tuner):
             bias = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
         return _assemble(weight, weights, dim=0), None if bias is None else _assemble(bias, biases, dim=0)
 
-    def changes(self) -> tuple[int, int]:
-        changed, rank = zip(*(tuner.changes() for _, _, tuner in self.parts()), strict=True)
-        return sum(changed), sum(rank)
+    def changes_by_rows(self) -> dict[Any, Changes]:
+        return {rows: tuner.changes() for _, rows, tuner in self.parts()}
 
 
 def _assemble(whole: Tensor, parts: list[tuple[Rows, Tensor]], dim: int) -> Tensor:

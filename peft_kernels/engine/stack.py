@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from .method import Tuner
+from .method import Changes, Tuner, overlaid, promoted
 from .site import Base, Site
 from .taps import seen
 
@@ -63,14 +62,11 @@ class Stack(Tuner):
 
     def folded(self, site: Site, params: dict[str, Tensor]) -> dict[str, Tensor]:
         for tuner in self.members():
-            params = tuner.folded(
-                site, {key: value.to(torch.promote_types(value.dtype, torch.float32)) for key, value in params.items()}
-            )
+            params = tuner.folded(site, {key: value.to(promoted(value.dtype)) for key, value in params.items()})
         return params
 
-    def changes(self) -> tuple[int, int]:
-        changed, rank = zip(*(tuner.changes() for tuner in self.members()), strict=True)
-        return max(changed), sum(rank)
+    def changes_by_rows(self) -> dict[Any, Changes]:
+        return overlaid(tuner.changes_by_rows() for tuner in self.members())
 
 
 class Spanned(Tuner):
@@ -88,9 +84,6 @@ class Spanned(Tuner):
     def forward(self, base: Base, h: Tensor) -> Any:
         x = seen(self.site.key("entry"))
         return self.tuner(_SpanBase(self.site, base, h, x), x)
-
-    def changes(self) -> tuple[int, int]:
-        return self.tuner.changes()
 
 
 class _SpanBase:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..engine.method import Method, Tuner
+from ..engine.method import Changes, Method, Tuner
 from ..engine.site import Base, Site
 
 
@@ -30,8 +30,9 @@ class BitFitTuner(Tuner, method=BitFit):
     def __init__(self, cfg: BitFit, site: Site):
         super().__init__(cfg, site)
         self.embedding = site.kind == "embedding"
-        # What a merge changes: the bias that is there, or the embedding's table.
-        self.changed = site.weight.numel() if self.embedding else 0 if site.bias is None else site.n_out
+        self.changed = Changes(weight=site.weight.numel(), rank=1) if self.embedding else Changes()
+        if site.bias is not None:
+            self.changed = Changes(bias=site.n_out)
         self.bias = site.param(site.n_out)  # [out], added to the frozen bias
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -45,5 +46,5 @@ class BitFitTuner(Tuner, method=BitFit):
         y = base(*args)
         return y + self.bias.to(y.dtype)
 
-    def changes(self) -> tuple[int, int]:
-        return self.changed, int(self.embedding)
+    def changes(self) -> Changes:
+        return self.changed

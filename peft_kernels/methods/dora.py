@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import ops
-from ..engine.method import promoted
+from ..engine.method import Changes, promoted
 from ..engine.site import Base, Site
 from .lora import LoRA, LoRATuner
 
@@ -63,9 +63,9 @@ class DoRATuner(LoRATuner, method=DoRA):
         y = ops.rescale(y, g)
         return y if bias is None else y.add_(bias)
 
-    def changes(self) -> tuple[int, int]:
+    def changes(self) -> Changes:
         shape = self.b.shape[0], self.a.shape[1]
-        return shape[0] * shape[1], min(shape)
+        return Changes(weight=shape[0] * shape[1], rank=min(shape))
 
     # -- the norms of the rows ----------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .. import ops
-from ..engine.method import Method, Tuner
+from ..engine.method import Changes, Method, Tuner
 from ..engine.site import Base, Site
 
 
@@ -38,5 +38,5 @@ class IA3Tuner(Tuner, method=IA3):
             return base(ops.rescale(x, self.l))
         return ops.rescale(base(x), self.l)
 
-    def changes(self) -> tuple[int, int]:
-        return self.shape[0] * self.shape[1] + self.scaled_biases, min(self.shape)
+    def changes(self) -> Changes:
+        return Changes(self.shape[0] * self.shape[1], self.scaled_biases, min(self.shape))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..engine.method import Method, Tuner
+from ..engine.method import Changes, Method, Tuner
 from ..engine.site import Base, Site
 
 
@@ -116,6 +116,6 @@ class LoRATuner(Tuner, method=LoRA):
         delta = F.linear(h.movedim(channels, -1), self.b.to(h.dtype)).movedim(-1, channels)
         return base(x) + self.scale * delta
 
-    def changes(self) -> tuple[int, int]:
+    def changes(self) -> Changes:
         rank, n_in = self.a.shape
-        return self.b.shape[0] * n_in, rank
+        return Changes(weight=self.b.shape[0] * n_in, rank=rank)
