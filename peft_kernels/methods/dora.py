@@ -33,8 +33,8 @@ _BLOCK = 2**22  # numbers of a 16-bit weight that are widened at a time
 class DoRA(LoRA, roles=("q", "v"), lr=1e-3, tiny={"rank": 2, "dropout": 0.25}):
     """LoRA on the directions of the rows, with learned row norms. Liu et al. 2024, arXiv:2402.09353.
 
-    Fields are LoRA's. dropout is of the input of A alone: the frozen path keeps its input, which it shares with the
-    linear layer. (The authors' code drops it there as well.)
+    Fields are LoRA's. dropout is of the input of A alone; the authors' code drops that of the frozen path as well.
+    The norms start as those of the module's own weight: it starts as the identity unless an adapter below changes them.
     """
 
 
