@@ -240,6 +240,11 @@ class Replica(Tuner):
 
     def __init__(self, cfg: Method, site: Site):
         super().__init__(cfg, site)
+        if site.rows is not None:
+            raise ValueError(
+                f"{site.role} is some rows of {site.name}, and {cfg.key} trains whole modules; "
+                f"target that module, as '*.{site.name.rpartition('.')[2]}'"
+            )
         self.copy = site.replicate()
         self.layout = site.layout
 

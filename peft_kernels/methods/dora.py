@@ -33,8 +33,8 @@ _BLOCK = 2**22  # numbers of a 16-bit weight that are widened at a time
 class DoRA(LoRA, roles=("q", "v"), lr=1e-3, tiny={"rank": 2, "dropout": 0.25}):
     """LoRA on the directions of the rows, with learned row norms. Liu et al. 2024, arXiv:2402.09353.
 
-    Fields are LoRA's. dropout is of the input of A alone: the frozen path keeps its input, which it shares with the
-    linear layer. (The authors' code drops it there as well.)
+    Fields are LoRA's. dropout is of the input of A alone; the authors' code drops that of the frozen path as well.
+    The norms start as those of the module's own weight: it starts as the identity unless an adapter below changes them.
     """
 
 
@@ -69,14 +69,14 @@ class DoRATuner(LoRATuner, method=DoRA):
 
     # -- the norms of the rows ----------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _norm(self, weight: Tensor) -> Tensor:
         """||W + s B A|| of every row, [out], a constant."""
-        device = weight.device.type
+        device, moving = weight.device.type, self.training or torch.is_grad_enabled()
         # Autocast would round the products to 16 bits. It does not know the meta device.
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+        with torch.no_grad(), exact:
             squares = self._once("squares", lambda: _squares(weight), weight)
-            if self.training or torch.is_grad_enabled():
+            if moving:
                 return self._updated(squares, weight)
             return self._once("norm", lambda: self._updated(squares, weight), weight, self.a, self.b)
 
@@ -106,7 +106,7 @@ class DoRATuner(LoRATuner, method=DoRA):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": {}}
+        return {**super().__getstate__(), "_kept": {}}
 
 
 def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
