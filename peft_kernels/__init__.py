@@ -3,6 +3,7 @@
 from . import ops
 from ._version import __version__
 from .engine.attach import active, attach, detach, disabled, rename, set_active
+from .engine.combine import CombineReport, combine
 from .engine.counts import Counts, counts
 from .engine.fit import fit
 from .engine.merge import MergeReport, merge, unmerge
@@ -16,6 +17,7 @@ __all__ = [
     "IA3",
     "BackendError",
     "BitFit",
+    "CombineReport",
     "Counts",
     "FullTuning",
     "Head",
@@ -27,6 +29,7 @@ __all__ = [
     "active",
     "attach",
     "backend",
+    "combine",
     "counts",
     "detach",
     "disabled",

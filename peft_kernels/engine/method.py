@@ -79,6 +79,10 @@ class Method:
         """The method's fields at one site, where patterns override them."""
         return self
 
+    def with_ranks(self, ranks: dict[str, int]) -> Method:
+        """A low-rank method with these ranks, by Site.address; written where the tuner has `factors`."""
+        raise NotImplementedError(f"{self.key} has no rank")
+
     def to_json(self) -> dict[str, Any]:
         return {"method": self.key, **{f.name: getattr(self, f.name) for f in fields(self)}}
 
@@ -112,6 +116,8 @@ class Tuner(nn.Module):
 
     fresh: bool = False  # forward returns a tensor nobody else holds, which a tuner above may write into
     opaque: ClassVar[bool] = False  # forward never calls the modules below: nothing else may tune them
+    # fold is linear in the distance of the numbers from those of a new tuner: several tuners' distances may be added.
+    additive: ClassVar[bool] = False
 
     def __init_subclass__(cls, *, method: type[Method] | None = None):
         if method is not None:
@@ -119,7 +125,7 @@ class Tuner(nn.Module):
 
     def __init__(self, cfg: Method, site: Site):
         super().__init__()
-        self.site_name = site.name
+        self.cfg, self.site_name = cfg, site.name
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise NotMergeable(f"{self.site_name}: {type(self).__name__} has no weight-space form")
@@ -135,6 +141,14 @@ class Tuner(nn.Module):
         """The site's own parameters by name -> their values with this tuner folded in."""
         return site.written(*self.fold(*site.read(params)))
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(a [r, in], b [out, r]) in float64, where fold adds b @ a to the weight; a scale is shared evenly by both."""
+        return None
+
+    def set_factors(self, a: Tensor, b: Tensor) -> None:
+        """Gives the tuner the numbers for which `factors` returns a product equal to b @ a."""
+        raise NotImplementedError(f"{type(self).__name__} has no factors")
+
     def changes(self) -> tuple[int, int]:
         """(original numbers whose value a merge changes, upper bound of the rank of that change)."""
         return 0, 0
@@ -147,6 +161,7 @@ class Replica(Tuner):
     """A trainable copy of the whole module at the site: what full tuning and a trained head are."""
 
     opaque = True
+    additive = True
 
     def __init__(self, cfg: Method, site: Site):
         super().__init__(cfg, site)

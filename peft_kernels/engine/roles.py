@@ -2,6 +2,9 @@
 
 A pattern is matched against the end of a module's path; `#` stands for a layer number. `path[i/n]` is the i-th of n
 equal blocks of output rows of a fused linear. A family is one row, keyed by transformers' `config.model_type`.
+
+A target is a role, a glob or an address (`Site.address`): `@path` is exactly one module, `role@path`
+the same with its role, for a fused linear the rows of that role.
 """
 
 from __future__ import annotations
@@ -138,8 +141,7 @@ def resolve(
                     found += 1
                     rows = _rows(path, module, part)
                     if not any(skip(path) and _rows(path, module, p) in (None, rows) for skip, p in skips):
-                        role = role or _role(model, path)
-                        sites.setdefault((path, rows), Site(path, module, role, rows, seed))
+                        sites.setdefault((path, rows), Site(path, module, role or _role(model, path), rows, seed))
         if not found:
             raise ValueError(f"target {target!r} matches nothing in {type(model).__name__}; {_hint(model, modules)}")
     if not sites:
@@ -150,9 +152,14 @@ def resolve(
 
 
 def _tests(model: nn.Module, target: str) -> list[tuple[Callable[[str], bool], tuple[int, int] | None, str]]:
-    """(does a path match, (i, n) rows, role) of a role or glob."""
+    """(does a path match, (i, n) rows, role) of a role, glob or address."""
     if not isinstance(target, str) or not target:
         raise ValueError(f"target {target!r}; expected a role ({' '.join(ROLES)}) or a glob over module paths")
+    role, at, path = target.partition("@")
+    if at and not role:
+        return [(path.__eq__, None, "")]
+    if at and role in ROLES:
+        return [(path.__eq__, part, role) for test, part, _ in _tests(model, role) if test(path)]
     if target == "model":
         return [(lambda path: path == "", None, "model")]
     if target == "*":  # everything but the task head, which is trained whole or not at all unless it is named

@@ -47,9 +47,14 @@ class Site:
         rows = f"[{self.rows[0]}:{self.rows[1]}]" if self.rows else ""
         return f"Site({self.name}{rows}, {self.kind})"
 
+    @property
+    def address(self) -> str:
+        """The target that picks this site alone, "role@path"; without a role "@path"."""
+        return f"{self.role}@{self.name}"
+
     def matches(self, patterns: tuple[str, ...]) -> bool:
-        """Whether a role or glob among `patterns` names this site."""
-        return any(self.role == p or matches(self.name, p) for p in patterns)
+        """Whether a role, glob or address among `patterns` names this site."""
+        return any(p in (self.role, self.address) or matches(self.name, p) for p in patterns)
 
     # -- the module's own weights, as [out, in] ---------------------------------------------------------------------
 
