@@ -84,3 +84,23 @@ def test_rows_train_alone():
     weight = case.model.transformer.h[0].attn.c_attn.weight
     assert torch.equal(weight[:, :32], before["transformer.h.0.attn.c_attn.weight"][:, :32])
     assert not torch.equal(weight[:, 32:], before["transformer.h.0.attn.c_attn.weight"][:, 32:])
+
+
+def test_an_address_picks_one_site():
+    model = make("gpt2").model
+    (site,) = resolve(model, ["v@transformer.h.1.attn.c_attn"])
+    assert (site.name, site.role, site.rows) == ("transformer.h.1.attn.c_attn", "v", (32, 48))
+    for address in ("v@transformer.h.1.attn.c_attn", "@transformer.h.0.mlp", "head@lm_head", "model@"):
+        (site,) = resolve(model, [address])
+        assert site.matches((address,))
+    assert [s.rows for s in resolve(model, ["k", "v"], layers=[0], exclude=["k@transformer.h.0.attn.c_attn"])] == [
+        (32, 48)
+    ]
+    for wrong in ("@attn.c_attn", "o@transformer.h.0.attn.c_attn"):
+        with pytest.raises(ValueError, match="matches nothing"):
+            resolve(model, [wrong])
+
+
+def test_a_glob_gives_every_module_its_own_role():
+    roles = {s.name.rpartition(".")[2]: s.role for s in resolve(make("bert").model, ["attention.self.*"])}
+    assert (roles["query"], roles["key"], roles["value"], roles["dropout"]) == ("q", "k", "v", "")

@@ -78,7 +78,8 @@ def combine(
     dare: each number is kept with probability `density` (default 0.5), by `seed`, and divided by it. Yu et al. 2023,
         arXiv:2311.03099.
     sum, average, ties and dare act on the distances of the numbers from those of a new adapter; on LoRA's factors with
-    scale and weight shared evenly by A and B. Heads and the like beside LoRA are summed under cat and svd.
+    scale and weight shared evenly by A and B, or for "average" on their means. Heads and the like beside LoRA are
+    summed under cat and svd.
 
     ValueError for an unknown name or value, sites that adapters tune by different methods, and methods that cannot be
     combined so; RuntimeError while merged. The model is untouched then.
@@ -119,10 +120,11 @@ def _checked_weights(weights: Sequence[float] | None, n: int, how: str) -> list[
     values = [1.0] * n if weights is None else list(weights)
     if len(values) != n or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in values):
         raise ValueError(f"weights = {weights!r}; expected {n} finite numbers, one for each name")
-    total = sum(values) if how == "average" else 1.0
-    if not total:
-        raise ValueError(f"weights = {weights!r} sum to 0, so there is no average; use how='sum'")
-    return [w / total for w in values]
+    if how != "average":
+        return values
+    if min(values) < 0 or not sum(values):
+        raise ValueError(f"weights = {weights!r}; an average needs weights of at least 0, not all 0; use how='sum'")
+    return [w / sum(values) for w in values]
 
 
 # -- which sites, which methods ---------------------------------------------------------------------------------------
@@ -290,6 +292,11 @@ def _fill_low_rank(tuner: Tuner, shares: list[_Share], mix: _Mix) -> tuple[float
     elif mix.how == "svd":
         tuner.set_factors(*_truncated(all_a, all_b, len(_factors(tuner)[0])))
     else:
+        if mix.how == "average":  # the mean of each factor, so that adapters which agree keep what they agree on
+            present = sum(share.weight for share in shares) or 1.0
+            for share in shares:
+                again = math.sqrt(share.weight / present)
+                rights[share.number], lefts[share.number] = rights[share.number] * again, lefts[share.number] * again
         where = shares[0].site.address
         tuner.set_factors(mix(rights, f"{where}/a"), mix(lefts, f"{where}/b"))
     a, b = _factors(tuner)

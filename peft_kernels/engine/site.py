@@ -54,7 +54,7 @@ class Site:
 
     def matches(self, patterns: tuple[str, ...]) -> bool:
         """Whether a role, glob or address among `patterns` names this site."""
-        return any(p in (self.role, self.address) or matches(self.name, p) for p in patterns)
+        return any(p in (self.role, self.address, f"@{self.name}") or matches(self.name, p) for p in patterns)
 
     # -- the module's own weights, as [out, in] ---------------------------------------------------------------------
 
