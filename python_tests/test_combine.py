@@ -558,6 +558,13 @@ def test_methods_that_cannot_be_combined_say_why(folds, message):
         pk.combine(case.model, ["odd"], "sum")
 
 
+def test_a_parametrized_weight_cannot_be_read():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    pk.attach(model, pk.BitFit(), ("0",))
+    with pytest.raises(ValueError, match="parametrized"):
+        pk.combine(model, "default", "sum")
+
+
 def test_a_model_without_values_cannot_be_combined():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 4))

@@ -67,8 +67,8 @@ def combine(
     """Makes a new adapter `name` out of attached ones. It is left inactive: pk.set_active(model, name) switches to it.
 
     Wanted is the sum of the adapters' changes of the weights times `weights` (default 1 each), for "average" divided
-    by the sum of the weights; the report says how far the new adapter is from it, for every `how`. An adapter that has
-    nothing at a site changes nothing there.
+    by the sum of the weights (none negative); the report says how far the new adapter is from it, for every `how`. An
+    adapter that has nothing at a site changes nothing there.
     cat: low-rank factors side by side, rank the sum of the ranks. Exact.
     svd: the best low-rank approximation, of `rank` at most (default the largest of the ranks at each site).
     sum, average: number by number. Exact for methods whose change is linear in their numbers (BitFit, IA3, a trained
@@ -188,8 +188,10 @@ def _check(name: str, site: Site, tuner: Tuner) -> None:
             f"{site}: {kind} of {name!r} supports no how: its change is neither low-rank nor linear in its numbers; "
             "stack the adapters with pk.set_active instead"
         )
-    read = [] if low_rank else [p for _, p in base_parameters(site.module)]
-    if any(t.device.type == "meta" for t in (*tuner.parameters(), *read)):
+    read = {} if low_rank else dict(base_parameters(site.module))
+    if not low_rank and site.kind != "module" and "weight" not in read:
+        raise ValueError(f"{site}: its weight is parametrized; remove the parametrization first")
+    if any(t.device.type == "meta" for t in (*tuner.parameters(), *read.values())):
         raise RuntimeError(f"{site}: its weights are on the meta device or offloaded; load them before combining")
     if not all(torch.isfinite(t).all() for t in tuner.parameters()):
         raise ValueError(f"{site}: {name!r} has numbers that are not finite, which cannot be combined")
@@ -258,8 +260,7 @@ class _Mix:
 
     def _trimmed(self, t: Tensor) -> Tensor:
         keep = max(round(self.density * t.numel()), 1)
-        threshold = t.abs().flatten().kthvalue(t.numel() - keep + 1).values
-        return t * (t.abs() >= threshold)
+        return t * (t.abs() >= t.abs().flatten().topk(keep).values[-1])
 
     def _kept(self, t: Tensor, place: str) -> Tensor:
         """0 or 1 / density; drawn on the CPU, so that it does not depend on the device."""
