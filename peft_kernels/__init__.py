@@ -3,6 +3,7 @@
 from . import ops
 from ._version import __version__
 from .engine.attach import active, attach, detach, disabled, rename, set_active
+from .engine.combine import CombineReport, combine
 from .engine.counts import Counts, counts
 from .engine.fit import fit
 from .engine.merge import MergeReport, merge, unmerge
@@ -34,6 +35,7 @@ __all__ = [
     "BackendError",
     "BitFit",
     "ByLayer",
+    "CombineReport",
     "Counts",
     "DoRA",
     "FullTuning",
@@ -52,6 +54,7 @@ __all__ = [
     "attach",
     "backend",
     "checkpoint_context",
+    "combine",
     "counts",
     "detach",
     "disabled",

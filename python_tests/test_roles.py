@@ -351,3 +351,23 @@ def test_lora_lives_on_every_model(kind):
     pk.detach(case.model)
     assert_same(case.model, before)
     assert torch.equal(case.call(case.model), base)
+
+
+def test_an_address_picks_one_site():
+    model = make("gpt2").model
+    (site,) = resolve(model, ["v@transformer.h.1.attn.c_attn"])
+    assert (site.name, site.role, site.rows) == ("transformer.h.1.attn.c_attn", "v", (32, 48, 1))
+    for address in ("v@transformer.h.1.attn.c_attn", "@transformer.h.0.mlp", "head@lm_head", "model@"):
+        (site,) = resolve(model, [address])
+        assert site.matches((address,))
+    assert [s.rows for s in resolve(model, ["k", "v"], layers=[0], exclude=["k@transformer.h.0.attn.c_attn"])] == [
+        (32, 48, 1)
+    ]
+    for wrong in ("@attn.c_attn", "o@transformer.h.0.attn.c_attn"):
+        with pytest.raises(ValueError, match="matches nothing"):
+            resolve(model, [wrong])
+
+
+def test_a_glob_gives_every_module_its_own_role():
+    roles = {s.name.rpartition(".")[2]: s.role for s in resolve(make("bert").model, ["attention.self.*"])}
+    assert (roles["query"], roles["key"], roles["value"], roles["dropout"]) == ("q", "k", "v", "")

@@ -91,8 +91,9 @@ def attach(
 ) -> nn.Module:
     """Attaches `method` to the model in place and returns the model.
 
-    targets: roles (q k v o up gate down attn ffn norm embed block head model) or globs over module paths; default the
-        method's own roles.   exclude: the same, left out.   layers: layer numbers, negative from the end.
+    targets: roles (q k v o up gate down attn ffn norm embed block head model) or globs over module paths, "@path" for
+        exactly one module and "role@path" for one with its role; default the method's own roles.
+    exclude: the same, left out.   layers: layer numbers, negative from the end.
     name: several adapters may be attached; they stack in the order of attachment.
     train: roles or globs of modules trained whole, such as ("head",). They too become separate tensors.
     seed: the initial values depend on it and on the module's path alone.

@@ -89,6 +89,10 @@ class Method:
         """What attaching this method as `part` comes to; a recipe has several parts."""
         return [part]
 
+    def with_ranks(self, ranks: dict[str, int]) -> Method:
+        """A low-rank method with these ranks, by Site.address; written where the tuner has `factors`."""
+        raise NotImplementedError(f"{self.key} has no rank")
+
     def to_json(self) -> dict[str, Any]:
         return {"method": self.key, **{f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
 
@@ -189,6 +193,8 @@ class Tuner(nn.Module):
     needs_residual: ClassVar[bool] = False  # forward calls base.residual()
     part: int | None = None  # which part of its adapter made it; None for a tuner inside or around others
     taps: tuple[str, ...] = ()  # inputs of other modules noted for it
+    # fold is linear in the distance of the numbers from those of a new tuner: several tuners' distances may be added.
+    additive: ClassVar[bool] = False
 
     def __init_subclass__(cls, *, method: type[Method] | None = None):
         if method is not None:
@@ -196,7 +202,7 @@ class Tuner(nn.Module):
 
     def __init__(self, cfg: Method, site: Site):
         super().__init__()
-        self.site_name = site.name
+        self.cfg, self.site_name = cfg, site.name
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise NotMergeable(f"{self.site_name}: {type(self).__name__} has no weight-space form")
@@ -221,6 +227,14 @@ class Tuner(nn.Module):
         """The site's own parameters by name -> their values with this tuner folded in."""
         return site.written(*self.fold(*site.read(params)))
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(a [r, in], b [out, r]) in float64, where fold adds b @ a to the weight; a scale is shared evenly by both."""
+        return None
+
+    def set_factors(self, a: Tensor, b: Tensor) -> None:
+        """Gives the tuner the numbers for which `factors` returns a product equal to b @ a."""
+        raise NotImplementedError(f"{type(self).__name__} has no factors")
+
     def changes(self) -> Changes:
         """What a merge changes of the original numbers at the site; by default nothing."""
         return Changes()
@@ -237,6 +251,7 @@ class Replica(Tuner):
     """A trainable copy of the whole module at the site: what full tuning and a trained head are."""
 
     opaque = True
+    additive = True
 
     def __init__(self, cfg: Method, site: Site):
         super().__init__(cfg, site)

@@ -2,6 +2,9 @@
 
 A pattern is matched against the end of a module's path; `#` stands for a number. `path[q]` is one block of output rows
 of a fused linear, `entry>exit` the span between two linears where a family has no module of its own for it.
+
+A target is a role, a glob or an address (`Site.address`): `@path` is exactly one module, `role@path`
+the same with its role, for a fused linear the rows of that role.
 """
 
 from __future__ import annotations
@@ -369,10 +372,16 @@ def resolve(
 
 
 def _picks(model: nn.Module, modules: dict[str, nn.Module], target: str) -> Iterator[tuple[Key, str]]:
-    """(key, role) of what a role, a glob or a span of globs names."""
+    """(key, role) of what a role, a glob, a span of globs or an address names."""
     if not isinstance(target, str) or not target:
         raise ValueError(f"target {target!r}; expected a role ({' '.join(ROLES)}) or a glob over module paths")
-    if target == "model":
+    role, at, place = target.partition("@")
+    if at and not role:
+        if place in modules:
+            yield (place, None, None), _role(model, modules, (place, None, None))
+    elif at and role in ROLES:
+        yield from ((key, role) for key, _ in _picks(model, modules, role) if key[0] == place)
+    elif target == "model":
         yield ("", None, None), "model"
     elif target in ROLES and (family(model) or not any(matches(path, target) for path in modules if path)):
         for pattern in _patterns(model, target):

@@ -74,9 +74,14 @@ class Site:
         """Names an input that a tuner here sees: "entry" of its span, "residual" of its sublayer."""
         return f"{what} of {self.name}"
 
+    @property
+    def address(self) -> str:
+        """The target that picks this site alone, "role@path"; without a role "@path"."""
+        return f"{self.role}@{self.name}"
+
     def matches(self, patterns: tuple[str, ...]) -> bool:
-        """Whether a role or glob among `patterns` names this site."""
-        return any(self.role == p or matches(self.name, p) for p in patterns)
+        """Whether a role, glob or address among `patterns` names this site."""
+        return any(p in (self.role, self.address, f"@{self.name}") or matches(self.name, p) for p in patterns)
 
     @property
     def kind(self) -> str:

@@ -27,6 +27,8 @@ class BitFit(Method, roles=("*",), lr=1e-3, tiny={}):
 
 
 class BitFitTuner(Tuner, method=BitFit):
+    additive = True
+
     def __init__(self, cfg: BitFit, site: Site):
         super().__init__(cfg, site)
         self.embedding = site.kind == "embedding"

@@ -63,6 +63,9 @@ class DoRATuner(LoRATuner, method=DoRA):
         y = ops.rescale(y, g)
         return y if bias is None else y.add_(bias)
 
+    def factors(self) -> None:  # type: ignore[override]
+        return None  # the norms make the change another than B A
+
     def changes(self) -> Changes:
         shape = self.b.shape[0], self.a.shape[1]
         return Changes(weight=shape[0] * shape[1], rank=min(shape))

@@ -20,6 +20,8 @@ class IA3(Method, roles=("k", "v", "down"), lr=3e-3, tiny={}):
 
 
 class IA3Tuner(Tuner, method=IA3):
+    additive = True
+
     def __init__(self, cfg: IA3, site: Site):
         super().__init__(cfg, site)
         self.on_input = site.matches(cfg.feedforward)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,6 +64,11 @@ class LoRA(
             )
         return replace(self, rank=rank, alpha=_last(self.alpha_pattern, site, self.alpha))
 
+    def with_ranks(self, ranks: dict[str, int]) -> LoRA:
+        rank = statistics.mode(ranks.values())
+        pattern = {where: r for where, r in ranks.items() if r != rank}
+        return replace(self, rank=rank, alpha=float(rank), rslora=False, rank_pattern=pattern, alpha_pattern={})
+
 
 def _last(pattern: dict[str, Any], site: Site, default: Any) -> Any:
     """The value of the last pattern that matches the site."""
@@ -115,6 +121,15 @@ class LoRATuner(Tuner, method=LoRA):
         channels = site.channels(h)
         delta = F.linear(h.movedim(channels, -1), self.b.to(h.dtype)).movedim(-1, channels)
         return base(x) + self.scale * delta
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        root = math.sqrt(abs(self.scale))
+        return self.a.detach().double() * root, self.b.detach().double() * math.copysign(root, self.scale)
+
+    def set_factors(self, a: Tensor, b: Tensor) -> None:
+        with torch.no_grad():
+            self.a.copy_(a)
+            self.b.copy_(b / self.scale)
 
     def changes(self) -> Changes:
         rank, n_in = self.a.shape
