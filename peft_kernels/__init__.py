@@ -1,13 +1,15 @@
 """Parameter-efficient fine-tuning methods on fused kernels."""
 
-from . import ops
+from . import hf, ops
 from ._version import __version__
 from .engine.attach import active, attach, detach, disabled, rename, set_active
+from .engine.calibrate import calibrate
 from .engine.combine import CombineReport, combine
 from .engine.counts import Counts, counts
 from .engine.fit import fit
+from .engine.life import penalty
 from .engine.merge import MergeReport, merge, unmerge
-from .engine.method import Method, Tuner
+from .engine.method import Method, Phase, Stats, Tuner
 from .engine.recipe import at
 from .engine.route import checkpoint_context, route
 from .engine.store import load, save
@@ -46,6 +48,8 @@ __all__ = [
     "MergeReport",
     "Method",
     "TopLayers",
+    "Phase",
+    "Stats",
     "Tuner",
     "Union",
     "__version__",
@@ -55,15 +59,18 @@ __all__ = [
     "backend",
     "checkpoint_context",
     "combine",
+    "calibrate",
     "counts",
     "detach",
     "disabled",
     "explain",
     "fit",
+    "hf",
     "load",
     "merge",
     "methods",
     "ops",
+    "penalty",
     "rename",
     "route",
     "save",

@@ -1,4 +1,4 @@
-"""The life of adapters around any method: stacks, names, files, foreign forwards and classes, counts, fit, errors."""
+"""The life of adapters around any method: stacks, names, files, foreign forwards and classes, counts, errors."""
 
 import dataclasses
 import inspect
@@ -422,17 +422,6 @@ def test_weights_and_config_of_two_saves_do_not_mix(tmp_path):
     (tmp_path / "b" / "adapter_config.json").replace(tmp_path / "a" / "adapter_config.json")
     with pytest.raises(ValueError, match="not saved together"):
         pk.load(make("bert").model, tmp_path / "a")
-
-
-def test_fit_takes_what_users_have():
-    x, y = torch.randn(8, 12), torch.zeros(8, dtype=torch.long)
-    case = make("mlp")
-    pk.attach(case.model, pk.Head(), ("out",))
-    loss = torch.nn.functional.cross_entropy
-    with pytest.raises(ValueError, match="an iterator"):
-        pk.fit(case.model, ((x, y) for _ in range(2)), loss_fn=loss, progress=False)
-    log = pk.fit(case.model, [(x, y)], loss_fn=loss, progress=False, lr=0.5, warmup=0)
-    assert log[0]["lr"] == 0.5
 
 
 def test_two_adapters_change_a_number_once():

@@ -141,7 +141,7 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
 
     if not state.adapters:
         state.requires_grad = {path: p.requires_grad for path, p in base_parameters(model)}
-        state.buffers = {path: b.clone() for path, b in _buffers(model)}
+        state.buffers = {path: b.clone() for path, b in base_buffers(model)}
     for _, p in base_parameters(model):
         p.requires_grad_(False)
     for site, tuner in built:
@@ -334,7 +334,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         return model
     for path, p in base_parameters(model):
         p.requires_grad_(state.requires_grad.get(path, p.requires_grad))
-    for path, b in _buffers(model):
+    for path, b in base_buffers(model):
         if path in state.buffers and not merged_for_good:
             b.copy_(state.buffers[path])
     del vars(model)[_KEY]
@@ -400,7 +400,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             set_active(model, [n for n in before if n in state.adapters])
 
 
-def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def base_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(path, buffer) of the base model."""
     for path, module in base_modules(model):
         for name, b in module._buffers.items():

@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import os
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import checkpoint as files
 from .attach import state_of, tuners
-from .method import Tuner
+from .batches import LossFn, finite, length, task_loss, to
+from .life import Entry, all_tuners, has_penalty, method_terms, penalty, scheduled, timeline, trained, unmerged
+from .store import described
 
-LossFn = Callable[[Any, Any], Tensor]
+OnEpoch = Callable[[int, nn.Module], dict[str, Any]]
+
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def param_groups(model: nn.Module, lr: float | None = None) -> list[dict[str, Any]]:
-    """Optimizer groups: the trainable tensors by learning rate, `lr` or each method's own."""
+def param_groups(model: nn.Module, lr: float | None = None, phases: Iterable[Entry] = ()) -> list[dict[str, Any]]:
+    """Optimizer groups of the active adapters: the trainable tensors by learning rate.
+
+    A phase that was entered decides the rate of its method, else `lr` does, else the method; modules trained beside
+    it (train=...) keep their own.
+    """
     groups: dict[float, list[nn.Parameter]] = {}
-    for name, adapter in state_of(model).adapters.items():
-        # Modules trained beside the method (train=...) keep their own rate.
-        rates = [part.method.lr if lr is None or not own else lr for part, own in adapter.expanded()]
-        for _, tuner in tuners(model, name):
-            for module in tuner.modules():
-                if isinstance(module, Tuner) and module.part is not None:
-                    groups.setdefault(rates[module.part], []).extend(p for p in module.parameters() if p.requires_grad)
+    seen: set[int] = set()
+    for name in trained(model):
+        rates = [
+            part.method.lr if lr is None or not own else lr for part, own in state_of(model).adapters[name].expanded()
+        ]
+        for entry in phases:
+            if entry.adapter == name and entry.phase.lr is not None:
+                rates[entry.part] = entry.phase.lr
+        for tuner in all_tuners(model, name):
+            if tuner.part is None:  # inside another or around others
+                continue
+            for p in tuner.parameters():
+                if p.requires_grad and id(p) not in seen:
+                    seen.add(id(p))
+                    groups.setdefault(rates[tuner.part], []).append(p)
     return [{"params": params, "lr": rate} for rate, params in groups.items()]
 
 
@@ -42,101 +62,296 @@ def fit(
     loss_fn: LossFn | None = None,
     seed: int = 0,
     progress: bool = True,
-    on_epoch: Callable[[int, nn.Module], dict[str, Any]] | None = None,
+    on_epoch: OnEpoch | None = None,
+    accumulate: int = 1,
+    precision: str | None = None,
+    patience: int | None = None,
+    monitor: str = "validation_loss",
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
 ) -> list[dict[str, Any]]:
-    """Trains the adapter with AdamW, linear warm-up and linear decay, and returns the log.
+    """Trains the active adapters with AdamW, linear warm-up and linear decay, and returns the log.
 
     batches: what each epoch iterates over; dicts (loss = model(**batch).loss), or (inputs, target) pairs with
         loss_fn(model(inputs), target). `batches.set_epoch(epoch)` is called if it exists; without `len(batches)` one
         epoch is run to count.
     lr: None takes each method's own; heads keep theirs.   warmup: fraction of all steps.   clip: gradient norm.
     on_epoch(epoch, model) -> dict: merged into the epoch's row of the log.
-    The log has a row {"step", "epoch", "loss", "lr", "seconds"} per step and a row {"epoch", "loss", ...} per epoch.
-    ValueError if nothing is trainable or there is no batch; RuntimeError if the loss is not finite.
+    accumulate: batches per optimizer step, which takes the mean of their losses.
+    precision: "bf16" or "fp16" runs the forward under autocast; adapters stay in their own dtype. fp16 needs CUDA.
+    patience: stop when `monitor`, a number of the epoch's row of which lower is better, has not improved for so many
+        epochs, and in any case end with the best epoch's weights. Of several phases only the last one is watched.
+    checkpoint: directory written after each epoch, every `checkpoint_every` steps, and on KeyboardInterrupt, which is
+        then raised again; `pk.load` reads the adapter from it.
+    resume: go on from `checkpoint` if there is one. Weights and log (but for its times) end bit-equal to those of a run
+        without a break if the batches come in the same order again: those of a list, of a DataLoader that shuffles
+        with torch's global generator, or of any `batches` whose set_epoch(epoch) alone decides their order.
+    Where a method has several phases, each has a new optimizer and a schedule of its own.
+    The log has a row {"step", "epoch", "loss", "lr", "seconds"} per step, a row {"epoch", "loss", ...} per epoch, and
+    of several phases a row {"phase", "step"} before the first step of each.
+    ValueError if nothing is trainable, there is no batch, or a resume has other settings; RuntimeError if the loss is
+    not finite; FileExistsError if `checkpoint` holds a training that is not to be resumed.
     """
     from tqdm.auto import tqdm
 
-    state = state_of(model)
-    if state.merged:
-        raise RuntimeError(f"{', '.join(state.merged)} is merged; pk.unmerge(model) before training")
-    groups = param_groups(model, lr)
-    params = [p for group in groups for p in group["params"]]
-    if not params:
-        raise ValueError("nothing is trainable; load the adapter with trainable=True")
-    if iter(batches) is batches:
-        raise ValueError("batches is an iterator, which one epoch uses up; pass a list or a DataLoader")
-    per_epoch = _length(batches)
-    if not per_epoch:
-        raise ValueError("batches is empty; expected at least one batch")
-    total = epochs * per_epoch
-    optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _triangle(total, warmup))
-    torch.manual_seed(seed)
-    random.seed(seed)
-    device = params[0].device
-    log: list[dict[str, Any]] = []
-    step, began = 0, time.perf_counter()
-    with tqdm(total=total, disable=not progress, unit="step", dynamic_ncols=True) as bar:
-        for epoch in range(1, epochs + 1):
-            if hasattr(batches, "set_epoch"):
-                batches.set_epoch(epoch)
-            model.train()
-            losses = []
-            for batch in batches:
-                loss = _loss(model, _to(batch, device), loss_fn)
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise RuntimeError(f"the loss is {value} at step {step + 1}; lower the learning rate")
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(params, clip)
-                optimizer.step()
-                rate = schedule.get_last_lr()[0]
-                schedule.step()
-                step += 1
-                losses.append(value)
-                seconds = time.perf_counter() - began
-                log.append({"step": step, "epoch": epoch, "loss": value, "lr": rate, "seconds": seconds})
-                bar.set_postfix(epoch=epoch, loss=f"{value:.3f}", refresh=False)
-                bar.update()
-            row = {"epoch": epoch, "loss": sum(losses) / max(len(losses), 1)}
-            if on_epoch is not None:
-                model.eval()
-                row.update(on_epoch(epoch, model))
-            log.append(row)
+    unmerged(model, "training")
+    names = trained(model)
+    if not names:
+        raise ValueError("nothing is trainable; load the adapter with trainable=True or activate it")
+    for label, number in (("accumulate", accumulate), ("patience", patience), ("checkpoint_every", checkpoint_every)):
+        if number is not None and number < 1:
+            raise ValueError(f"{label} = {number}; expected at least 1")
+    if precision is not None and precision not in _PRECISIONS:
+        raise ValueError(f"precision {precision!r}; expected None, {' or '.join(map(repr, _PRECISIONS))}")
+    if patience is not None and on_epoch is None and monitor != "loss":
+        raise ValueError(f"patience watches {monitor!r}; give an on_epoch that returns it, or monitor='loss'")
+    if checkpoint is None and (resume or checkpoint_every):
+        raise ValueError("resume and checkpoint_every need checkpoint=, the directory to use")
+    per_epoch = length(batches)
+    adapters = {n: described(state_of(model).adapters[n]) for n in names}
+    settings = files.Settings(
+        epochs, lr, warmup, weight_decay, clip, seed, accumulate, precision, patience, monitor, per_epoch, adapters
+    )
+    directory = None if checkpoint is None else Path(checkpoint)
+    run = _Run(model, batches, settings, loss_fn, on_epoch, directory, checkpoint_every)
+    saved = None if directory is None else files.read(directory)
+    if saved is not None and not resume:
+        raise FileExistsError(f"{directory} holds a checkpoint; pass resume=True to go on or choose another directory")
+    if saved is None:
+        run.start()
+    else:
+        run.resume(*saved)
+    with tqdm(total=run.total, initial=run.at.step, disable=not progress, unit="step", dynamic_ncols=True) as bar:
+        try:
+            run.train(bar)
+        except KeyboardInterrupt:
+            run.roll_back()
+            run.save()
+            raise
     model.eval()
-    return log
+    return run.log
 
 
-def _length(batches: Iterable) -> int:
-    try:
-        return len(batches)  # type: ignore[arg-type]
-    except TypeError:  # a DataLoader over a stream has __len__ and raises all the same
-        return sum(1 for _ in batches)
+class _Run:
+    """One training: its state, a step, an epoch, and their way into a checkpoint and back."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable,
+        settings: files.Settings,
+        loss_fn: LossFn | None,
+        on_epoch: OnEpoch | None,
+        directory: Path | None,
+        every: int | None,
+    ):
+        self.model, self.batches, self.settings = model, batches, settings
+        self.loss_fn, self.on_epoch, self.directory, self.every = loss_fn, on_epoch, directory, every
+        self.names = list(settings.method)
+        self.device = next(p for n in self.names for _, t in tuners(model, n) for p in t.parameters()).device
+        if settings.precision == "fp16" and self.device.type != "cuda":
+            raise ValueError(f"precision 'fp16' on {self.device.type}; it needs CUDA, use 'bf16' here")
+        self.total = settings.epochs * -(-settings.batches // settings.accumulate)
+        self.entries = timeline(model, self.names, self.total)
+        self.last_start = max((e.start for e in self.entries if e.phase.steps), default=0)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        self.at, self.log = files.Position(), list[dict[str, Any]]()
+        self.best: dict[str, Tensor] = {}
+        self.buffers: list[tuple[Tensor, Tensor]] = []  # each with its value at the last mark
+
+    # -- from the start, or from a checkpoint -------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+        torch.manual_seed(self.settings.seed)
+        random.seed(self.settings.seed)
+        self.epoch_rng = self.rng = files.rng_state(self.device)
+
+    def resume(self, record: dict[str, Any], values: dict[str, Tensor]) -> None:
+        self.settings.check(record["settings"], self.directory)
+        self.at, self.log = files.Position(**record["position"]), record["log"]
+        self.began = time.perf_counter() - self.at.seconds
+        for entry in self.entries[: self.at.entered]:
+            entry.enter(self.model)
+        if self.at.step:
+            for tuner in scheduled(self.model, self.names):
+                tuner.step(self.at.step / self.total)
+        files.set_weights(self.model, self.names, files.below(values, "now/"), self.directory)
+        if self.at.entered:
+            self._begin()
+            files.set_moments(self.optimizer, files.below(values, "optimizer/"))
+            if record["scaler"]:
+                self.scaler.load_state_dict(record["scaler"])
+        self.best = files.below(values, "best/")
+        self.epoch_rng, self.rng = files.below(values, "epoch_rng/"), files.below(values, "rng/")
+        files.set_rng_state(self.epoch_rng if self.at.begun else self.rng, self.device)
+
+    def save(self) -> None:
+        """Writes the checkpoint, if there is a directory for it."""
+        if self.directory is None:
+            return
+        parts = {
+            "now": files.weights(self.model, self.names),
+            "best": self.best,
+            "optimizer": files.moments(self.optimizer) if self.at.entered else {},
+            "epoch_rng": self.epoch_rng if self.at.begun else {},  # else the next one is the same
+            "rng": self.rng,
+        }
+        record = {
+            "settings": dataclasses.asdict(self.settings),
+            "position": dataclasses.asdict(self.at),
+            "scaler": self.scaler.state_dict(),
+            "log": self.log,
+        }
+        values = {f"{part}/{key}": t for part, found in parts.items() for key, t in found.items()}
+        files.write(self.directory, self.model, self.names, record, values)
+
+    def _mark(self) -> None:
+        """The state is whole here: what a checkpoint written before the next mark goes back to."""
+        self.at.seconds = time.perf_counter() - self.began
+        if self.directory is not None:
+            self.rng = files.rng_state(self.device)
+            for b, held in self.buffers:
+                held.copy_(b)
+
+    def roll_back(self) -> None:
+        """Undoes what forward passes since the last mark have moved (BatchNorm); weights move in whole steps only."""
+        for b, held in self.buffers:
+            b.copy_(held)
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def train(self, bar: Any) -> None:
+        while self.at.epoch <= self.settings.epochs and not self.at.stopped:
+            self._epoch(bar)
+        if self.best:
+            files.set_weights(self.model, self.names, self.best, self.directory)
+        self._enter(self.entries[self.at.entered :])  # phases without steps at the end
+
+    def _epoch(self, bar: Any) -> None:
+        at, settings = self.at, self.settings
+        if hasattr(self.batches, "set_epoch"):
+            self.batches.set_epoch(at.epoch)
+        self.model.train()
+        if not at.begun:
+            self.epoch_rng = self.rng
+        iterator = iter(self.batches)
+        if at.begun:
+            for _ in range(at.batch):
+                self._next(iterator)
+            files.set_rng_state(self.rng, self.device)
+        while at.batch < settings.batches:
+            due = [e for e in self.entries[at.entered :] if e.start == at.step]
+            if due:
+                with files.uninterrupted():
+                    self._enter(due)
+                    self._begin()
+                    at.begun = True
+                    self._mark()
+            self._step(iterator)
+            bar.set_postfix(epoch=at.epoch, loss=f"{self.log[-1]['loss']:.3f}", refresh=False)
+            bar.update()
+            if self.every and at.step % self.every == 0:
+                self.save()
+        losses = [row["loss"] for row in self.log if row.get("epoch") == at.epoch]
+        row = {"epoch": at.epoch, "loss": sum(losses) / len(losses)}
+        if self.on_epoch is not None:
+            self.model.eval()
+            row.update(self.on_epoch(at.epoch, self.model))
+        with files.uninterrupted():
+            self.log.append(row)
+            self._watch(row)
+            at.epoch, at.batch, at.begun = at.epoch + 1, 0, False
+            self._mark()
+        self.save()
+
+    def _step(self, iterator: Iterator) -> None:
+        """One optimizer step on the next batches."""
+        at, settings = self.at, self.settings
+        size = min(settings.accumulate, settings.batches - at.batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for _ in range(size):
+            loss = self._loss(to(self._next(iterator), self.device))
+            losses.append(finite(loss, f"step {at.step + 1}", "lower the learning rate"))
+            self.scaler.scale(loss / size).backward()
+        with files.uninterrupted():
+            factor = _triangle(at.step - self.begins, self.ends - self.begins, settings.warmup)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], settings.clip)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            at.step, at.batch, at.begun = at.step + 1, at.batch + size, True
+            for tuner in self.scheduled:
+                tuner.step(at.step / self.total)
+            self._mark()
+            row = {"step": at.step, "epoch": at.epoch, "loss": sum(losses) / size}
+            self.log.append({**row, "lr": self.optimizer.param_groups[0]["lr"], "seconds": at.seconds})
+
+    def _next(self, iterator: Iterator) -> Any:
+        try:
+            return next(iterator)
+        except StopIteration:
+            raise ValueError(f"an epoch of batches ended early; len(batches) is {self.settings.batches}") from None
+
+    def _loss(self, batch: Any) -> Tensor:
+        with self._autocast():
+            loss, outputs = task_loss(self.model, batch, self.loss_fn)
+            term = self.terms and self.terms(self.model, batch, outputs)
+        if term is not None:
+            loss = loss + term
+        return loss + penalty(self.model) if self.penalised else loss
+
+    def _autocast(self) -> AbstractContextManager:
+        precision = self.settings.precision
+        return torch.autocast(self.device.type, _PRECISIONS[precision]) if precision else nullcontext()
+
+    # -- phases and early stopping ------------------------------------------------------------------------------------
+
+    def _enter(self, entries: list[Entry]) -> None:
+        several = len(self.entries) > len({(e.adapter, e.part) for e in self.entries})
+        for entry in entries:
+            entry.enter(self.model)
+            self.at.entered += 1
+            row = {"phase": entry.phase.name, "step": entry.start + 1}
+            if several and row not in self.log[-len(entries) :]:  # methods that enter the same phase together
+                self.log.append(row)
+
+    def _begin(self) -> None:
+        """A new optimizer and schedule, up to where the next phase begins."""
+        entered, coming = self.entries[: self.at.entered], self.entries[self.at.entered :]
+        self.begins, self.ends = entered[-1].start, coming[0].start if coming else self.total
+        groups = param_groups(self.model, self.settings.lr, entered)
+        if not groups:
+            raise ValueError(f"nothing is trainable in phase {entered[-1].phase.name!r}")
+        for group in groups:
+            group["initial_lr"] = group["lr"]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=self.settings.weight_decay)
+        self.scheduled = scheduled(self.model, self.names)
+        if self.directory is not None:
+            self.buffers = [(b, b.clone()) for b in self.model.buffers()]
+        self.terms, self.penalised = method_terms(self.model), has_penalty(self.model)
+
+    def _watch(self, row: dict[str, Any]) -> None:
+        """Keeps the weights of the best epoch, and stops when none has been better for too long."""
+        settings, at = self.settings, self.at
+        if settings.patience is None or at.step <= self.last_start:
+            return
+        if settings.monitor not in row:
+            raise ValueError(f"patience watches {settings.monitor!r}; on_epoch returned {', '.join(row)}")
+        value = float(row[settings.monitor])
+        if value < (float("inf") if at.best is None else at.best):
+            at.best, at.waited = value, 0
+            self.best = {k: t.clone() for k, t in files.weights(self.model, self.names).items()}
+        else:
+            at.waited += 1
+            at.stopped = at.waited >= settings.patience
 
 
-def _triangle(total: int, warmup: float) -> Callable[[int], float]:
+def _triangle(step: int, total: int, warmup: float) -> float:
+    """The learning rate of a step (from 0) as a fraction of the highest."""
     rising = max(1, round(total * warmup))
-    return lambda step: min((step + 1) / rising, (total - step) / max(1, total - rising))
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {k: _to(v, device) for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_to(v, device) for v in batch)
-    return batch
-
-
-def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
-    if loss_fn is not None:
-        inputs, target = batch
-        return loss_fn(model(inputs), target)
-    if not isinstance(batch, Mapping):
-        raise ValueError(f"a batch is a {type(batch).__name__}; expected a dict for model(**batch), or pass loss_fn")
-    loss = getattr(model(**batch), "loss", None)
-    if loss is None:
-        raise ValueError("model(**batch) returned no loss; put labels into the batch or pass loss_fn")
-    return loss
+    return min((step + 1) / rising, (total - step) / max(1, total - rising))

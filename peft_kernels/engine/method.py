@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -28,6 +29,31 @@ def method_of(key: str) -> type[Method]:
     if key not in _registry:
         raise ValueError(f"unknown method {key!r}; expected one of {', '.join(_registry)}")
     return _registry[key]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a training, of `steps` optimizer steps, with an optimizer and a learning-rate schedule of its own.
+
+    lr: None is the rate that `pk.fit` was given, or the method's own.
+    """
+
+    name: str
+    steps: int
+    lr: float | None = None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What `pk.calibrate` measured of the tensors that a tuner watches, in fp32 and in their shapes.
+
+    samples: rows seen.   grad: name -> mean of the gradient over the rows.
+    fisher: name -> mean of the squared gradient of each row alone; empty unless the tuner is `per_sample`.
+    """
+
+    samples: int
+    grad: dict[str, Tensor]
+    fisher: dict[str, Tensor]
 
 
 class Method:
@@ -92,6 +118,17 @@ class Method:
     def with_ranks(self, ranks: dict[str, int]) -> Method:
         """A low-rank method with these ranks, by Site.address; written where the tuner has `factors`."""
         raise NotImplementedError(f"{self.key} has no rank")
+
+    def phases(self, total_steps: int) -> list[Phase]:
+        """How a training of `total_steps` optimizer steps is divided; the steps of the phases add up to it."""
+        return [Phase("train", total_steps)]
+
+    def loss(self, model: nn.Module, batch: Any, outputs: Any) -> Tensor | None:
+        """A term that training adds to the task loss: a second pass, distillation. It may call the model again.
+
+        batch: as it came from `batches`, on the model's device.   outputs: what the model made of it.
+        """
+        return None
 
     def to_json(self) -> dict[str, Any]:
         return {"method": self.key, **{f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
@@ -195,6 +232,7 @@ class Tuner(nn.Module):
     taps: tuple[str, ...] = ()  # inputs of other modules noted for it
     # fold is linear in the distance of the numbers from those of a new tuner: several tuners' distances may be added.
     additive: ClassVar[bool] = False
+    per_sample: ClassVar[bool] = False  # calibration squares the gradient of each row alone: Stats.fisher
 
     def __init_subclass__(cls, *, method: type[Method] | None = None):
         if method is not None:
@@ -242,6 +280,32 @@ class Tuner(nn.Module):
     def changes_by_rows(self) -> dict[Any, Changes]:
         """The same by block of output rows of a fused linear; None stands for the whole module."""
         return {None: self.changes()}
+
+    # -- training: what pk.fit and pk.hf.Callback call, all of it optional ------------------------------------------
+
+    def enter(self, phase: str) -> None:
+        """A phase of the method begins. May change values, requires_grad and the parameters themselves.
+
+        A resume enters the phases again and then fills in the saved values, so what a phase decides from values
+        belongs into parameters and buffers, whose shapes do not depend on those values.
+        """
+
+    def step(self, progress: float) -> None:
+        """After each optimizer step; progress in (0, 1] of the whole training. A resume repeats the last call."""
+
+    def penalty(self) -> Tensor | None:
+        """A 0-d term that training adds to the loss."""
+        return None
+
+    def watched(self, site: Site) -> dict[str, Tensor]:
+        """Name -> tensor whose gradients `pk.calibrate` collects: a parameter of the base or of the tuner, or a view.
+
+        Where the weight is watched as site.module.weight, site.read(stats.grad) is its gradient as [out, in].
+        """
+        return {}
+
+    def calibrate(self, stats: Stats) -> None:
+        """Called once at the end of `pk.calibrate`, without grad mode, if anything is watched."""
 
     def extra_repr(self) -> str:
         return f"{sum(p.numel() for p in self.parameters(recurse=False)):,} numbers"

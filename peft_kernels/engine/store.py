@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,7 @@ def save(model: nn.Module, directory: str | os.PathLike, name: str | None = None
     (ValueError), because transformers would take the adapter for part of that model.
     """
     directory = Path(directory)
-    if (directory / "config.json").exists():
-        raise ValueError(f"{directory} holds a model (config.json); choose a directory of its own for the adapter")
+    refuse_model(directory)
     places = {n: directory if n == "default" else directory / n for n in names_of(model, name)}
     for place in places.values():
         if (place / CONFIG).exists() and not force:
@@ -55,6 +56,11 @@ def save(model: nn.Module, directory: str | os.PathLike, name: str | None = None
     for n, place in places.items():
         _write(place, tensors(model, n), _config(model, n))
     return directory
+
+
+def refuse_model(directory: Path) -> None:
+    if (directory / "config.json").exists():
+        raise ValueError(f"{directory} holds a model (config.json); choose a directory of its own for the adapter")
 
 
 def load(
@@ -80,7 +86,7 @@ def load(
     name = saved_name if name is None else name
     attach_parts(model, name, adapter)
     try:
-        _fill(tensors(model, name), values, directory)
+        fill(tensors(model, name), values, directory)
     except ValueError:
         detach(model, name)
         raise
@@ -90,7 +96,8 @@ def load(
     return model
 
 
-def _fill(own: dict[str, Tensor], values: dict[str, Tensor], directory: Path) -> None:
+def fill(own: dict[str, Tensor], values: dict[str, Tensor], directory: Path | None) -> None:
+    """Copies `values` into the tensors of the same names; ValueError, and nothing copied, unless they fit exactly."""
     for word, keys in (("lacks", own.keys() - values.keys()), ("has unknown", values.keys() - own.keys())):
         if keys:
             some = ", ".join(sorted(keys)[:3])
@@ -113,29 +120,45 @@ def _config(model: nn.Module, name: str) -> dict[str, Any]:
         "version": __version__,
         "name": name,
         "model": {"class": type(model).__name__, "type": getattr(getattr(model, "config", None), "model_type", None)},
+        **described(adapter),
+    }
+
+
+def described(adapter: Adapter) -> dict[str, Any]:
+    """What was attached where, for JSON."""
+    return {
         "seed": adapter.seed,
         "parts": [part.to_json() for part in adapter.parts],
     }
 
 
 def _write(place: Path, values: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Into a temporary directory beside `place`, synced, then renamed: a reader never sees half an adapter."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    inside = place.exists()  # it may be a mount point, and a rename does not cross those
-    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place if inside else place.parent))
     text = json.dumps(config, indent=1) + "\n"
-    try:
-        contiguous = {key: t.contiguous() for key, t in values.items()}
+    contiguous = {key: t.contiguous() for key, t in values.items()}
+    with replacing(place, WEIGHTS, CONFIG) as temporary:
         # The digest ties the two files together: one replaced without the other is noticed.
         save_file(contiguous, temporary / WEIGHTS, metadata={"format": "pt", "config": _digest(text)})
         (temporary / CONFIG).write_text(text)
-        for file in (WEIGHTS, CONFIG):
+
+
+@contextmanager
+def replacing(place: Path, *files: str) -> Iterator[Path]:
+    """A temporary directory whose `files`, synced, take their places in `place` at the end, one by one and in order.
+
+    A reader never sees half a file, and if `place` is new never a part of them; after an error `place` is as it was.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    inside = place.exists()  # it may be a mount point, and a rename does not cross those
+    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place if inside else place.parent))
+    try:
+        yield temporary
+        for file in files:
             _sync(temporary / file)
         temporary.chmod(0o755)
         if not inside:
             os.rename(temporary, place)
         else:
-            for file in (WEIGHTS, CONFIG):
+            for file in files:
                 os.replace(temporary / file, place / file)
         _sync(place.parent)
     finally:
@@ -176,12 +199,17 @@ def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
         raise FileNotFoundError(
             f"{path.parent} holds no adapter weights ({WEIGHTS} is missing; pickled files are not read)"
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            written = (file.metadata() or {}).get("config", digest)
-        values = load_file(path)
-    except (SafetensorError, ValueError, torch.cuda.OutOfMemoryError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from None
-    if written != digest:
+    values, metadata = read_safetensors(path)
+    if metadata.get("config", digest) != digest:
         raise ValueError(f"{path} and {CONFIG} beside it were not saved together; save the adapter again")
     return values
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors on the CPU, metadata) of a file; ValueError if it is broken."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return load_file(path), metadata
+    except (SafetensorError, ValueError, torch.cuda.OutOfMemoryError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from None

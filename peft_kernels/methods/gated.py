@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..engine.method import Method, Tuner
+from ..engine.method import Method, Phase, Tuner
 from ..engine.site import Base, Site
 from ..engine.stack import Known
 from .lora import LoRA
@@ -38,6 +38,12 @@ class Gated(Method, roles=(), lr=2e-3, tiny={"inner": LoRA(rank=2)}, kinds=("lin
     def at(self, site: Site) -> Gated:
         return replace(self, inner=self.inner.at(site))
 
+    def phases(self, total_steps: int) -> list[Phase]:
+        return self.inner.phases(total_steps)
+
+    def loss(self, model: nn.Module, batch: Any, outputs: Any) -> Tensor | None:
+        return self.inner.loss(model, batch, outputs)
+
 
 class GatedTuner(Tuner, method=Gated):
     def __init__(self, cfg: Gated, site: Site):
@@ -45,6 +51,9 @@ class GatedTuner(Tuner, method=Gated):
         self.inner = cfg.inner.tuner(cfg.inner, site)
         self.w = site.param(site.n_in, init="kaiming")  # [in]
         self.b = site.param(1)
+
+    def enter(self, phase: str) -> None:
+        self.inner.enter(phase)
 
     def forward(self, base: Base, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = base(x, *args, **kwargs)

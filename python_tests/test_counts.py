@@ -1,13 +1,10 @@
-"""The numbers of published models, counted on the meta device, and the training loop."""
+"""The numbers of published models, counted on the meta device."""
 
-import pytest
 import torch
-from models import attached, make
+from models import attached
 
 import peft_kernels as pk
 from peft_kernels.engine.site import base_modules
-
-# -- counts -----------------------------------------------------------------------------------------------------------
 
 
 def meta(make_model):
@@ -74,44 +71,3 @@ def test_counts_of_published_models():
 def test_base_modules_leave_tuners_out():
     case = attached("lora", "bert")
     assert not any("peft" in path for path, _ in base_modules(case.model))
-
-
-# -- fit --------------------------------------------------------------------------------------------------------------
-
-
-def test_fit_learns_and_logs():
-    case = make("mlp")
-    x = torch.randn(64, 12)
-    target = (x[:, 0] > 0).long()
-    pk.attach(case.model, pk.LoRA(rank=4), ("first", "second"), train=("out",))
-    batches = [(x[i : i + 16], target[i : i + 16]) for i in range(0, 64, 16)]
-    log = pk.fit(
-        case.model,
-        batches,
-        epochs=15,
-        lr=2e-2,
-        loss_fn=torch.nn.functional.cross_entropy,
-        progress=False,
-        on_epoch=lambda epoch, model: {"accuracy": (model(x).argmax(-1) == target).float().mean().item()},
-    )
-    steps, epochs = [r for r in log if "step" in r], [r for r in log if "step" not in r]
-    assert [r["step"] for r in steps] == list(range(1, 61))
-    assert len(epochs) == 15
-    assert epochs[-1]["loss"] < 0.5 * epochs[0]["loss"]
-    assert epochs[-1]["accuracy"] > 0.95
-    assert {"epoch", "loss", "lr", "seconds"} <= steps[0].keys()
-
-
-def test_fit_is_repeatable_and_says_what_is_wrong():
-    def run():
-        case = attached("lora", "bert", train=("head",))
-        labels = torch.tensor([0, 2])
-        pk.fit(case.model, [{**case.inputs, "labels": labels}], epochs=3, progress=False)
-        return {n: p.detach() for n, p in case.model.named_parameters() if "peft" in n}
-
-    first, second = run(), run()
-    assert all(torch.equal(v, second[n]) for n, v in first.items())
-    case = attached("lora", "bert")
-    for batches, message in (([], "at least one batch"), ([case.inputs], "returned no loss"), ([3], "expected a dict")):
-        with pytest.raises(ValueError, match=message):
-            pk.fit(case.model, batches, progress=False)

@@ -1,0 +1,141 @@
+"""calibrate: gradient statistics of the tensors that tuners watch, before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attach import all_adapters, state_of
+from .batches import LossFn, check, finite, rows, split, task_loss, to
+from .life import device_of, unmerged
+from .method import Stats, Tuner
+from .site import Parts, Site
+from .stack import Spanned
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable,
+    loss_fn: LossFn | None = None,
+    *,
+    steps: int | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Measures the gradients that active tuners watch, hands them over (`Tuner.calibrate`), and returns the model.
+
+    batches: as for `pk.fit`; each is taken once, at most `steps` of them, none if nothing is watched. The batch size is
+        the leading dimension of the labels; rows weigh the same, so the loss should be a mean over them.
+    Runs in eval mode, with gradients even inside no_grad. Where a tuner is `per_sample`, row by row: as many passes as
+    rows. Modes, requires_grad and .grad are afterwards, and after an error, as they were.
+    ValueError if there is no batch or a watched tensor is no parameter; RuntimeError while merged, or if the loss is
+    not finite.
+    """
+    from tqdm.auto import tqdm
+
+    unmerged(model, "calibrating")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps = {steps}; expected at least 1")
+    watchers = [_Watcher(site, tuner) for site, tuner in _active(model)]
+    watchers = [w for w in watchers if w.watched]
+    if not watchers:
+        return model
+    params = list({id(p): p for w in watchers for p in w.params}.values())
+    per_sample = any(w.tuner.per_sample for w in watchers)
+    device, seen = device_of(model), 0
+    total = min((n for n in (steps, getattr(batches, "__len__", lambda: None)()) if n is not None), default=None)
+    with _calibrating(model, params), tqdm(total=total, disable=not progress, unit="batch", dynamic_ncols=True) as bar:
+        for batch in islice(batches, steps):
+            check(batch, loss_fn)
+            batch = to(batch, device)
+            for part in split(batch) if per_sample else (batch,):
+                n = 1 if per_sample else rows(part)
+                loss, _ = task_loss(model, part, loss_fn)
+                finite(loss, f"row {seen + 1}", "check the batch and the weights")
+                grads = torch.autograd.grad(loss, params, allow_unused=True)
+                for watcher in watchers:
+                    watcher.add(dict(zip(map(id, params), grads, strict=True)), n)
+                seen += n
+            bar.update()
+    if not seen:
+        raise ValueError("batches is empty; expected at least one batch")
+    with torch.no_grad():
+        for watcher in watchers:
+            watcher.tuner.calibrate(watcher.stats(seen))
+    return model
+
+
+class _Watcher:
+    """A tuner, what it watches, and the sums so far."""
+
+    def __init__(self, site: Site, tuner: Tuner):
+        self.tuner, self.watched = tuner, tuner.watched(site)
+        # Of a view (rows of a fused linear, a transposed weight) autograd only knows the parameter.
+        self.params = [t if t._base is None else t._base for t in self.watched.values()]
+        for name, p in zip(self.watched, self.params, strict=True):
+            if not isinstance(p, nn.Parameter):
+                raise ValueError(
+                    f"{site.name}: {type(tuner).__name__} watches {name!r}, which is no parameter or view of one; "
+                    "watch the parameter itself, such as site.module.weight"
+                )
+        self.grad = {name: torch.zeros_like(t, dtype=torch.float32) for name, t in self.watched.items()}
+        self.fisher = {name: torch.zeros_like(g) for name, g in self.grad.items()} if tuner.per_sample else {}
+
+    def add(self, grads: dict[int, Tensor | None], n: int) -> None:
+        """The mean gradient of n rows by id of the parameter; None where the loss does not depend on it."""
+        for (name, t), p in zip(self.watched.items(), self.params, strict=True):
+            if (g := grads[id(p)]) is None:
+                continue
+            if t is not p:
+                offset = t.storage_offset() - p.storage_offset()
+                g = torch.empty_like(p).copy_(g).as_strided(t.shape, t.stride(), offset)
+            self.grad[name].add_(g, alpha=n)
+            if self.fisher:
+                self.fisher[name].add_(g.float().square())
+
+    def stats(self, samples: int) -> Stats:
+        return Stats(
+            samples,
+            {name: g / samples for name, g in self.grad.items()},
+            {name: f / samples for name, f in self.fisher.items()},
+        )
+
+
+def _active(model: nn.Module) -> Iterator[tuple[Site, Tuner]]:
+    """Every active tuner with its site, those inside other tuners too."""
+
+    def walk(site: Site, module: nn.Module) -> Iterator[tuple[Site, Tuner]]:
+        if isinstance(module, Tuner):
+            site = module.site if isinstance(module, Spanned) else site
+            yield site, module
+        sites = module.sites if isinstance(module, Parts) else {}
+        for label, child in module.named_children():
+            yield from walk(sites.get(label, site), child)
+
+    names = state_of(model).active
+    for _, adapters in all_adapters(model):
+        for name in names:
+            if name in adapters.tuners:
+                yield from walk(adapters.site, adapters.tuners[name])
+
+
+@contextmanager
+def _calibrating(model: nn.Module, params: list[Any]) -> Iterator[None]:
+    """Eval mode and gradients of `params`, all of it undone at the end. (autograd.grad leaves .grad alone.)"""
+    modes = {module: module.training for module in model.modules()}
+    wanted = [p.requires_grad for p in params]
+    try:
+        model.eval()
+        for p in params:
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for p, before in zip(params, wanted, strict=True):
+            p.requires_grad_(before)
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,183 @@
+"""calibrate: the statistics are those of a loop by hand, and nothing but the tuners that asked notices."""
+
+import pytest
+import torch
+from models import make
+from torch import nn
+from toys import Toy, Watch, toys  # noqa: F401  # a fixture
+
+import peft_kernels as pk
+from peft_kernels.engine.attach import tuners
+
+cross_entropy = nn.functional.cross_entropy
+
+
+def watched(family, dtype=torch.float64, **kwargs):
+    """(model, batches, loss_fn): 5 rows in two batches of different size."""
+    case = make(family, dtype)
+    made = torch.Generator().manual_seed(2)
+    labels = torch.randint(0, 3, (5,), generator=made)
+    if family == "mlp":
+        x = torch.randn(5, 12, generator=made, dtype=dtype)
+        pk.attach(case.model, Watch(**kwargs), ("first", "second"))
+        return case.model, [(x[:3], labels[:3]), (x[3:], labels[3:])], cross_entropy
+    ids = torch.randint(3, 50, (5, 7), generator=made)
+    if family == "bert":
+        pk.attach(case.model, Watch(**kwargs), ("q", "down"))
+        mask = torch.ones_like(ids)
+        mask[1, 4:] = 0
+        return case.model, [_rows(slice(0, 3), ids, mask, labels), _rows(slice(3, 5), ids, mask, labels)], None
+    pk.attach(case.model, Watch(**kwargs), ("q", "v"))
+    return case.model, [{"input_ids": ids, "labels": ids}], None
+
+
+def _rows(part, ids, mask, labels):
+    return {"input_ids": ids[part], "attention_mask": mask[part], "note": "whole", "labels": labels[part]}
+
+
+class Noting(nn.Module):
+    """A model that also takes what a collator left in the batch."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, note=None, **batch):
+        return self.model(**batch)
+
+
+def by_hand(model, batches, loss_fn, tensors):
+    """(mean gradient, mean squared gradient, rows) of a loop over rows."""
+    for t in tensors:
+        t.requires_grad_(True)
+    sums, squares, n = [0] * len(tensors), [0] * len(tensors), 0
+    for batch in batches:
+        size = len(batch["labels"] if isinstance(batch, dict) else batch[1])
+        for i in range(size):
+            if isinstance(batch, dict):
+                loss = model(**{k: v[i : i + 1] for k, v in batch.items() if k != "note"}).loss
+            else:
+                loss = loss_fn(model(batch[0][i : i + 1]), batch[1][i : i + 1])
+            for k, g in enumerate(torch.autograd.grad(loss, tensors)):
+                sums[k], squares[k] = sums[k] + g, squares[k] + g**2
+            n += 1
+    for t in tensors:
+        t.requires_grad_(False)
+    return [s / n for s in sums], [s / n for s in squares], n
+
+
+def same(ours, expected):
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("per_sample", [True, False])
+@pytest.mark.parametrize("family", ["mlp", "bert"])
+def test_statistics_are_those_of_a_loop_over_rows(family, per_sample, monkeypatch):
+    monkeypatch.setattr(Watch.tuner, "per_sample", per_sample)
+    model, batches, loss_fn = watched(family)
+    given = model if loss_fn else Noting(model)
+    vars(given)["_peft_kernels"] = vars(model)["_peft_kernels"]
+    assert pk.calibrate(given, batches, loss_fn, progress=False) is given
+    pairs = [(t, s.weight) for t, s in _sites(model)]
+    grads, squares, n = by_hand(model, batches, loss_fn, [p for t, w in pairs for p in (w, t.shift)])
+    assert n == 5
+    for i, (tuner, _) in enumerate(pairs):
+        assert tuner.stats.samples == 5
+        assert tuner.stats.fisher.keys() == ({"weight", "shift"} if per_sample else set())
+        for k, name in enumerate(("weight", "shift")):
+            same(tuner.stats.grad[name], grads[2 * i + k])
+            if per_sample:
+                same(tuner.stats.fisher[name], squares[2 * i + k])
+
+
+def _sites(model):
+    for path, tuner in tuners(model, "default"):
+        yield tuner, model.get_submodule(path)
+
+
+def test_a_view_of_a_parameter_gets_its_part_of_the_gradient():
+    """q and v are rows of one transposed matrix in GPT-2: watched as [out, in] or whole, the numbers are the same."""
+    as_view, batches, _ = watched("gpt2", view=True)
+    whole, _, _ = watched("gpt2")
+    for model in (as_view, whole):
+        pk.calibrate(model, batches, progress=False)
+    for (_, viewing), (_, seeing) in zip(tuners(as_view, "default"), tuners(whole, "default"), strict=True):
+        for (site, _, part), (_, _, other) in zip(viewing.parts(), seeing.parts(), strict=True):
+            assert part.stats.grad["weight"].shape == (16, 16)
+            for name in ("grad", "fisher"):
+                expected, _ = site.read(getattr(other.stats, name))
+                torch.testing.assert_close(getattr(part.stats, name)["weight"], expected)
+                assert expected.abs().sum() > 0
+
+
+@pytest.mark.parametrize("stop", [None, RuntimeError, KeyboardInterrupt])
+def test_everything_is_left_as_it_was(stop):
+    model, batches, loss_fn = watched("mlp")
+    pk.attach(model, pk.LoRA(rank=2, dropout=0.5), ("first",), name="other")
+    model.second.eval(), model.first.train(), model.ln.train()
+    model.out.weight.requires_grad_(True)
+    model.out.weight.grad = torch.ones_like(model.out.weight)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = {k: p.requires_grad for k, p in model.named_parameters()}
+    modes = {k: m.training for k, m in model.named_modules()}
+    seen = []
+
+    def loss(out, target):
+        seen.append((model.training, model.first.training, torch.is_grad_enabled()))
+        if stop and len(seen) == 3:
+            raise stop
+        return loss_fn(out, target)
+
+    random = torch.get_rng_state()
+    with torch.no_grad():
+        if stop:
+            with pytest.raises(stop):
+                pk.calibrate(model, batches, loss, progress=False)
+        else:
+            pk.calibrate(model, batches, loss, progress=False)
+    assert set(seen) == {(False, False, True)}
+    assert torch.equal(torch.get_rng_state(), random)
+    assert flags == {k: p.requires_grad for k, p in model.named_parameters()}
+    assert modes == {k: m.training for k, m in model.named_modules()}
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    grads = {k for k, p in model.named_parameters() if p.grad is not None}
+    assert grads == {"out.weight"}
+    assert torch.equal(model.out.weight.grad, torch.ones_like(model.out.weight))
+
+
+def test_steps_and_activity_decide_what_is_read():
+    model, batches, loss_fn = watched("mlp")
+    pk.calibrate(model, iter(batches), loss_fn, steps=1, progress=False)
+    assert model.first.peft.tuners["default"].stats.samples == 3
+    pk.set_active(model, [])
+    pk.calibrate(model, None, progress=False)  # nobody watches: the batches are not touched
+
+
+def test_a_tensor_that_the_loss_does_not_see_has_zeros():
+    model, batches, _ = watched("mlp")
+    pk.calibrate(model, batches, lambda out, target: model.ln.weight.sum() + model.first.weight.sum(), progress=False)
+    assert model.second.peft.tuners["default"].stats.grad["weight"].abs().sum() == 0
+    assert torch.equal(model.first.peft.tuners["default"].stats.fisher["weight"], torch.ones(20, 12))
+
+
+def test_what_is_wrong_is_said(monkeypatch):
+    model, batches, loss_fn = watched("mlp")
+    for args, message in (
+        (([], loss_fn), "at least one batch"),
+        (([3],), "expected a dict"),
+        (([3], loss_fn), "expected a pair"),
+        (([{"labels": torch.zeros(())}],), "has no rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pk.calibrate(model, *args, progress=False)
+    with pytest.raises(ValueError, match="steps = 0"):
+        pk.calibrate(model, batches, loss_fn, steps=0)
+    with pytest.raises(RuntimeError, match="the loss is inf at row 1"):
+        pk.calibrate(model, batches, lambda out, target: out.sum() * torch.inf, progress=False)
+    monkeypatch.setattr(Watch.tuner, "watched", lambda self, site: {"twice": site.weight * 2})
+    with pytest.raises(ValueError, match="WatchTuner watches 'twice', which is no parameter"):
+        pk.calibrate(model, batches, loss_fn, progress=False)
+    pk.merge(model)
+    with pytest.raises(RuntimeError, match="before calibrating"):
+        pk.calibrate(model, batches, loss_fn)

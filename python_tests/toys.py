@@ -1,0 +1,102 @@
+"""Methods that no user needs and the tests of training do: with phases, schedules, penalties, terms of the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import peft_kernels as pk
+from peft_kernels.engine import method as registry
+
+
+@dataclass(frozen=True)
+class Toy(pk.Method, roles=("q",), lr=1e-2, tiny={}):
+    """Adds a learned vector to the output, of which the second phase keeps the larger half beside a new one."""
+
+    penalty: float = 0.0
+    term: float = 0.0
+    prime: float = 0.0  # of all steps
+    phase_lr: float = 0.0
+
+    def phases(self, total_steps):
+        first = round(self.prime * total_steps)
+        train = pk.Phase("train", total_steps - first, self.phase_lr or None)
+        return [pk.Phase("prime", first), train] if first else [train]
+
+    def loss(self, model, batch, outputs):
+        if not self.term:
+            return None
+        again = model(**batch).logits if isinstance(batch, dict) else model(batch[0])
+        before = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
+        return self.term * (again - before.detach() + 1).square().mean()
+
+
+class ToyTuner(pk.Tuner, method=Toy):
+    def __init__(self, cfg, site):
+        super().__init__(cfg, site)
+        self.cfg = cfg
+        self.shift = site.param(site.n_out, init="ones")
+        self.late = site.param(site.n_out)
+        self.late.requires_grad_(not cfg.prime)
+        self.register_buffer("mask", torch.ones(site.n_out))
+        self.register_buffer("progress", torch.zeros(()))
+        self.entered = []
+
+    def fold(self, weight, bias):
+        shift = self.shift * self.mask + self.late * (1 + self.progress)
+        return weight, shift if bias is None else bias + shift
+
+    def enter(self, phase):
+        self.entered.append(phase)
+        if phase == "train" and self.cfg.prime:
+            order = self.shift.detach().abs().argsort()
+            self.mask[order[: len(order) // 2]] = 0
+            self.shift = nn.Parameter(
+                self.shift.detach() * self.mask * torch.rand(())
+            )  # a draw, which a resume repeats
+            self.late.requires_grad_(True)
+
+    def step(self, progress):
+        self.progress.fill_(progress)
+
+    def penalty(self):
+        return self.cfg.penalty * self.shift.square().sum() if self.cfg.penalty else None
+
+
+@dataclass(frozen=True)
+class Watch(pk.Method, roles=("q",), lr=1e-3, tiny={}):
+    """Watches the weight and bias of its site."""
+
+    view: bool = False
+
+
+class WatchTuner(pk.Tuner, method=Watch):
+    per_sample = True
+
+    def __init__(self, cfg, site):
+        super().__init__(cfg, site)
+        self.cfg, self.stats = cfg, None
+        self.shift = site.param(site.n_out)
+
+    def fold(self, weight, bias):
+        return weight, self.shift if bias is None else bias + self.shift
+
+    def watched(self, site):
+        weight = site.weight if self.cfg.view else site.module.weight
+        return {"weight": weight, "shift": self.shift}
+
+    def calibrate(self, stats):
+        self.stats = stats
+
+
+_TOYS = {key: registry._registry.pop(key) for key in ("toy", "watch")}
+
+
+@pytest.fixture(autouse=True)
+def toys(monkeypatch):
+    """In the registry for the length of a test: nobody else's tests see them."""
+    for key, cls in _TOYS.items():
+        monkeypatch.setitem(registry._registry, key, cls)
