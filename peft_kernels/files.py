@@ -1,4 +1,4 @@
-"""Result directories that are whole or absent."""
+"""Result directories that are whole or absent, and sizes in words."""
 
 from __future__ import annotations
 
@@ -36,3 +36,12 @@ def output(out: str | os.PathLike, force: bool, marker: str) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def size(n: float) -> str:
+    """Bytes in words: 1.2 kB."""
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.2f} GB"

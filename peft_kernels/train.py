@@ -26,7 +26,7 @@ from .engine.fit import fit
 from .engine.merge import merge, unmerge
 from .engine.method import Method
 from .engine.store import CONFIG, WEIGHTS, save
-from .files import output
+from .files import output, size
 
 LOG, PICTURE, SUMMARY = "log.jsonl", "curves.png", "summary.json"
 HELD_OUT = 0.2  # of each class, where the data has no split of its own
@@ -463,14 +463,6 @@ def table(summary: dict[str, Any]) -> str:
     left, right = (max(len(row[i]) for row in rows) for i in (0, 1))
     lines = [f"{name:<{left}}  {value:>{right}}  {note}" for name, value, note in rows]
     return "\n".join([title, "-" * max(map(len, lines)), *lines])
-
-
-def size(n: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.2f} GB"
 
 
 def draw(path: Path, log: list[dict[str, Any]], summary: dict[str, Any]) -> None:
