@@ -24,6 +24,8 @@ from .method import Part
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _FORMAT = "peft_kernels"
+# What fine-tuning gives the config of a transformers model and the base model's files do not have.
+_OF_THE_TASK = ("id2label", "label2id", "problem_type", "pad_token_id")
 
 
 def tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -76,7 +78,7 @@ def load(
     directory = Path(directory)
     if name is not None and (directory / name / CONFIG).exists():
         directory = directory / name  # several adapters were saved here
-    config, digest = _read_config(directory)
+    config, digest = read_config(directory)
     try:
         parts = [Part.from_json(part) for part in config["parts"]]
         adapter, saved_name = Adapter(parts, config["seed"]), config["name"]
@@ -114,12 +116,19 @@ def fill(own: dict[str, Tensor], values: dict[str, Tensor], directory: Path | No
 
 
 def _config(model: nn.Module, name: str) -> dict[str, Any]:
-    adapter = state_of(model).adapters[name]
+    adapter, own = state_of(model).adapters[name], getattr(model, "config", None)
+    kind = getattr(own, "model_type", None)
+    task = {key: value for key in _OF_THE_TASK if (value := getattr(own, key, None)) is not None}
     return {
         "format": _FORMAT,
         "version": __version__,
         "name": name,
-        "model": {"class": type(model).__name__, "type": getattr(getattr(model, "config", None), "model_type", None)},
+        "model": {
+            "class": type(model).__name__,
+            "type": kind,
+            "source": str(getattr(own, "name_or_path", "")) or None,
+            "config": task if kind else {},
+        },
         **described(adapter),
     }
 
@@ -177,7 +186,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _read_config(directory: Path) -> tuple[dict[str, Any], str]:
+def read_config(directory: Path) -> tuple[dict[str, Any], str]:
+    """(what `save` wrote beside the weights, the digest that ties the two); FileNotFoundError, ValueError as `load`."""
     path = directory / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"{directory} holds no adapter ({CONFIG} is missing)")
