@@ -209,7 +209,7 @@ def test_copies_and_pickles(key, family):
 
 
 @every_method
-@pytest.mark.parametrize("family", ["mlp", "llama"])
+@pytest.mark.parametrize("family", ["mlp", "llama", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 def test_compiled_in_one_graph(key, family):
     case = attached(key, family)
     perturb(case.model)
