@@ -200,7 +200,7 @@ def test_copies_and_pickles(key, family):
         close(case.call(other), case.call(make(family).model))
 
 
-@pytest.mark.parametrize(("key", "family"), over(("mlp", "llama")))
+@pytest.mark.parametrize(("key", "family"), over(("mlp", "llama", "gpt_neox")))
 def test_compiled_in_one_graph(key, family):
     case = attached(key, family)
     perturb(case.model)

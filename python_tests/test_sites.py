@@ -4,11 +4,15 @@ import copy
 
 import pytest
 import torch
-from models import METHODS, Case, assert_same, attached, close, make, perturb, snapshot
+from models import EVERY, METHODS, Case, assert_same, attached, close, make, perturb, snapshot
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from toys import Beside, Onto, toys  # noqa: F401  # a fixture
 
 import peft_kernels as pk
+from peft_kernels.engine import taps
 from peft_kernels.engine.attach import tuners
+from peft_kernels.engine.roles import resolve
 
 
 class Mixed(nn.Module):
@@ -135,3 +139,152 @@ def test_scaled_embeddings(scaled):
     pk.attach(renormed, pk.LoRA(rank=2), ("0",))
     with pytest.raises(RuntimeError, match="forward of its own"):
         pk.merge(renormed)
+
+
+# -- spans and residuals ----------------------------------------------------------------------------------------------
+
+TRANSFORMERS = [f for f in EVERY if f != "mlp"]
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_a_tuner_around_the_ffn(family, tmp_path):
+    """Identity at first; then its output moves by exactly x A; all of a life: save, stack, detach."""
+    case = make(family, torch.float64)
+    before, plain = snapshot(case.model), case.call(case.model)
+    pk.attach(case.model, Beside())
+    close(case.call(case.model), plain, torch.float64)
+    with torch.no_grad():
+        for _, tuner in tuners(case.model, "default"):
+            for p in tuner.parameters():
+                p.copy_(torch.eye(*p.shape, dtype=p.dtype) * 0.3)
+    adapted = case.call(case.model)
+
+    # The same by hand: a forward hook on the sublayer's last module, which knows the input of the first.
+    hand = make(family, torch.float64)
+    inputs = {}
+    for site in resolve(hand.model, ("ffn",)):
+        (site.entry or site.module).register_forward_pre_hook(
+            lambda m, args, n=site.name: inputs.update({n: args[0]}),
+        )
+        site.module.register_forward_hook(lambda m, args, y, n=site.name: y + 0.3 * inputs[n])
+    close(adapted, hand.call(hand.model), torch.float64)
+    assert not torch.allclose(adapted, plain)
+    assert not taps._local.inputs  # nothing outlives the call
+
+    case.loss(case.model).backward()
+    assert all(p.grad.abs().sum() > 0 for p in case.model.parameters() if p.requires_grad)
+    fresh = make(family, torch.float64)
+    pk.load(fresh.model, pk.save(case.model, tmp_path / "a"))
+    assert torch.equal(fresh.call(fresh.model), adapted)
+    pk.attach(case.model, pk.LoRA(rank=2), ("up", "down"), name="second")
+    assert torch.equal(case.call(case.model), adapted)
+    pk.detach(case.model, "default")
+    close(case.call(case.model), plain, torch.float64)
+    pk.detach(case.model)
+    assert torch.equal(case.call(case.model), plain)
+    assert_same(case.model, before)
+    assert not any(isinstance(h, taps.Tap) for m in case.model.modules() for h in m._forward_pre_hooks.values())
+
+
+def test_a_span_compiles_is_copied_routed_and_checkpointed():
+    case = make("bert")
+    for seed, name in enumerate(("a", "b")):
+        pk.attach(case.model, Beside(), name=name, seed=seed)
+        perturb(case.model, name)
+    single = {}
+    for name in ("a", "b"):
+        pk.set_active(case.model, [name])
+        single[name] = case.call(case.model)
+    with pk.route(case.model, ["b", "a"]):
+        out = case.call(case.model)
+    close(out[0], single["b"][0])
+    close(out[1], single["a"][1])
+    twin = copy.deepcopy(case.model)
+    close(case.call(twin), single["b"])
+    torch._dynamo.reset()
+    compiled = torch.compile(case.model, fullgraph=True, backend="aot_eager")
+    close(case.call(compiled), single["b"])
+
+    def gradients():
+        case.model.zero_grad()
+        case.loss(case.model).backward()
+        return [p.grad.clone() for p in case.model.parameters() if p.grad is not None]
+
+    case.model.train()
+    for m in case.model.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+    plain = gradients()
+    case.model.gradient_checkpointing_enable({"use_reentrant": False})
+    for a, b in zip(gradients(), plain, strict=True):
+        close(a, b)
+
+
+def test_a_span_of_globs_and_its_errors():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5))
+    pk.attach(model, Beside(), ("0>2",))
+    perturb(model)
+    (site, tuner), *_ = tuners(model, "default")
+    x = torch.randn(3, 4)
+    inner = tuner.tuner
+    pk.set_active(model, [])
+    base = model(x)
+    pk.set_active(model, ["default"])
+    close(model(x), base + x @ inner.a.T)
+    with pytest.raises(RuntimeError, match="entry of 2 was not computed"):
+        model[2](torch.randn(3, 6))
+    with pytest.raises(RuntimeError, match="no weight-space form"):
+        pk.merge(model)
+    with pytest.raises(ValueError, match="cannot tune"):
+        pk.attach(make("bert").model, pk.LoRA(rank=2), ("ffn",))
+    assert model(x).shape == checkpoint(model, x, use_reentrant=False).shape
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_the_residual_is_what_the_model_adds(family):
+    """y + c r with c = 1 doubles the residual: the same as a model whose sublayer's input is added once more."""
+    case = make(family, torch.float64)
+    sites = [s for s in resolve(case.model, ("o", "down")) if s.residual is not None]
+    assert len(sites) == len(resolve(case.model, ("o", "down")))
+    pk.attach(case.model, Onto())
+    plain = case.call(case.model)
+    with torch.no_grad():
+        for _, tuner in tuners(case.model, "default"):
+            tuner.c.fill_(1.0)
+    doubled = case.call(case.model)
+    assert not torch.allclose(doubled, plain, atol=1e-6)
+    seen = {}
+    hand = make(family, torch.float64)
+    for site in resolve(hand.model, ("o", "down")):
+        site.residual.register_forward_pre_hook(
+            lambda m, args, kwargs, n=site.name: seen.update({n: args[0] if args else kwargs["hidden_states"]}),
+            with_kwargs=True,
+        )
+        site.module.register_forward_hook(lambda m, args, y, n=site.name: y + seen[n])
+    close(doubled, hand.call(hand.model), torch.float64)
+    with pytest.raises(ValueError, match="needs the residual"):
+        pk.attach(make("mlp").model, Onto(), ("second",))
+
+
+def test_the_residual_of_bert_by_its_own_code():
+    """BertOutput adds its second argument r: where its linear gives 0, c = 1 makes it LN(2 r)."""
+    case = make("bert", torch.float64)
+    output = case.model.bert.encoder.layer[0].output
+    pk.attach(case.model, Onto(), ("down",))
+    with torch.no_grad():
+        output.dense.weight.zero_()
+        output.dense.bias.zero_()
+        for _, tuner in tuners(case.model, "default"):
+            tuner.c.fill_(1.0)
+    seen = {}
+    output.register_forward_hook(lambda m, args, y: seen.update(r=args[1], y=y))
+    case.call(case.model)
+    close(seen["y"], output.LayerNorm(2 * seen["r"]), torch.float64)
+
+
+def test_widths_of_modules_and_spans():
+    for family in ("bert", "gpt2", "llama", "t5", "opt"):
+        for site in resolve(make(family).model, ("ffn", "attn", "block")):
+            assert (site.n_in, site.n_out) == (16, 16), site
+    norm = resolve(make("bert").model, ("norm",))[0]
+    assert norm.kind == "norm"

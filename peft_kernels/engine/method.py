@@ -227,7 +227,7 @@ class Tuner(nn.Module):
 
     fresh: bool = False  # forward returns a tensor nobody else holds, which a tuner above may write into
     opaque: ClassVar[bool] = False  # forward never calls the modules below: nothing else may tune them
-    needs_residual: ClassVar[bool] = False  # forward calls base.residual()
+    needs_residual: ClassVar[bool] = False  # forward calls base.seen("residual")
     part: int | None = None  # which part of its adapter made it; None for a tuner inside or around others
     taps: tuple[str, ...] = ()  # inputs of other modules noted for it
     # fold is linear in the distance of the numbers from those of a new tuner: several tuners' distances may be added.

@@ -473,8 +473,8 @@ def _spans(modules: dict[str, nn.Module], target: str) -> Iterator[Key]:
 
 
 def _layer(path: str) -> str:
-    """The path up to its first number: the stack and the layer in it."""
-    layer = re.match(r"(.*?\.)?\d+(?=\.|$)", path)
+    """The path up to the first number that has modules under it: the stack and the layer in it."""
+    layer = re.match(r"(.*?\.)?\d+(?=\.)", path)
     return layer[0] if layer else ""
 
 

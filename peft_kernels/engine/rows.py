@@ -163,8 +163,8 @@ class RowBase:
         y = self.shared()
         return y if self.index is None else _take(y, self.index, self.all_rows)
 
-    def residual(self) -> Tensor:
-        whole = self.shared.base.residual()
+    def seen(self, what: str) -> Tensor:
+        whole = self.shared.base.seen(what)
         return whole if self.index is None else _take(whole, self.index, self.all_rows)
 
     def effective(self) -> tuple[Tensor, Tensor | None]:

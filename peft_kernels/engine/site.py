@@ -276,9 +276,9 @@ class Base:
             return self.site.call(*args, **kwargs)
         return self.tuner(self.below, *args, **kwargs)
 
-    def residual(self) -> Tensor:
-        """What the model adds to the output of the sublayer that the site lies in, in this call."""
-        return seen(self.site.key("residual"))
+    def seen(self, what: str) -> Tensor:
+        """In this call: "residual", what the model adds to the sublayer's output; "entry", the input of the span."""
+        return seen(self.site.key(what)) if self.below is None else self.below.seen(what)
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """(weight, bias) of everything below, as if it were merged."""
@@ -300,6 +300,9 @@ class _PartBase:
         if x is self.x:
             return self.rows.of(self.y, dim=-1)
         return self.site.apply(*self.effective(), x)  # the tuner changed the input: its rows are computed anew
+
+    def seen(self, what: str) -> Tensor:
+        return self.base.seen(what)
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.base.effective()
@@ -424,8 +427,8 @@ class Many:
         assert route is not None
         return self.cls.forward_many(self.below, self.tuners, route, *args, **kwargs)
 
-    def residual(self) -> Tensor:
-        return self.below.residual()
+    def seen(self, what: str) -> Tensor:
+        return self.below.seen(what)
 
 
 def _members(self: nn.Sequential) -> list[nn.Module]:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from .method import Changes, Tuner, overlaid, promoted
 from .site import Base, Site
-from .taps import seen
 
 
 class Known:
@@ -24,8 +23,8 @@ class Known:
         same = len(args) == len(self.args) and all(a is b for a, b in zip(args, self.args, strict=True))
         return self.y if same else self.base(*args, **kwargs)
 
-    def residual(self) -> Tensor:
-        return self.base.residual()
+    def seen(self, what: str) -> Tensor:
+        return self.base.seen(what)
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         return self.base.effective()
@@ -82,7 +81,7 @@ class Spanned(Tuner):
     site: Site
 
     def forward(self, base: Base, h: Tensor) -> Any:
-        x = seen(self.site.key("entry"))
+        x = base.seen("entry")
         return self.tuner(_SpanBase(self.site, base, h, x), x)
 
 
@@ -99,5 +98,5 @@ class _SpanBase:
             raise RuntimeError(f"{self.site}: a tuner cannot change the input of a span, which has run already")
         return self.base(self.h)
 
-    def residual(self) -> Tensor:
-        return self.base.residual()
+    def seen(self, what: str) -> Tensor:
+        return self.base.seen(what)
