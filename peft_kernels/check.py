@@ -7,7 +7,7 @@ largest number; both errors are against the reference in fp64.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,12 +64,12 @@ def with_leaves(sample: Sample, dtype: torch.dtype | None = None) -> tuple[list,
     return args, [args[i] for i in sample.differentiable]
 
 
-def forward(call: Any, sample: Sample, dtype: torch.dtype | None = None) -> list[Tensor]:
+def forward(call: Callable, sample: Sample, dtype: torch.dtype | None = None) -> list[Tensor]:
     """What `call` returns for the sample; dtype fp64: computed in fp64."""
     return outputs(call(*(double(sample.args) if dtype == torch.float64 else sample.args)))
 
 
-def gradients(call: Any, sample: Sample, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+def gradients(call: Callable, sample: Sample, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
     """The gradients of the sample's differentiable arguments, for one fixed cotangent; dtype fp64: computed in fp64."""
     args, own = with_leaves(sample, dtype)
     out = outputs(call(*args))[0]
@@ -101,7 +101,7 @@ class Result:
 
 
 def check(op: Op, backends: Collection[str] | None = None) -> Iterator[Result]:
-    """Runs a few samples of `op`, forward and gradients, on each of `backends` (None: all) in each dtype."""
+    """Runs a few samples of `op`, forward, in place and gradients, on each of `backends` (None: all) in each dtype."""
     for device in ("cpu", "cuda"):
         for name, absent in op.backends(device).items():
             if backends is not None and name not in backends:
@@ -115,28 +115,29 @@ def check(op: Op, backends: Collection[str] | None = None) -> Iterator[Result]:
 def _checked(op: Op, name: str, device: str, dtype: torch.dtype) -> Result:
     where = op.name, name, device, str(dtype).removeprefix("torch.")
     samples = list(op.samples(dtype, device))
-    spread = (
-        {i * (len(samples) - 1) // (SAMPLES - 1) for i in range(SAMPLES)} if samples else ()
-    )  # neighbours are alike
+    if len(samples) > SAMPLES:  # spread over all of them, because neighbours are alike
+        samples = [samples[i * (len(samples) - 1) // (SAMPLES - 1)] for i in range(SAMPLES)]
+    steps: list[tuple[str, Callable, Callable]] = [
+        ("output", forward, op.run),
+        ("output in place", forward, lambda first, *rest: op.run(first.clone(), *rest, inplace=True)),
+        *([("gradient", gradients, op)] if op.gradient else []),
+    ]
     worst, refused, ran = 0.0, "" if samples else "no samples in this dtype", False
-    steps = [("output", forward, op.run), *([("gradient", gradients, op)] if op.gradient else [])]
-    for sample, (what, compute, call) in itertools.product([samples[i] for i in sorted(spread)], steps):
+    for sample, (what, compute, call) in itertools.product(samples, steps):
         try:
             with backend(name):
                 ours = compute(call, sample)
+            ran = True
+            plain, truth = compute(op.reference, sample), compute(op.reference, sample, torch.float64)
+            found = [compare(*tensors) for tensors in zip(ours, plain, truth, strict=True)]
         except BackendError as error:
             refused = str(error)
             continue
         except Exception as error:  # whatever a broken kernel or driver raises is what the self-test is for
             return Result(*where, "failed", why=f"{sample.id}: {type(error).__name__}: {' '.join(str(error).split())}")
-        ran = True
-        plain, truth = compute(op.reference, sample), compute(op.reference, sample, torch.float64)
-        for i, (out, p, t) in enumerate(zip(ours, plain, truth, strict=True)):
-            ratio, wrong = compare(out, p, t)
-            worst = max(worst, ratio)
-            if wrong:
-                why = f"{sample.id}, {what} {i}: {wrong}"
-                return Result(*where, "failed", worst if worst < torch.inf else None, why)
+        worst = max(worst, *(ratio for ratio, _ in found))
+        if wrong := [f"{sample.id}, {what} {i}: {text}" for i, (_, text) in enumerate(found) if text]:
+            return Result(*where, "failed", worst if worst < torch.inf else None, wrong[0])
     return Result(*where, "ok", worst, refused) if ran else Result(*where, "absent", why=refused)
 
 

