@@ -1,4 +1,4 @@
-"""The one place that imports transformers: loads models and tokenizers, with errors of one line."""
+"""The one place that imports transformers (with hf_trainer.py): loads models and tokenizers, errors of one line."""
 
 from __future__ import annotations
 
@@ -34,6 +34,16 @@ def need(*modules: str) -> Any:
         except ModuleNotFoundError as error:
             raise ImportError(f"{error.name or name} is not installed; {EXTRA}") from None
     return found[0]
+
+
+def __getattr__(name: str) -> Any:
+    """`Callback`, whose base class is transformers'."""
+    if name != "Callback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    need("transformers", "accelerate")
+    from .hf_trainer import Callback
+
+    return Callback
 
 
 def load_classifier(source: str, classes: list[str], dropout: float | None = None) -> tuple[nn.Module, Any]:

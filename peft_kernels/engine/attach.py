@@ -48,6 +48,11 @@ class State:
 _KEY = "_peft_kernels"  # in vars(root)
 
 
+def is_attached(model: nn.Module) -> bool:
+    """Whether the model has an adapter."""
+    return _KEY in vars(model)
+
+
 def state_of(model: nn.Module) -> State:
     """The model's State; ValueError if nothing is attached to it."""
     state = vars(model).get(_KEY)
