@@ -131,6 +131,13 @@ def test_transforms_see_the_definition_too():
     assert torch.autograd.gradgradcheck(model, (x.requires_grad_(),), fast_mode=True)
 
 
+def test_two_are_no_low_rank_sum():
+    model, _, _ = one()
+    pk.attach(model, pk.DoRA(rank=3), ("0",), name="other")
+    with pytest.raises(ValueError, match="neither low-rank nor linear"):
+        pk.combine(model, ["default", "other"])
+
+
 def test_errors_name_the_method():
     with pytest.raises(ValueError, match="DoRA rank = 0"):
         pk.DoRA(rank=0)
