@@ -83,6 +83,7 @@ class Entry:
     start: int
     adapter: str
     part: int
+    method: Method
     phase: Phase
 
     def enter(self, model: nn.Module) -> None:
@@ -101,6 +102,6 @@ def timeline(model: nn.Module, names: list[str], total: int) -> list[Entry]:
                 steps = ", ".join(f"{p.name} {p.steps}" for p in phases)
                 raise ValueError(f"the phases of {part.method.key} ({steps}) do not add up to {total} steps")
             for phase in phases:
-                entries.append(Entry(start, name, number, phase))
+                entries.append(Entry(start, name, number, part.method, phase))
                 start += phase.steps
     return sorted(entries, key=lambda entry: entry.start)
