@@ -10,11 +10,13 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ._version import __version__
 
 PROGRAM = "peft-kernels"
+MODEL = "PATH_OR_HUB_ID"
 RELATED = ("torch", "numpy", "safetensors", "transformers", "scikit-learn", "matplotlib", "tqdm", "triton", "peft")
 
 
@@ -24,17 +26,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. 0: done; 2: bad input, one line on stderr; 130: interrupted."""
+    """Runs one command. 0: done; 1: `check` found a fault; 2: bad input, one line on stderr; 130: interrupted."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,13 +43,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
         sub.set_defaults(run=run)
         return sub
 
     tune = command("tune", _tune, "fine-tune a text classifier and write the adapter, a log, a picture and a summary")
+    tune.add_argument("--model", required=True, metavar=MODEL, help="a transformers model")
     _add_method(tune, required=True)
     tune.add_argument("--data", required=True, metavar="FILE", help="labelled text: .tsv, .csv or .jsonl [.gz, .xz]")
     tune.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist")
@@ -69,8 +71,25 @@ def _parser() -> argparse.ArgumentParser:
         "--split-column", metavar="NAME", help="holds train and test; default split; without one a fifth is held out"
     )
 
-    explain = command("explain", _explain, "show which kernel serves each tuned layer of a model, and why not another")
+    merge = command("merge", _merge, "write a model with its adapter merged, for plain transformers to load")
+    merge.add_argument("--adapter", required=True, metavar="DIR", help="what tune or pk.save wrote")
+    merge.add_argument("--model", metavar=MODEL, help="default the one that the adapter names")
+    merge.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist")
+    merge.add_argument("--force", action="store_true", help="replace an earlier result in DIR")
+    merge.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default as the model's are"
+    )
+
+    explain = command(
+        "explain", _explain, "show what a method or an adapter trains, which kernel serves each layer, and why"
+    )
+    explain.add_argument("source", metavar="MODEL_OR_ADAPTER", help="a transformers model, or an adapter's directory")
+    explain.add_argument("--model", metavar=MODEL, help="the model of an adapter; default the one that it names")
     _add_method(explain, required=False)
+
+    check = command("check", _check, "compare every backend that runs here with the fp64 reference of its op")
+    check.add_argument("--op", nargs="+", metavar="NAME", help="default every op")
+    check.add_argument("--backend", nargs="+", metavar="NAME", help="default every backend")
     command("methods", _methods, "list the methods with their fields and defaults")
     command("info", _info, "show the environment, and which backends each op has here or why not")
     return parser
@@ -79,9 +98,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_method(parser: argparse.ArgumentParser, required: bool) -> None:
     from .methods import methods
 
-    default = {} if required else {"default": "lora"}
-    parser.add_argument("--model", required=True, metavar="PATH_OR_HUB_ID", help="a transformers model")
-    parser.add_argument("--method", required=required, metavar="NAME", help=f"one of {', '.join(methods())}", **default)
+    default = "" if required else "; default lora"
+    parser.add_argument("--method", required=required, metavar="NAME", help=f"one of {', '.join(methods())}{default}")
     parser.add_argument(
         "--set",
         action="append",
@@ -171,14 +189,75 @@ def _tune(args: argparse.Namespace) -> None:
     _print(args, summary, lambda: f"{train.table(summary)}\n\n{args.out}: {', '.join(summary['files'])}")
 
 
+def _merge(args: argparse.Namespace) -> None:
+    import torch
+
+    from .standalone import standalone, table
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    report = standalone(args.adapter, args.out, args.model, dtype, args.force)
+    _print(args, report, lambda: f"{table(report)}\n\n{args.out}: {', '.join(report['files'])}")
+
+
 def _explain(args: argparse.Namespace) -> None:
-    method = method_from(args.method, args.set)
     from . import hf
-    from .engine.attach import attach
+    from .engine.attach import attach, state_of
+    from .engine.counts import counts
+    from .engine.store import CONFIG, load
     from .explain import explain
 
-    rows = explain(attach(hf.load_model(args.model), method, args.targets))
-    _print(args, rows, lambda: str(rows))
+    if (Path(args.source) / CONFIG).is_file():
+        if args.method or args.set or args.targets:
+            raise ValueError(
+                f"{args.source} is an adapter, which says its method; leave --method, --set, --targets out"
+            )
+        model, _ = hf.load_base(args.source, args.model)
+        load(model, args.source, trainable=True)  # counted as it was trained
+    else:
+        if args.model:
+            raise ValueError(f"--model goes with an adapter, and {args.source} is none (it has no {CONFIG})")
+        method = method_from(args.method or "lora", args.set)
+        model, _ = hf.load_model(args.source)
+        attach(model, method, args.targets)
+    (adapter,) = state_of(model).adapters.values()
+    n, kernels = counts(model), explain(model)
+    report = {
+        "model": model.name_or_path,
+        "adapter": [
+            {**p.method.to_json(), "targets": p.targets, "exclude": p.exclude, "layers": p.layers}
+            for p in adapter.parts
+        ],
+        "counts": dataclasses.asdict(n),
+        "kernels": kernels,
+    }
+    _print(args, report, lambda: "\n\n".join(("\n".join(map(_part, adapter.parts)), str(n), str(kernels))))
+
+
+def _part(part: Any) -> str:
+    """One line: the method, where it is, its fields."""
+    limits = [f"without {' '.join(part.exclude)}"] if part.exclude else []
+    limits += [f"in layers {' '.join(map(str, part.layers))}"] if part.layers is not None else []
+    fields = [f"{name}={value!r}" for name, value in part.method.to_json().items() if name != "method"]
+    line = " ".join((part.method.key, "on", *part.targets, *limits))
+    return f"{line}: {', '.join(fields)}" if fields else line
+
+
+def _check(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from .check import check, rows, verdict
+    from .ops import all_ops
+    from .ops._op import NAMES
+
+    ops = all_ops()
+    for option, given, known in (("--op", args.op or (), ops), ("--backend", args.backend or (), NAMES)):
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(f"{option} {unknown[0]}; expected one of {', '.join(known)}")
+    chosen = [op for name, op in ops.items() if args.op is None or name in args.op]
+    bar = tqdm(chosen, desc=PROGRAM, unit="op", delay=3, leave=False)  # on stderr, and only if it takes longer
+    results = [result for op in bar for result in check(op, args.backend)]
+    _print(args, [dataclasses.asdict(r) for r in results], lambda: f"{columns(rows(results))}\n\n{verdict(results)}")
+    return int(any(r.state == "failed" for r in results))
 
 
 def _methods(args: argparse.Namespace) -> None:

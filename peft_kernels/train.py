@@ -6,16 +6,12 @@ import csv
 import gzip
 import json
 import lzma
-import os
 import random
 import resource
-import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +26,7 @@ from .engine.fit import fit
 from .engine.merge import merge, unmerge
 from .engine.method import Method
 from .engine.store import CONFIG, WEIGHTS, save
+from .files import output, size
 
 LOG, PICTURE, SUMMARY = "log.jsonl", "curves.png", "summary.json"
 HELD_OUT = 0.2  # of each class, where the data has no split of its own
@@ -306,7 +303,7 @@ def tune(job: Job, *, progress: bool = True) -> dict[str, Any]:
     Everything is written into a hidden directory beside OUT and renamed at the end, so OUT is whole or absent.
     """
     hf.need("tqdm", "sklearn", "matplotlib", "transformers")
-    with _output(Path(job.out), job.force) as directory:
+    with output(job.out, job.force, SUMMARY) as directory:
         summary, log = _run(job, directory, progress)
         (directory / LOG).write_text("".join(json.dumps(row) + "\n" for row in log))
         draw(directory / PICTURE, log, summary)
@@ -428,30 +425,6 @@ def peak_memory(cuda: bool) -> int:
 # -- what comes out ---------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _output(out: Path, force: bool) -> Iterator[Path]:
-    """A hidden directory beside `out`, which it replaces at the end; whatever goes wrong leaves `out` as it was."""
-    out = out.expanduser().resolve()
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no directory {out.parent}; create it first")
-    if out.exists():
-        if not force:
-            raise FileExistsError(f"{out} exists; choose another --out, or --force to replace it")
-        if not out.is_dir() or (any(out.iterdir()) and not (out / SUMMARY).exists()):
-            raise ValueError(f"--force only replaces an earlier result; {out} is none, it has no {SUMMARY}")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        old = temporary.with_name(temporary.name + "-old")
-        if out.exists():
-            os.rename(out, old)
-        os.rename(temporary, out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def table(summary: dict[str, Any]) -> str:
     """The one table that a run prints."""
     n, merged, seconds = Counts(**summary["counts"]), summary["merge"], summary["seconds"]
@@ -490,14 +463,6 @@ def table(summary: dict[str, Any]) -> str:
     left, right = (max(len(row[i]) for row in rows) for i in (0, 1))
     lines = [f"{name:<{left}}  {value:>{right}}  {note}" for name, value, note in rows]
     return "\n".join([title, "-" * max(map(len, lines)), *lines])
-
-
-def size(n: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.2f} GB"
 
 
 def draw(path: Path, log: list[dict[str, Any]], summary: dict[str, Any]) -> None:

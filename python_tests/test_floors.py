@@ -15,16 +15,8 @@ PACKAGE = ROOT / "peft_kernels"
 
 # Lower floors never import higher ones; the two rooms of floor 1 do not know each other.
 FLOORS = {
-    "kernels": 0,
-    "ops": 1,
-    "engine": 1,
-    "methods": 2,
-    "explain": 2,
-    "hf_trainer": 2,
-    "hf": 3,
-    "train": 4,
-    "cli": 5,
-    "__main__": 6,
+    **{"files": 0, "kernels": 0, "ops": 1, "engine": 1, "methods": 2, "explain": 2, "check": 2, "hf_trainer": 2},
+    **{"hf": 3, "standalone": 4, "train": 4, "cli": 5, "__main__": 6},
 }
 EXTERNAL = {
     "kernels": {"torch", "triton"},
