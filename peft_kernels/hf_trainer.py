@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from .engine.attach import all_adapters, is_attached, state_of
 from .engine.checkpoint import below, set_weights, weights
-from .engine.life import has_penalty, method_terms, penalty, scheduled, timeline, trained, unmerged
+from .engine.life import advance, has_penalty, method_terms, penalty, scheduled, timeline, trained, unmerged
 from .engine.store import replacing, save
 
 _WEIGHTS = "model.safetensors"
@@ -48,11 +48,10 @@ class Callback(TrainerCallback):
         unmerged(model, "training")
         names = trained(model)
         entries = timeline(model, names, state.max_steps)
-        for entry in entries:
-            if entry.phase.steps != state.max_steps:
-                raise RuntimeError(
-                    f"{entry.method.key} has several phases, each with an optimizer of its own; train it with pk.fit"
-                )
+        if several := [entry.phase.name for entry in entries if entry.phase.steps != state.max_steps]:
+            raise RuntimeError(
+                f"the method has phases ({', '.join(several)}), each with an optimizer of its own; train it with pk.fit"
+            )
         self._scheduled = scheduled(model, names)
         self._terms, self._penalised = method_terms(model), has_penalty(model)
         if (self._terms or self._penalised) and args.world_size > 1:
@@ -63,8 +62,7 @@ class Callback(TrainerCallback):
         for entry in entries:
             entry.enter(model)
         if loaded:
-            for tuner in self._scheduled:
-                tuner.step(state.global_step / state.max_steps)
+            advance(self._scheduled, state.global_step / state.max_steps)
             set_weights(model, names, loaded, None)
         if _trainable(model) != before:
             raise RuntimeError("a phase changes what is trained after Trainer has made its optimizer; use pk.fit")
@@ -84,8 +82,7 @@ class Callback(TrainerCallback):
             self._batches = left
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for tuner in self._scheduled:
-            tuner.step(state.global_step / state.max_steps)
+        advance(self._scheduled, state.global_step / state.max_steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._remove_hook()

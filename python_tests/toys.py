@@ -19,12 +19,13 @@ class Toy(pk.Method, roles=("q",), lr=1e-2, tiny={}):
     penalty: float = 0.0
     term: float = 0.0
     prime: float = 0.0  # of all steps
-    phase_lr: float = 0.0
+    prime_lr: float = 0.0
+    train_lr: float = 0.0
 
     def phases(self, total_steps):
         first = round(self.prime * total_steps)
-        train = pk.Phase("train", total_steps - first, self.phase_lr or None)
-        return [pk.Phase("prime", first), train] if first else [train]
+        train = pk.Phase("train", total_steps - first, self.train_lr or None)
+        return [pk.Phase("prime", first, self.prime_lr or None), train] if first else [train]
 
     def loss(self, model, batch, outputs):
         if not self.term:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import checkpoint as files
 from .attach import state_of, tuners
 from .batches import LossFn, finite, length, task_loss, to
-from .life import Entry, all_tuners, has_penalty, method_terms, penalty, scheduled, timeline, trained, unmerged
+from .life import Entry, advance, all_tuners, has_penalty, method_terms, penalty, scheduled, timeline, trained, unmerged
 from .store import described
 
 OnEpoch = Callable[[int, nn.Module], dict[str, Any]]
@@ -37,9 +37,8 @@ def param_groups(model: nn.Module, lr: float | None = None, phases: Iterable[Ent
         rates = [
             part.method.lr if lr is None or not own else lr for part, own in state_of(model).adapters[name].expanded()
         ]
-        for entry in phases:
-            if entry.adapter == name and entry.phase.lr is not None:
-                rates[entry.part] = entry.phase.lr
+        latest = {entry.part: entry.phase.lr for entry in phases if entry.adapter == name}
+        rates = [rate if (own := latest.get(part)) is None else own for part, rate in enumerate(rates)]
         for tuner in all_tuners(model, name):
             if tuner.part is None:  # inside another or around others
                 continue
@@ -175,8 +174,7 @@ class _Run:
         for entry in self.entries[: self.at.entered]:
             entry.enter(self.model)
         if self.at.step:
-            for tuner in scheduled(self.model, self.names):
-                tuner.step(self.at.step / self.total)
+            advance(scheduled(self.model, self.names), self.at.step / self.total)
         files.set_weights(self.model, self.names, files.below(values, "now/"), self.directory)
         if self.at.entered:
             self._begin()
@@ -285,8 +283,7 @@ class _Run:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             at.step, at.batch, at.begun = at.step + 1, at.batch + size, True
-            for tuner in self.scheduled:
-                tuner.step(at.step / self.total)
+            advance(self.scheduled, at.step / self.total)
             self._mark()
             row = {"step": at.step, "epoch": at.epoch, "loss": sum(losses) / size}
             self.log.append({**row, "lr": self.optimizer.param_groups[0]["lr"], "seconds": at.seconds})

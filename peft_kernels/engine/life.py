@@ -76,6 +76,13 @@ def scheduled(model: nn.Module, names: list[str]) -> list[Tuner]:
     return [t for n in names for t in all_tuners(model, n) if type(t).step is not Tuner.step]
 
 
+@torch.no_grad()
+def advance(scheduled: list[Tuner], progress: float) -> None:
+    """An optimizer step is done."""
+    for tuner in scheduled:
+        tuner.step(progress)
+
+
 @dataclass(frozen=True)
 class Entry:
     """One part of an adapter begins a phase before optimizer step `start` (from 0)."""
@@ -86,6 +93,7 @@ class Entry:
     method: Method
     phase: Phase
 
+    @torch.no_grad()
     def enter(self, model: nn.Module) -> None:
         for tuner in all_tuners(model, self.adapter):
             if tuner.part == self.part:

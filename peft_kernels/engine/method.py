@@ -284,14 +284,14 @@ class Tuner(nn.Module):
     # -- training: what pk.fit and pk.hf.Callback call, all of it optional ------------------------------------------
 
     def enter(self, phase: str) -> None:
-        """A phase of the method begins. May change values, requires_grad and the parameters themselves.
+        """A phase of the method begins. May change values, requires_grad and the parameters; called without grad mode.
 
         A resume enters the phases again and then fills in the saved values, so what a phase decides from values
         belongs into parameters and buffers, whose shapes do not depend on those values.
         """
 
     def step(self, progress: float) -> None:
-        """After each optimizer step; progress in (0, 1] of the whole training. A resume repeats the last call."""
+        """After each optimizer step, without grad mode; progress in (0, 1] of the training. A resume repeats a call."""
 
     def penalty(self) -> Tensor | None:
         """A 0-d term that training adds to the loss."""
