@@ -174,6 +174,8 @@ def _choose(model: nn.Module, adapter: Adapter) -> list[tuple[int, Method, Site]
             kinds = ", ".join(sorted({s.kind for s in found})) or "nothing"
             raise ValueError(f"{part.method.key} cannot tune what {part.targets} match ({kinds}); choose other targets")
         if part.method.tuner.opaque:
+            before = {site.name for _, cfg, site in chosen if cfg.tuner.opaque}
+            sites = [site for site in sites if not _inside(site.name, before)]
             names = {site.name for site in sites}
             chosen = [c for c in chosen if not _inside(c[2].name, names)]
         chosen += [(level, part.method.at(site), site) for site in sites]
