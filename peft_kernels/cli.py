@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 import types
@@ -17,7 +18,19 @@ from ._version import __version__
 
 PROGRAM = "peft-kernels"
 MODEL = "PATH_OR_HUB_ID"
-RELATED = ("torch", "numpy", "safetensors", "transformers", "scikit-learn", "matplotlib", "tqdm", "triton", "peft")
+RELATED = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "transformers",
+    "scikit-learn",
+    "sacrebleu",
+    "matplotlib",
+    "tqdm",
+    "triton",
+    "peft",
+)
+SWEPT = ("lr", "epochs", "batch_size")  # what --sweep can vary besides the fields of the method
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args) or 0
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"{PROGRAM}: interrupted{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -49,27 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    tune = command("tune", _tune, "fine-tune a text classifier and write the adapter, a log, a picture and a summary")
-    tune.add_argument("--model", required=True, metavar=MODEL, help="a transformers model")
-    _add_method(tune, required=True)
-    tune.add_argument("--data", required=True, metavar="FILE", help="labelled text: .tsv, .csv or .jsonl [.gz, .xz]")
-    tune.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist")
-    tune.add_argument("--force", action="store_true", help="replace an earlier result in DIR")
-    tune.add_argument("--epochs", type=int, default=1, help="default %(default)s")
-    tune.add_argument("--batch-size", type=int, default=32, help="default %(default)s")
-    tune.add_argument("--lr", type=float, help="peak learning rate; default the method's own (the head keeps its own)")
-    tune.add_argument("--max-length", type=int, metavar="TOKENS", help="longer texts are cut; default 128")
-    tune.add_argument(
-        "--model-dropout", type=float, metavar="P", help="dropout of the model itself; default as its config has it"
-    )
-    tune.add_argument("--seed", type=int, default=0, help="default %(default)s")
-    tune.add_argument("--threads", type=int, help="CPU threads; default torch's choice")
-    tune.add_argument("--device", help="cpu, cuda or cuda:N; default cuda if there is one")
-    tune.add_argument("--text-column", default="text", metavar="NAME", help="default %(default)s")
-    tune.add_argument("--label-column", default="label", metavar="NAME", help="default %(default)s")
-    tune.add_argument(
-        "--split-column", metavar="NAME", help="holds train and test; default split; without one a fifth is held out"
-    )
+    _add_tune(command("tune", _tune, "fine-tune a model and write the adapter, a log, a picture and a summary"))
 
     merge = command("merge", _merge, "write a model with its adapter merged, for plain transformers to load")
     merge.add_argument("--adapter", required=True, metavar="DIR", help="what tune or pk.save wrote")
@@ -93,6 +86,55 @@ def _parser() -> argparse.ArgumentParser:
     command("methods", _methods, "list the methods with their fields and defaults")
     command("info", _info, "show the environment, and which backends each op has here or why not")
     return parser
+
+
+def _add_tune(tune: argparse.ArgumentParser) -> None:
+    from .tasks import tasks
+    from .train import PRECISIONS
+
+    tune.add_argument("--model", required=True, metavar=MODEL, help="a transformers model")
+    _add_method(tune, required=True)
+    tune.add_argument("--data", required=True, metavar="FILE", help="rows of text: .tsv, .csv or .jsonl [.gz, .xz]")
+    tune.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist")
+    tune.add_argument("--force", action="store_true", help="replace an earlier result in DIR, discard its checkpoint")
+    tune.add_argument("--resume", action="store_true", help="continue from DIR.checkpoint if a run was interrupted")
+    tune.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="default at the end of each epoch")
+    tune.add_argument("--task", default="classify", choices=tasks(), help="default %(default)s")
+    tune.add_argument("--train", nargs="*", metavar="ROLE", help="modules trained whole; default a new head, if any")
+    tune.add_argument(
+        "--eval-data",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="more rows, scored before and after tuning; repeatable",
+    )
+    tune.add_argument("--validation", type=float, metavar="FRACTION", help="training rows held out for choosing")
+    tune.add_argument("--patience", type=int, metavar="EPOCHS", help="stop after so many without a lower loss there")
+    tune.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="FIELD=V1,V2,...",
+        help=f"one run per value of a field of the method, or of {', '.join(SWEPT)}; repeatable: every combination",
+    )
+    tune.add_argument("--epochs", type=int, default=1, help="default %(default)s")
+    tune.add_argument("--batch-size", type=int, default=32, help="default %(default)s")
+    tune.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches per step; default %(default)s")
+    tune.add_argument("--lr", type=float, help="peak learning rate; default the method's own (the head keeps its own)")
+    tune.add_argument("--max-length", type=int, metavar="TOKENS", help="longer texts are cut; default 128")
+    tune.add_argument(
+        "--model-dropout", type=float, metavar="P", help="dropout of the model itself; default as its config has it"
+    )
+    tune.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of the forward in training")
+    tune.add_argument("--checkpointing", action="store_true", help="compute blocks again in backward to save memory")
+    tune.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    tune.add_argument("--threads", type=int, help="CPU threads; default torch's choice")
+    tune.add_argument("--device", help="cpu, cuda or cuda:N; default cuda if there is one")
+    tune.add_argument("--text-column", default="text", metavar="NAME", help="default %(default)s")
+    tune.add_argument("--label-column", metavar="NAME", help="class, number or target text; default label")
+    tune.add_argument(
+        "--split-column", metavar="NAME", help="holds train and test; default split; without one a fifth is held out"
+    )
 
 
 def _add_method(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -131,14 +173,23 @@ def method_from(key: str, settings: Sequence[str]) -> Any:
             values[name] = parse(hints[name], text)
         except (ValueError, TypeError):  # of json and int too, whose text says less than the line below
             raise ValueError(f"--set {word}: expected {_shown(hints[name])}") from None
+    if missing := [f.name for f in fields(cls) if f.name not in values and _required(f)]:
+        raise ValueError(f"--method {key} needs --set {missing[0]}=..., {_shown(hints[missing[0]])} such as lora")
     return cls(**values)
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def parse(hint: Any, text: str) -> Any:
     """`text` as a value of the type `hint`; ValueError if it is none.
 
-    bool: true, false, 1 or 0; a tuple: a,b,c or a JSON list; a dict: a JSON object; an optional value: none.
+    bool: true, false, 1 or 0; a tuple: a,b,c or a JSON list; a dict: a JSON object; an optional value: none; a method:
+    its key, or its JSON as in an adapter's configuration.
     """
+    from .engine.method import Method, Part
+
     origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         for choice in sorted(inner, key=lambda t: t is str):  # any text is a str, so that comes last
@@ -152,13 +203,22 @@ def parse(hint: Any, text: str) -> Any:
         return _BOOL[text.lower()]
     elif origin in (tuple, list):
         items = json.loads(text) if text.startswith("[") else [word for word in text.split(",") if word]
-        return origin(parse(inner[0], str(item)) if inner else item for item in items)
+        return origin(parse(inner[0], _text(item)) if inner else item for item in items)
     elif origin is dict:
         items = json.loads(text)
         return {name: parse(inner[1], str(item)) if inner else item for name, item in dict(items).items()}
     elif origin in (int, float, str):
         return origin(text)
+    elif origin is Method:
+        return Method.from_json(json.loads(text) if text.startswith("{") else {"method": text})
+    elif origin is Part:
+        data = json.loads(text) if text.startswith("{") else {"method": text}
+        return Part.from_json(data) if isinstance(data.get("method"), dict) else Part(Method.from_json(data))
     raise ValueError(f"{text!r} is no {_shown(hint)}")
+
+
+def _text(item: Any) -> str:
+    return item if isinstance(item, str) else json.dumps(item)
 
 
 _BOOL = {"true": True, "1": True, "false": False, "0": False}
@@ -172,21 +232,59 @@ def _shown(hint: Any) -> str:
 
 
 def _tune(args: argparse.Namespace) -> None:
-    method = method_from(args.method, args.set)  # before torch loads a model: a wrong word fails at once
-    from . import train
-
+    grid = _grid(args)  # before torch loads a model: a wrong word fails at once
+    job, runs = _job(args, {}), [(values, _job(args, values)) for values in grid]
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads {args.threads}; expected at least 1")
         import torch
 
         torch.set_num_threads(args.threads)
-    words = {
-        f.name: getattr(args, f.name) for f in dataclasses.fields(train.Job) if f.name not in ("method", "targets")
-    }
-    job = train.Job(method=method, targets=tuple(args.targets) if args.targets else None, **words)
-    summary = train.tune(job, progress=not args.json)
-    _print(args, summary, lambda: f"{train.table(summary)}\n\n{args.out}: {', '.join(summary['files'])}")
+    from . import report, sweep, train
+
+    if runs:
+        summary, table = sweep.sweep(job, runs, progress=not args.json), report.sweep_table
+    else:
+        summary, table = train.tune(job, progress=not args.json), report.table
+    _print(args, summary, lambda: f"{table(summary)}\n\n{args.out}: {', '.join(summary['files'])}")
+
+
+def _grid(args: argparse.Namespace) -> list[dict[str, str]]:
+    """Every combination of the values of --sweep, as field -> value; empty without one."""
+    axes: dict[str, list[str]] = {}
+    for word in args.sweep:
+        name, equals, text = word.partition("=")
+        name, values = name.replace("-", "_"), text.split(",")
+        if not equals or not all(values):
+            raise ValueError(f"--sweep {word}: expected field=value,value,...")
+        if name in axes or any(word.partition("=")[0] == name for word in args.set):
+            raise ValueError(f"--sweep {word}: {name} is given twice")
+        axes[name] = values
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())] if axes else []
+
+
+def _job(args: argparse.Namespace, values: dict[str, str]) -> Any:
+    """The train.Job of the arguments, with `values` in place of some fields of the method or of itself."""
+    from .train import Job
+
+    hints = typing.get_type_hints(Job)
+    words = {f.name: getattr(args, f.name) for f in dataclasses.fields(Job) if f.name != "method"}
+    settings = list(args.set)
+    for name, text in values.items():
+        if name not in SWEPT:
+            settings.append(f"{name}={text}")
+            continue
+        try:
+            words[name] = parse(hints[name], text)
+        except (ValueError, TypeError):
+            raise ValueError(f"--sweep {name}={text}: expected {_shown(hints[name])}") from None
+    pairs = [word.partition("=") for word in args.eval_data]
+    if wrong := [word for word, (_, _, file) in zip(args.eval_data, pairs, strict=True) if not file]:
+        raise ValueError(f"--eval-data {wrong[0]}: expected NAME=FILE")
+    words["eval_data"] = tuple((name, file) for name, _, file in pairs)
+    for name in ("targets", "train"):
+        words[name] = None if words[name] is None else tuple(words[name])
+    return Job(method=method_from(args.method, settings), **words)
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -268,7 +366,7 @@ def _methods(args: argparse.Namespace) -> None:
     def text() -> str:
         rows = [(m["key"], m["class"], " ".join(m["roles"]), f"{m['lr']:g}", m["summary"]) for m in found]
         lines = columns([("method", "class", "targets", "lr", ""), *rows]).splitlines()
-        fields = [", ".join(f"{f['name']}={f['default']!r}" for f in m["fields"]) for m in found]
+        fields = [", ".join(map(_field, m["fields"])) for m in found]
         below = [f"    --set {line}" if line else "" for line in ["", *fields]]
         return "\n".join(line for pair in zip(lines, below, strict=True) for line in pair if line)
 
@@ -282,17 +380,22 @@ def _described(key: str, cls: Any) -> dict[str, Any]:
         "roles": list(cls.roles),
         "lr": cls.lr,
         "summary": cls.__doc__.strip().splitlines()[0],
-        "fields": [{"name": name, "type": _shown(hint), "default": default} for name, hint, default in _fields(cls)],
+        "fields": list(_fields(cls)),
     }
 
 
-def _fields(cls: Any) -> list[tuple[str, Any, Any]]:
+def _fields(cls: Any) -> typing.Iterator[dict[str, Any]]:
     hints = typing.get_type_hints(cls)
-    out = []
     for f in dataclasses.fields(cls):
-        made = None if f.default_factory is dataclasses.MISSING else f.default_factory()
-        out.append((f.name, hints[f.name], made if f.default is dataclasses.MISSING else f.default))
-    return out
+        described = {"name": f.name, "type": _shown(hints[f.name]), "required": _required(f)}
+        if not _required(f):
+            described["default"] = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        yield described
+
+
+def _field(described: dict[str, Any]) -> str:
+    name = described["name"]
+    return f"{name} (required)" if described["required"] else f"{name}={described['default']!r}"
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -46,36 +46,31 @@ def __getattr__(name: str) -> Any:
     return Callback
 
 
-def load_classifier(source: str, classes: list[str], dropout: float | None = None) -> tuple[nn.Module, Any]:
-    """(model, tokenizer) of a pretrained encoder or decoder with a head for `classes`, new unless the file has one.
+def load_for(kind: str, source: str, dropout: float | None = None, **settings: Any) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) of a pretrained model for a task, with a new head where its files have none that fits.
 
-    dropout: the model's own, everywhere; None leaves it as its config has it.
+    kind: SequenceClassification, CausalLM or Seq2SeqLM, as in the name of transformers' AutoModelFor... class.
+    dropout: the model's own, everywhere; None leaves it as its config has it.   settings: of the config.
+    The tokenizer pads on the right, where positions of the text stay what they are without padding.
     """
     transformers, source = need("transformers"), os.path.expanduser(source)
-    with _loading(source, "a sequence classifier"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        config = transformers.AutoConfig.from_pretrained(
-            source,
-            num_labels=len(classes),
-            id2label=dict(enumerate(classes)),
-            label2id={name: i for i, name in enumerate(classes)},
-            problem_type="single_label_classification",
-        )
+    with _loading(source, f"a model for {kind}"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="right")
+        config = transformers.AutoConfig.from_pretrained(source, **settings)
         if dropout is not None:
             for name, value in config.to_dict().items():
                 if ("dropout" in name or "pdrop" in name) and isinstance(value, (int, float)):
                     setattr(config, name, float(dropout))
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            source,
-            config=config,
-            ignore_mismatched_sizes=True,  # a head for other classes is replaced by a new one
-        )
+        # A head for other classes is replaced by a new one.
+        found = getattr(transformers, f"AutoModelFor{kind}")
+        model = found.from_pretrained(source, config=config, ignore_mismatched_sizes=True)
     if tokenizer.pad_token is None:  # decoders have none; any token does, since padding is masked
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ValueError(f"the tokenizer of {source} has neither a padding nor an end token; add a pad_token to it")
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False  # of keys and values, which training and scoring read once; generate has its own say
     return model, tokenizer
 
 
@@ -169,6 +164,15 @@ def quiet_padding(tokenizer: Any) -> Any:
     """Lets `tokenizer.pad` be called on token lists without the advice to tokenize and pad in one go."""
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
     return tokenizer
+
+
+def checkpoint_blocks(model: Any) -> None:
+    """Turns on gradient checkpointing (non-reentrant): each block keeps its input alone and runs again in backward."""
+    if not model.supports_gradient_checkpointing:
+        raise ValueError(f"{type(model).__name__} has no gradient checkpointing; leave --checkpointing out")
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # only the reentrant kind needs gradients down to the embeddings
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import make, perturb
 from safetensors.torch import load_file
-from test_cli import WORDS, refused, run, save_tokenizer
+from texts import WORDS, refused, run, save_tokenizer
 
 import peft_kernels as pk
 from peft_kernels import check, hf
@@ -71,7 +71,9 @@ def test_a_classifier_comes_out_with_its_head_labels_and_tokenizer(capsys, tmp_p
     config.eos_token_id, config.bos_token_id = 3, 2
     transformers.GPT2Model(config).save_pretrained(tmp_path / "base")
     save_tokenizer(tmp_path / "base", eos_token="[SEP]")
-    model, _ = hf.load_classifier(str(tmp_path / "base"), ["animal", "food", "tool"])
+    labels = ["animal", "food", "tool"]
+    named = dict(id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)})
+    model, _ = hf.load_for("SequenceClassification", str(tmp_path / "base"), num_labels=3, **named)
     perturb(pk.attach(model, pk.LoRA(rank=2), train=("head",)))
     pk.save(model, tmp_path / "adapter")
     tokens = hf.random_tokens(model)

@@ -10,6 +10,7 @@ import torch
 from models import make
 
 import peft_kernels as pk
+from peft_kernels import tasks
 from peft_kernels.engine import method as registry
 from peft_kernels.engine.roles import FAMILIES
 
@@ -64,6 +65,18 @@ def test_the_model_types_of_the_readme_are_the_table():
     assert section("families") == textwrap.fill(", ".join(FAMILIES), 120, break_on_hyphens=False) + "\n"
 
 
+def tasks_table():
+    rows = ["| `--task` | what it learns | figures, the main one first | compared with |", "|---|---|---|---|"]
+    for key, task in tasks.tasks().items():
+        figures = ", ".join(m.label + ("" if m.higher else " (lower is better)") for m in task.metrics)
+        rows.append(f"| {key} | {task.__doc__} | {figures} | {task.rival} |")
+    return "\n".join(rows) + "\n"
+
+
+def test_the_table_of_tasks_is_the_registry():
+    assert section("tasks") == tasks_table()
+
+
 def bench_table():
     """Wall and CPU time over the yardstick's, from the committed run."""
     rows = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "cpu-avx2.jsonl").read_text().splitlines()]
@@ -86,7 +99,7 @@ def test_the_table_of_times_is_the_committed_run():
 
 def test_the_demo_shown_is_what_tune_prints():
     """The labels of the README's table are those of the command today."""
-    source = (PACKAGE / "train.py").read_text()
+    source = (PACKAGE / "report.py").read_text() + (PACKAGE / "tasks.py").read_text()
     shown = section("demo").split("```")[1].splitlines()
     labels = [re.split(r"\s{2,}", line)[0].split(", ")[0] for line in shown if re.search(r"\S\s{2,}\S", line)]
     assert len(labels) >= 10

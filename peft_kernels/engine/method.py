@@ -163,12 +163,15 @@ class Part:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Part:
-        layers = data["layers"]
+        """The inverse of to_json; all but the method may be left out. ValueError on an unknown key."""
+        known = {f.name for f in dataclasses.fields(Part)}
+        if unknown := set(data) - known:
+            raise ValueError(f"a part has no field {sorted(unknown)}; it has {sorted(known)}")
         return Part(
             Method.from_json(data["method"]),
-            tuple(data["targets"]),
-            tuple(data["exclude"]),
-            None if layers is None else tuple(layers),
+            words(data.get("targets", ())),
+            words(data.get("exclude", ())),
+            numbers(data.get("layers")),
         )
 
 

@@ -16,9 +16,10 @@ from .lora import LoRA
 
 @dataclass(frozen=True)
 class Gated(Method, roles=(), lr=2e-3, tiny={"inner": LoRA(rank=2)}, kinds=("linear", "span", "module")):
-    """y + g (tuned - y), with g = mean over the sequence of sigmoid(w x + b), one number per row of the batch.
+    """A method scaled by a learned gate, one number per row of the batch. Mao et al. 2021, arXiv:2110.07577.
 
-    Mao et al. 2021, arXiv:2110.07577. The gate depends on the input, so a gated method cannot be merged.
+    y + g (tuned - y) with g = mean over the sequence of sigmoid(w x + b), padding included. The gate depends on the
+    input, so a gated method cannot be merged.
     """
 
     inner: Method  # the gated one; its targets and learning rate hold
