@@ -4,33 +4,61 @@ from . import hf, ops
 from ._version import __version__
 from .engine.attach import active, attach, detach, disabled, rename, set_active
 from .engine.calibrate import calibrate
+from .engine.combine import CombineReport, combine
 from .engine.counts import Counts, counts
 from .engine.fit import fit
 from .engine.life import penalty
 from .engine.merge import MergeReport, merge, unmerge
 from .engine.method import Method, Phase, Stats, Tuner
+from .engine.recipe import at
+from .engine.route import checkpoint_context, route
 from .engine.store import load, save
 from .explain import explain
-from .methods import IA3, BitFit, FullTuning, Head, LoRA, methods  # the registry, shadowing the package of that name
+
+# `methods` is the registry, shadowing the package of that name.
+from .methods import (
+    IA3,
+    BitFit,
+    ByLayer,
+    DoRA,
+    FullTuning,
+    Gated,
+    Head,
+    LayerType,
+    LoRA,
+    TopLayers,
+    Union,
+    methods,
+)
 from .ops import BackendError, backend
 
 __all__ = [
     "IA3",
     "BackendError",
     "BitFit",
+    "ByLayer",
+    "CombineReport",
     "Counts",
+    "DoRA",
     "FullTuning",
+    "Gated",
     "Head",
+    "LayerType",
     "LoRA",
     "MergeReport",
     "Method",
+    "TopLayers",
     "Phase",
     "Stats",
     "Tuner",
+    "Union",
     "__version__",
     "active",
+    "at",
     "attach",
     "backend",
+    "checkpoint_context",
+    "combine",
     "calibrate",
     "counts",
     "detach",
@@ -44,6 +72,7 @@ __all__ = [
     "ops",
     "penalty",
     "rename",
+    "route",
     "save",
     "set_active",
     "unmerge",

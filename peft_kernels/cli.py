@@ -11,11 +11,13 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ._version import __version__
 
 PROGRAM = "peft-kernels"
+MODEL = "PATH_OR_HUB_ID"
 RELATED = (
     "torch",
     "numpy",
@@ -37,17 +39,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. 0: done; 2: bad input, one line on stderr; 130: interrupted."""
+    """Runs one command. 0: done; 1: `check` found a fault; 2: bad input, one line on stderr; 130: interrupted."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except KeyboardInterrupt as stop:
         print(f"{PROGRAM}: interrupted{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,15 +56,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
         sub.set_defaults(run=run)
         return sub
 
     _add_tune(command("tune", _tune, "fine-tune a model and write the adapter, a log, a picture and a summary"))
-    explain = command("explain", _explain, "show which kernel serves each tuned layer of a model, and why not another")
+
+    merge = command("merge", _merge, "write a model with its adapter merged, for plain transformers to load")
+    merge.add_argument("--adapter", required=True, metavar="DIR", help="what tune or pk.save wrote")
+    merge.add_argument("--model", metavar=MODEL, help="default the one that the adapter names")
+    merge.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist")
+    merge.add_argument("--force", action="store_true", help="replace an earlier result in DIR")
+    merge.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default as the model's are"
+    )
+
+    explain = command(
+        "explain", _explain, "show what a method or an adapter trains, which kernel serves each layer, and why"
+    )
+    explain.add_argument("source", metavar="MODEL_OR_ADAPTER", help="a transformers model, or an adapter's directory")
+    explain.add_argument("--model", metavar=MODEL, help="the model of an adapter; default the one that it names")
     _add_method(explain, required=False)
+
+    check = command("check", _check, "compare every backend that runs here with the fp64 reference of its op")
+    check.add_argument("--op", nargs="+", metavar="NAME", help="default every op")
+    check.add_argument("--backend", nargs="+", metavar="NAME", help="default every backend")
     command("methods", _methods, "list the methods with their fields and defaults")
     command("info", _info, "show the environment, and which backends each op has here or why not")
     return parser
@@ -73,6 +92,7 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
     from .tasks import tasks
     from .train import PRECISIONS
 
+    tune.add_argument("--model", required=True, metavar=MODEL, help="a transformers model")
     _add_method(tune, required=True)
     tune.add_argument("--data", required=True, metavar="FILE", help="rows of text: .tsv, .csv or .jsonl [.gz, .xz]")
     tune.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist")
@@ -120,9 +140,8 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
 def _add_method(parser: argparse.ArgumentParser, required: bool) -> None:
     from .methods import methods
 
-    default = {} if required else {"default": "lora"}
-    parser.add_argument("--model", required=True, metavar="PATH_OR_HUB_ID", help="a transformers model")
-    parser.add_argument("--method", required=required, metavar="NAME", help=f"one of {', '.join(methods())}", **default)
+    default = "" if required else "; default lora"
+    parser.add_argument("--method", required=required, metavar="NAME", help=f"one of {', '.join(methods())}{default}")
     parser.add_argument(
         "--set",
         action="append",
@@ -154,14 +173,23 @@ def method_from(key: str, settings: Sequence[str]) -> Any:
             values[name] = parse(hints[name], text)
         except (ValueError, TypeError):  # of json and int too, whose text says less than the line below
             raise ValueError(f"--set {word}: expected {_shown(hints[name])}") from None
+    if missing := [f.name for f in fields(cls) if f.name not in values and _required(f)]:
+        raise ValueError(f"--method {key} needs --set {missing[0]}=..., {_shown(hints[missing[0]])} such as lora")
     return cls(**values)
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def parse(hint: Any, text: str) -> Any:
     """`text` as a value of the type `hint`; ValueError if it is none.
 
-    bool: true, false, 1 or 0; a tuple: a,b,c or a JSON list; a dict: a JSON object; an optional value: none.
+    bool: true, false, 1 or 0; a tuple: a,b,c or a JSON list; a dict: a JSON object; an optional value: none; a method:
+    its key, or its JSON as in an adapter's configuration.
     """
+    from .engine.method import Method, Part
+
     origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         for choice in sorted(inner, key=lambda t: t is str):  # any text is a str, so that comes last
@@ -175,13 +203,22 @@ def parse(hint: Any, text: str) -> Any:
         return _BOOL[text.lower()]
     elif origin in (tuple, list):
         items = json.loads(text) if text.startswith("[") else [word for word in text.split(",") if word]
-        return origin(parse(inner[0], str(item)) if inner else item for item in items)
+        return origin(parse(inner[0], _text(item)) if inner else item for item in items)
     elif origin is dict:
         items = json.loads(text)
         return {name: parse(inner[1], str(item)) if inner else item for name, item in dict(items).items()}
     elif origin in (int, float, str):
         return origin(text)
+    elif origin is Method:
+        return Method.from_json(json.loads(text) if text.startswith("{") else {"method": text})
+    elif origin is Part:
+        data = json.loads(text) if text.startswith("{") else {"method": text}
+        return Part.from_json(data) if isinstance(data.get("method"), dict) else Part(Method.from_json(data))
     raise ValueError(f"{text!r} is no {_shown(hint)}")
+
+
+def _text(item: Any) -> str:
+    return item if isinstance(item, str) else json.dumps(item)
 
 
 _BOOL = {"true": True, "1": True, "false": False, "0": False}
@@ -250,14 +287,75 @@ def _job(args: argparse.Namespace, values: dict[str, str]) -> Any:
     return Job(method=method_from(args.method, settings), **words)
 
 
+def _merge(args: argparse.Namespace) -> None:
+    import torch
+
+    from .standalone import standalone, table
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    report = standalone(args.adapter, args.out, args.model, dtype, args.force)
+    _print(args, report, lambda: f"{table(report)}\n\n{args.out}: {', '.join(report['files'])}")
+
+
 def _explain(args: argparse.Namespace) -> None:
-    method = method_from(args.method, args.set)
     from . import hf
-    from .engine.attach import attach
+    from .engine.attach import attach, state_of
+    from .engine.counts import counts
+    from .engine.store import CONFIG, load
     from .explain import explain
 
-    rows = explain(attach(hf.load_model(args.model), method, args.targets))
-    _print(args, rows, lambda: str(rows))
+    if (Path(args.source) / CONFIG).is_file():
+        if args.method or args.set or args.targets:
+            raise ValueError(
+                f"{args.source} is an adapter, which says its method; leave --method, --set, --targets out"
+            )
+        model, _ = hf.load_base(args.source, args.model)
+        load(model, args.source, trainable=True)  # counted as it was trained
+    else:
+        if args.model:
+            raise ValueError(f"--model goes with an adapter, and {args.source} is none (it has no {CONFIG})")
+        method = method_from(args.method or "lora", args.set)
+        model, _ = hf.load_model(args.source)
+        attach(model, method, args.targets)
+    (adapter,) = state_of(model).adapters.values()
+    n, kernels = counts(model), explain(model)
+    report = {
+        "model": model.name_or_path,
+        "adapter": [
+            {**p.method.to_json(), "targets": p.targets, "exclude": p.exclude, "layers": p.layers}
+            for p in adapter.parts
+        ],
+        "counts": dataclasses.asdict(n),
+        "kernels": kernels,
+    }
+    _print(args, report, lambda: "\n\n".join(("\n".join(map(_part, adapter.parts)), str(n), str(kernels))))
+
+
+def _part(part: Any) -> str:
+    """One line: the method, where it is, its fields."""
+    limits = [f"without {' '.join(part.exclude)}"] if part.exclude else []
+    limits += [f"in layers {' '.join(map(str, part.layers))}"] if part.layers is not None else []
+    fields = [f"{name}={value!r}" for name, value in part.method.to_json().items() if name != "method"]
+    line = " ".join((part.method.key, "on", *part.targets, *limits))
+    return f"{line}: {', '.join(fields)}" if fields else line
+
+
+def _check(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from .check import check, rows, verdict
+    from .ops import all_ops
+    from .ops._op import NAMES
+
+    ops = all_ops()
+    for option, given, known in (("--op", args.op or (), ops), ("--backend", args.backend or (), NAMES)):
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(f"{option} {unknown[0]}; expected one of {', '.join(known)}")
+    chosen = [op for name, op in ops.items() if args.op is None or name in args.op]
+    bar = tqdm(chosen, desc=PROGRAM, unit="op", delay=3, leave=False)  # on stderr, and only if it takes longer
+    results = [result for op in bar for result in check(op, args.backend)]
+    _print(args, [dataclasses.asdict(r) for r in results], lambda: f"{columns(rows(results))}\n\n{verdict(results)}")
+    return int(any(r.state == "failed" for r in results))
 
 
 def _methods(args: argparse.Namespace) -> None:
@@ -268,7 +366,7 @@ def _methods(args: argparse.Namespace) -> None:
     def text() -> str:
         rows = [(m["key"], m["class"], " ".join(m["roles"]), f"{m['lr']:g}", m["summary"]) for m in found]
         lines = columns([("method", "class", "targets", "lr", ""), *rows]).splitlines()
-        fields = [", ".join(f"{f['name']}={f['default']!r}" for f in m["fields"]) for m in found]
+        fields = [", ".join(map(_field, m["fields"])) for m in found]
         below = [f"    --set {line}" if line else "" for line in ["", *fields]]
         return "\n".join(line for pair in zip(lines, below, strict=True) for line in pair if line)
 
@@ -282,17 +380,22 @@ def _described(key: str, cls: Any) -> dict[str, Any]:
         "roles": list(cls.roles),
         "lr": cls.lr,
         "summary": cls.__doc__.strip().splitlines()[0],
-        "fields": [{"name": name, "type": _shown(hint), "default": default} for name, hint, default in _fields(cls)],
+        "fields": list(_fields(cls)),
     }
 
 
-def _fields(cls: Any) -> list[tuple[str, Any, Any]]:
+def _fields(cls: Any) -> typing.Iterator[dict[str, Any]]:
     hints = typing.get_type_hints(cls)
-    out = []
     for f in dataclasses.fields(cls):
-        made = None if f.default_factory is dataclasses.MISSING else f.default_factory()
-        out.append((f.name, hints[f.name], made if f.default is dataclasses.MISSING else f.default))
-    return out
+        described = {"name": f.name, "type": _shown(hints[f.name]), "required": _required(f)}
+        if not _required(f):
+            described["default"] = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        yield described
+
+
+def _field(described: dict[str, Any]) -> str:
+    name = described["name"]
+    return f"{name} (required)" if described["required"] else f"{name}={described['default']!r}"
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -9,9 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from .engine.store import read_config
 
 EXTRA = 'pip install "peft-kernels[cli]"'
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.txt",
+    "vocab.json",
+)
 
 
 def need(*modules: str) -> Any:
@@ -63,13 +74,67 @@ def load_for(kind: str, source: str, dropout: float | None = None, **settings: A
     return model, tokenizer
 
 
-def load_model(source: str) -> nn.Module:
-    """The model of the class that its config names, or the bare one."""
-    transformers, source = need("transformers"), os.path.expanduser(source)
+def load_model(
+    source: str, like: dict[str, Any] | None = None, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, set[str]]:
+    """(model, names of the parameters that its files lack, new there): of the class that its config names.
+
+    like: of this class and with this in its config: the "model" entry of an adapter's config.
+    dtype: for weights that will be stored in it; they are loaded wide enough for both. None: that of the files.
+    """
+    transformers, source, like = need("transformers"), os.path.expanduser(source), like or {}
     with _loading(source, "a model"):
-        config = transformers.AutoConfig.from_pretrained(source)
-        cls = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-        return cls.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source, **like.get("config", {}))
+        name = like.get("class") or (config.architectures or ["AutoModel"])[0]
+        cls: Any = getattr(transformers, name, None if like else transformers.AutoModel)
+        if not hasattr(cls, "from_pretrained"):
+            raise ValueError(f"the adapter was made for a {name}, which is no model of transformers")
+        if like.get("type", config.model_type) != config.model_type:
+            raise ValueError(f"the adapter was made for a {like['type']} model, this is {config.model_type}")
+        wide = torch.promote_types(dtype, config.dtype or torch.float32) if dtype else "auto"
+        model, info = cls.from_pretrained(
+            source, config=config, dtype=wide, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    return model, info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
+
+
+def load_base(
+    adapter: str | os.PathLike, source: str | None = None, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, set[str]]:
+    """`load_model` for the model that a saved adapter belongs to; source None: the one that the adapter names."""
+    like = read_config(Path(adapter))[0].get("model") or {}
+    if source is None and not like.get("source"):
+        raise ValueError(f"{adapter} does not say which model it belongs to; name it with --model")
+    return load_model(source or like["source"], like, dtype)
+
+
+def save_model(model: Any, directory: Path) -> None:
+    """Writes weights, config and generation config, and the tokenizer where the model's source has one."""
+    transformers, hub, source = need("transformers"), need("transformers.utils"), model.name_or_path
+    with quiet():
+        model.save_pretrained(directory)
+    # Asked first, because AutoTokenizer makes an empty tokenizer up where there is no file.
+    lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if any(hub.cached_file(source, name, **lenient) for name in TOKENIZER_FILES):
+        with _loading(source, "the tokenizer"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            pad = getattr(model.config, "pad_token_id", None)
+            if tokenizer.pad_token is None and pad is not None:
+                tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+            tokenizer.save_pretrained(directory)
+
+
+def random_tokens(model: Any, rows: int = 2, length: int = 8) -> dict[str, Tensor] | None:
+    """Inputs of random tokens, each row ending in the end token if there is one; None for models of more than text."""
+    config = model.config
+    if model.main_input_name != "input_ids" or config.get_text_config() is not config:
+        return None
+    pad, end = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
+    words = torch.tensor([n for n in range(config.vocab_size) if n not in (pad, end)])
+    ids = words[torch.randint(len(words), (rows, length), generator=torch.Generator().manual_seed(0))]
+    if isinstance(end, int):  # some have several
+        ids[:, -1] = end
+    return {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
 
 
 def max_length(model: nn.Module, tokenizer: Any) -> int | None:

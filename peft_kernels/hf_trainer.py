@@ -48,11 +48,10 @@ class Callback(TrainerCallback):
         unmerged(model, "training")
         names = trained(model)
         entries = timeline(model, names, state.max_steps)
-        for entry in entries:
-            if entry.phase.steps != state.max_steps:
-                raise RuntimeError(
-                    f"{entry.method.key} has several phases, each with an optimizer of its own; train it with pk.fit"
-                )
+        if several := [entry.phase.name for entry in entries if entry.phase.steps != state.max_steps]:
+            raise RuntimeError(
+                f"the method has phases ({', '.join(several)}), each with an optimizer of its own; train it with pk.fit"
+            )
         self._scheduled = scheduled(model, names)
         self._terms, self._penalised = method_terms(model), has_penalty(model)
         if (self._terms or self._penalised) and args.world_size > 1:

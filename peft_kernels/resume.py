@@ -40,8 +40,8 @@ class Checkpoint:
             was, now = (json.dumps(known.get(option)) for known in (before, self.job))
             if was != now:
                 raise ValueError(
-                    f"--resume: the interrupted run had {option} = {was}, this one has {now}; give the same, or "
-                    "--force without --resume to start again"
+                    f"--resume: the interrupted run had {option} = {was}, this one has {now}; "
+                    "give the same, or --force without --resume to start again"
                 )
 
     def begin(self) -> Path:

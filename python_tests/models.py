@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
+import pytest
 import torch
 from torch import nn
 
@@ -52,39 +54,118 @@ def _tokens(vocabulary=50):
     return torch.randint(3, vocabulary, (2, 7))
 
 
-def _bert():
-    from transformers import BertConfig, BertForSequenceClassification
-
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=50)
-    config = BertConfig(**sizes, max_position_embeddings=16, num_labels=3)
-    return BertForSequenceClassification(config), {"input_ids": _tokens()}
+_SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=50)
+_IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
-def _gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
+def _config(kind, **sizes):
+    from transformers import CONFIG_MAPPING
 
-    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=16, bos_token_id=1, eos_token_id=2)
-    return GPT2LMHeadModel(config), {"input_ids": _tokens()}
-
-
-def _llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = dict(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24
-    )
-    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=50)), {"input_ids": _tokens()}
+    return CONFIG_MAPPING[kind](**sizes)
 
 
-def _t5():
-    from transformers import T5Config, T5ForConditionalGeneration
+def _classifier(kind, **changes):
+    from transformers import AutoModelForSequenceClassification
 
-    config = T5Config(d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8, vocab_size=50, decoder_start_token_id=0)
-    return T5ForConditionalGeneration(config), {"input_ids": _tokens(), "decoder_input_ids": _tokens()}
+    config = _config(kind, **{**_SIZES, "max_position_embeddings": 16, "num_labels": 3, **changes})
+    return AutoModelForSequenceClassification.from_config(config), {"input_ids": _tokens()}
 
 
-_MAKERS = {"mlp": _mlp, "bert": _bert, "gpt2": _gpt2, "llama": _llama, "t5": _t5}
-FAMILIES = tuple(_MAKERS)
+def _decoder(kind, **changes):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(_config(kind, **{**_SIZES, **_IDS, **changes})), {"input_ids": _tokens()}
+
+
+def _gated(kind, **changes):
+    """A decoder of Llama's kind, with grouped queries."""
+    return _decoder(kind, **{"num_key_value_heads": 1, "head_dim": 8, **changes})
+
+
+def _seq2seq(kind, **sizes):
+    from transformers import AutoModelForSeq2SeqLM
+
+    model = AutoModelForSeq2SeqLM.from_config(_config(kind, vocab_size=50, decoder_start_token_id=0, **sizes))
+    return model, {"input_ids": _tokens(), "decoder_input_ids": _tokens()}
+
+
+def _t5(kind, **changes):
+    return _seq2seq(kind, d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8, **changes)
+
+
+_STACKS = dict(d_model=16, max_position_embeddings=16, **_IDS)
+for _stack in ("encoder", "decoder"):
+    _STACKS |= {f"{_stack}_layers": 2, f"{_stack}_attention_heads": 2, f"{_stack}_ffn_dim": 24}
+
+
+def _bart(kind, **changes):
+    return _seq2seq(kind, **_STACKS, **changes)
+
+
+def _whisper(kind):
+    from transformers import WhisperForConditionalGeneration
+
+    sizes = dict(num_mel_bins=4, max_source_positions=5, max_target_positions=8, vocab_size=50)
+    model = WhisperForConditionalGeneration(_config(kind, **_STACKS, **sizes, decoder_start_token_id=0))
+    return model, {"input_features": torch.randn(2, 4, 10), "decoder_input_ids": _tokens()}
+
+
+def _vit(kind, **changes):
+    from transformers import AutoModelForImageClassification
+
+    sizes = {k: v for k, v in _SIZES.items() if k != "vocab_size"}
+    config = _config(kind, **sizes, image_size=8, patch_size=4, num_labels=3, **changes)
+    return AutoModelForImageClassification.from_config(config), {"pixel_values": torch.randn(2, 3, 8, 8)}
+
+
+def _cross(kind):
+    """An encoder with a decoder's cross-attention; its own layers and the encoder's states are the inputs."""
+    model, inputs = _decoder(kind, max_position_embeddings=16, is_decoder=True, add_cross_attention=True)
+    return model, {**inputs, "encoder_hidden_states": torch.randn(2, 5, 16)}
+
+
+_FALCON = dict(num_attention_heads=4, ffn_hidden_size=24)
+
+# By transformers' model type; after a space, another layout of the same type.
+_MAKERS = {
+    "mlp": _mlp,
+    "bert": lambda: _classifier("bert"),
+    "gpt2": lambda: _decoder("gpt2", n_positions=16),
+    "llama": lambda: _gated("llama"),
+    "t5": lambda: _t5("t5"),
+    "roberta": lambda: _classifier("roberta", pad_token_id=0),
+    "distilbert": lambda: _classifier("distilbert", dim=16, n_layers=2, n_heads=2, hidden_dim=24),
+    "gpt_neox": lambda: _decoder("gpt_neox"),
+    "opt": lambda: _decoder("opt", ffn_dim=24, word_embed_proj_dim=8, max_position_embeddings=16),
+    "mistral": lambda: _gated("mistral"),
+    "qwen2": lambda: _gated("qwen2"),
+    "gemma": lambda: _gated("gemma"),
+    "phi": lambda: _gated("phi"),
+    "phi3": lambda: _gated("phi3"),
+    "falcon": lambda: _decoder("falcon", new_decoder_architecture=True, num_kv_heads=2, **_FALCON),
+    "bloom": lambda: _decoder("bloom"),
+    "bart": lambda: _bart("bart"),
+    "vit": lambda: _vit("vit"),
+    "whisper": lambda: _whisper("whisper"),
+    # The quick laws of roles run on these too.
+    "bert cross": lambda: _cross("bert"),
+    "gpt_neox serial": lambda: _decoder("gpt_neox", use_parallel_residual=False),
+    "opt postnorm": lambda: _decoder("opt", ffn_dim=24, do_layer_norm_before=False, max_position_embeddings=16),
+    "falcon multi-query": lambda: _decoder("falcon", **_FALCON),
+    "falcon serial": lambda: _decoder("falcon", multi_query=False, parallel_attn=False, **_FALCON),
+    "t5 gated": lambda: _t5("t5", feed_forward_proj="gated-gelu"),
+    **{kind: partial(_classifier, kind, pad_token_id=0) for kind in ("xlm-roberta", "camembert", "electra")},
+    **{kind: partial(_gated, kind) for kind in ("qwen3", "gemma2", "gemma3_text")},
+    **{kind: partial(_t5, kind) for kind in ("mt5", "umt5")},
+    **{
+        kind: partial(_bart, kind)
+        for kind in ("plbart", "blenderbot-small", "marian", "mbart", "pegasus", "blenderbot", "m2m_100")
+    },
+    "deit": lambda: _vit("deit", architectures=["DeiTForImageClassification"]),
+}
+KINDS = tuple(kind for kind in _MAKERS if kind != "mlp")
+EVERY = tuple(_MAKERS)[: tuple(_MAKERS).index("whisper") + 1]
+FAMILIES = EVERY[:5]
 
 
 def make(family: str, dtype: torch.dtype = torch.float32) -> Case:
@@ -103,13 +184,27 @@ def make(family: str, dtype: torch.dtype = torch.float32) -> Case:
 
 METHODS = pk.methods()
 
-TIED_HEADS = ("gpt2", "t5")  # to the embedding
+TIED_HEADS = ("gpt2", "t5", "opt", "gemma", "falcon", "bloom", "bart", "whisper")  # to the embedding
+
+
+def mergeable(key, family):
+    """A gate depends on the input, and a tied weight is not the head's alone."""
+    return key != "gated" and not (key == "head" and family in TIED_HEADS)
 
 
 def targets_of(key, family):
     if family != "mlp" or key == "full":
         return None
-    return {"head": ("out",), "bitfit": ("first", "ln")}.get(key, ("first", "second"))
+    own = {"head": ("out",), "bitfit": ("first", "ln"), "layertype": ("first", "ln")}
+    return own.get(key, ("first", "second"))
+
+
+def over(families):
+    """(method, family) for all methods that fit; beyond the families of the quick grid it is slow."""
+    families = tuple(families)
+    marks = {f: () if f in FAMILIES else pytest.mark.slow for f in families}
+    fitting = [(k, f) for k in METHODS for f in families if (k, f) != ("bylayer", "mlp")]  # which has no layers
+    return [pytest.param(k, f, id=f"{k}-{f}", marks=marks[f]) for k, f in fitting]
 
 
 def attached(key, family, dtype=torch.float32, **kwargs):

@@ -35,13 +35,6 @@ def test_methods(capsys):
     assert all(key in text for key in pk.methods()) and "rank=8" in text
 
 
-def test_explain(capsys, model_dir):
-    code, out, _ = run(capsys, "explain", "--model", model_dir, "--json")
-    rows = json.loads(out)
-    assert code == 0 and len(rows) == 4 and rows[0].keys() >= {"site", "adapter", "op", "backend", "reasons"}
-    assert "backend" in run(capsys, "explain", "--model", model_dir, "--method", "bitfit")[1]
-
-
 @pytest.mark.parametrize(
     ("hint", "text", "value"),
     [

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from models import make
 import peft_kernels as pk
 from peft_kernels import tasks
 from peft_kernels.engine import method as registry
+from peft_kernels.engine.roles import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "peft_kernels"
@@ -57,6 +59,10 @@ def methods_table():
 
 def test_the_table_of_methods_is_the_registry():
     assert section("methods") == methods_table()
+
+
+def test_the_model_types_of_the_readme_are_the_table():
+    assert section("families") == textwrap.fill(", ".join(FAMILIES), 120, break_on_hyphens=False) + "\n"
 
 
 def tasks_table():

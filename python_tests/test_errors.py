@@ -39,7 +39,7 @@ def test_bad_attach(case):
 
 
 def test_a_family_outside_the_table_asks_for_globs():
-    with pytest.raises(ValueError, match="Give globs"):
+    with pytest.raises(ValueError, match="give globs"):
         pk.attach(MLP(), pk.LoRA(rank=2))
 
 

@@ -213,12 +213,14 @@ def toy_model(toy=None, **kwargs):
     return pk.attach(make("mlp").model, toy or Toy(**kwargs), ("first", "second"))
 
 
-def test_phases_begin_when_they_should_with_their_own_schedule():
-    model = toy_model(prime=0.5, phase_lr=0.25)
+@pytest.mark.parametrize("own", [{"train_lr": 0.25}, {"prime_lr": 0.25}], ids=str)
+def test_phases_begin_when_they_should_with_their_own_schedule(own):
+    model = toy_model(prime=0.5, **own)
     log = pk.fit(model, [data()] * 8, lr=1.0, warmup=0, loss_fn=cross_entropy, progress=False)
     assert [r for r in log if "phase" in r] == [{"phase": "prime", "step": 1}, {"phase": "train", "step": 5}]
-    rates = [r["lr"] for r in log if "lr" in r]
-    assert rates == pytest.approx([1, 1, 2 / 3, 1 / 3, 0.25, 0.25, 0.25 * 2 / 3, 0.25 / 3])
+    falling, prime, train = (1, 1, 2 / 3, 1 / 3), own.get("prime_lr", 1), own.get("train_lr", 1)
+    expected = [f * prime for f in falling] + [f * train for f in falling]
+    assert [r["lr"] for r in log if "lr" in r] == pytest.approx(expected)
     for _, tuner in tuners(model, "default"):
         assert tuner.entered == ["prime", "train"]
         assert tuner.mask.sum() == len(tuner.mask) // 2

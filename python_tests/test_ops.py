@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import peft_kernels as pk
+from peft_kernels.check import DTYPES, compare, double, forward, gradients, outputs, with_leaves
 from peft_kernels.ops import _philox
 from peft_kernels.ops._op import Sample
 
 OPS = pk.ops.all_ops()
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIFFERENTIABLE = [op for op in OPS.values() if op.gradient is not None]
 
 
@@ -42,44 +42,9 @@ differentiable_kernels = pytest.mark.parametrize(
 every_differentiable = pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
 
 
-def _double(args):
-    return tree_map(lambda a: a.double() if isinstance(a, Tensor) and a.is_floating_point() else a, args)
-
-
-def _list(out):
-    return [out] if isinstance(out, Tensor) else list(out)
-
-
-def _error(out, truth):
-    return (out.double() - truth).abs().max().item() if out.numel() else 0.0
-
-
 def _assert_as_good(out, plain, truth, what):
-    """At most twice the error of plain torch in the same dtype, plus two units in the last place of the largest."""
-    assert out.shape == truth.shape, what
-    assert out.dtype == plain.dtype, what
-    assert out.isfinite().all() or not truth.isfinite().all(), what
-    scale = truth.abs().max().item() if truth.numel() else 0.0
-    allowed = 2 * _error(plain, truth) + 2 * torch.finfo(out.dtype).eps * scale
-    assert _error(out, truth) <= allowed, f"{what}: error {_error(out, truth):.3g}, allowed {allowed:.3g}"
-
-
-def _leaves(sample, dtype=None):
-    """The sample's arguments with fresh leaves where it is differentiable, and those leaves."""
-    args = list(_double(sample.args) if dtype == torch.float64 else sample.args)
-    for i in sample.differentiable:
-        args[i] = args[i].detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    return args, [args[i] for i in sample.differentiable]
-
-
-def _gradients(call, sample, dtype=None):
-    args, leaves = _leaves(sample, dtype)
-    out = _list(call(*args))[0]
-    made = torch.Generator().manual_seed(1)
-    # Rounded as the op's own output is, so that the fp64 truth starts from the same numbers.
-    cotangent = torch.randn(out.shape, generator=made, dtype=torch.float64).to(sample.args[0].dtype)
-    cotangent = cotangent.to(out.device, out.dtype)
-    return torch.autograd.grad(out, leaves, cotangent)
+    _, wrong = compare(out, plain, truth)
+    assert not wrong, f"{what}: {wrong}"
 
 
 def test_the_kernels_are_here():
@@ -93,8 +58,8 @@ def test_the_kernels_are_here():
 def test_error(op, name, device, dtype):
     for sample in op.samples(dtype, device):
         with pk.backend(name):
-            outs = _list(op.run(*sample.args))
-        plain, truth = _list(op.reference(*sample.args)), _list(op.reference(*_double(sample.args)))
+            outs = forward(op.run, sample)
+        plain, truth = forward(op.reference, sample), forward(op.reference, sample, torch.float64)
         for i, (out, p, t) in enumerate(zip(outs, plain, truth, strict=True)):
             assert out.is_contiguous()
             _assert_as_good(out, p, t, f"{sample.id}, output {i}")
@@ -105,9 +70,9 @@ def test_error(op, name, device, dtype):
 def test_gradient_is_the_vjp_of_the_reference(op, name, device, dtype):
     for sample in op.samples(dtype, device):
         with pk.backend(name):
-            grads = _gradients(op, sample)
-        plain = _gradients(op.reference, sample)
-        truth = _gradients(op.reference, sample, torch.float64)
+            grads = gradients(op, sample)
+        plain = gradients(op.reference, sample)
+        truth = gradients(op.reference, sample, torch.float64)
         for i, (g, p, t) in enumerate(zip(grads, plain, truth, strict=True)):
             _assert_as_good(g, p, t, f"{sample.id}, gradient of argument {sample.differentiable[i]}")
 
@@ -117,23 +82,23 @@ def test_each_gradient_alone(op, name, device):
     """Asking for one gradient gives the bits that asking for all gives."""
     for sample in op.samples(torch.float32, device):
         with pk.backend(name):
-            together = _gradients(op, sample)
+            together = gradients(op, sample)
             for i, position in enumerate(sample.differentiable):
-                (alone,) = _gradients(op, sample._replace(differentiable=(position,)))
+                (alone,) = gradients(op, sample._replace(differentiable=(position,)))
                 assert torch.equal(alone, together[i]), f"{sample.id}, argument {position}"
 
 
 @every_differentiable
 def test_gradcheck(op):
     for sample in op.samples(torch.float64, "cpu"):
-        args, leaves = _leaves(sample)
+        args, leaves = with_leaves(sample)
         positions = sample.differentiable
 
         def call(*leaves, args=args, positions=positions):
             full = list(args)
             for i, leaf in zip(positions, leaves, strict=True):
                 full[i] = leaf
-            return _list(op(*full))[0]
+            return outputs(op(*full))[0]
 
         leaves = [leaf if leaf.is_contiguous() else leaf.detach().contiguous().requires_grad_() for leaf in leaves]
         assert torch.autograd.gradcheck(call, leaves, fast_mode=True), sample.id
@@ -145,8 +110,8 @@ def test_create_graph(op, name, device):
     """Second derivatives through a kernel are those of the reference, not silently wrong."""
 
     def second(call, sample, dtype=None):
-        args, leaves = _leaves(sample, dtype)
-        out = _list(call(*args))[0]
+        args, leaves = with_leaves(sample, dtype)
+        out = outputs(call(*args))[0]
         first = torch.autograd.grad((out * out).sum(), leaves, create_graph=True)
         return torch.autograd.grad(sum((g * g).sum() for g in first), leaves)
 
@@ -183,10 +148,10 @@ def test_functorch(op):
     i = sample.differentiable[0]
 
     def call(a):
-        return _list(op(*sample.args[:i], a, *sample.args[i + 1 :]))[0]
+        return outputs(op(*sample.args[:i], a, *sample.args[i + 1 :]))[0]
 
     def plain(a):
-        return _list(op.reference(*sample.args[:i], a, *sample.args[i + 1 :]))[0]
+        return outputs(op.reference(*sample.args[:i], a, *sample.args[i + 1 :]))[0]
 
     a = sample.args[i]
     tangent = torch.randn_like(a)
@@ -206,7 +171,7 @@ def test_inputs_are_not_modified_and_runs_repeat(op, name, device):
     for sample in op.samples(torch.float32, device):
         before = tree_map(lambda a: a.clone() if isinstance(a, Tensor) else a, sample.args)
         with pk.backend(name):
-            first, again = _list(op.run(*sample.args)), _list(op.run(*sample.args))
+            first, again = outputs(op.run(*sample.args)), outputs(op.run(*sample.args))
         for a, b in zip(before, sample.args, strict=True):
             assert not isinstance(a, Tensor) or torch.equal(a, b), sample.id
         for a, b in zip(first, again, strict=True):
@@ -227,7 +192,7 @@ def test_thread_count_does_not_change_a_bit(op):
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
                 with pk.backend("cpu"):
-                    outs.append(_list(op.run(*sample.args)))
+                    outs.append(outputs(op.run(*sample.args)))
             for other in outs[1:]:
                 assert all(torch.equal(a, b) for a, b in zip(outs[0], other, strict=True)), sample.id
     finally:
@@ -237,7 +202,7 @@ def test_thread_count_does_not_change_a_bit(op):
 @pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
 def test_opcheck(op):
     for sample in itertools.islice(op.samples(torch.float32, "cpu"), 5):
-        args = _leaves(sample)[0]
+        args = with_leaves(sample)[0]
         checks = ["test_schema", "test_faketensor"]
         if op.gradient is not None:
             checks += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
@@ -246,9 +211,9 @@ def test_opcheck(op):
 
 @every_differentiable
 def test_compiled_in_one_graph(op):
-    compiled = torch.compile(lambda *args: _list(op(*args))[0], fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda *args: outputs(op(*args))[0], fullgraph=True, backend="aot_eager")
     for sample in itertools.islice(op.samples(torch.float32, "cpu"), 2):
-        for ours, eager in zip(_gradients(compiled, sample), _gradients(op, sample), strict=True):
+        for ours, eager in zip(gradients(compiled, sample), gradients(op, sample), strict=True):
             torch.testing.assert_close(ours, eager)
 
 
@@ -297,9 +262,9 @@ def test_lora_on_any_shape(m, k, n, r, p, dtypes, seed):
     sample = Sample("any", args, (0, 1, 2, 3))
     op = OPS["lora_add"]
     with pk.backend("cpu"):
-        ours = (op.run(*args)[0], *_gradients(op, sample))
-    plain = (op.reference(*args)[0], *_gradients(op.reference, sample))
-    truth = (op.reference(*_double(args))[0], *_gradients(op.reference, sample, torch.float64))
+        ours = (op.run(*args)[0], *gradients(op, sample))
+    plain = (op.reference(*args)[0], *gradients(op.reference, sample))
+    truth = (op.reference(*double(args))[0], *gradients(op.reference, sample, torch.float64))
     for out, other, exact in zip(ours, plain, truth, strict=True):
         _assert_as_good(out, other, exact, f"{m=} {k=} {n=} {r=} {p=} {dtypes=}")
 

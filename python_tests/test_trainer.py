@@ -224,7 +224,7 @@ def test_evaluation_is_the_task_loss(tmp_path):
 
 
 def test_what_does_not_fit_trainer_is_refused(tmp_path):
-    with pytest.raises(RuntimeError, match="toy has several phases.*pk.fit"):
+    with pytest.raises(RuntimeError, match=r"phases \(prime, train\).*pk.fit"):
         trainer(adapted(Toy(prime=0.5)), tmp_path).train()
     with pytest.raises(RuntimeError, match="returned no loss to add a term to"):
         trainer(adapted(Toy(penalty=1.0)), tmp_path, label_smoothing_factor=0.1).train()

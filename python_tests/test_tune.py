@@ -96,9 +96,17 @@ def test_prints_json_or_one_table(capsys, model_dir, data_file, tmp_path):
     assert code == 0 and out.startswith("bitfit on ") and "merged model" in out
 
 
+OF_OTHERS = {
+    "gated": "inner=lora",
+    "union": "members=lora,ia3",
+    "bylayer": 'members=[{"method": {"method": "lora", "rank": 2}, "layers": [0]}, "ia3"]',
+}
+
+
 @pytest.mark.parametrize("method", pk.methods())
 def test_tune_offers_every_method(capsys, model_dir, data_file, tmp_path, method):
-    summary = tune(capsys, model_dir, data_file, tmp_path / "out", "--method", method, "--epochs", 1)
+    settings = ("--set", OF_OTHERS[method]) if method in OF_OTHERS else ()
+    summary = tune(capsys, model_dir, data_file, tmp_path / "out", "--method", method, "--epochs", 1, *settings)
     assert summary["method"]["method"] == method
 
 
@@ -272,6 +280,8 @@ BAD_WORDS = {
     "unknown_method": (("--method", "lorra"), "expected one of"),
     "unknown_field": (("--set", "rnak=4"), "it has rank, alpha"),
     "field_without_value": (("--set", "rank"), "field=value"),
+    "no_inner_method": (("--method", "gated"), "--method gated needs --set inner=..."),
+    "inner_method_unknown": (("--method", "union", "--set", "members=lorra"), "--set members=lorra"),
     "field_of_wrong_type": (("--set", "rank=four"), "expected int"),
     "rank_zero": (("--set", "rank=0"), "at least 1"),
     "rank_too_large": (("--set", "rank=1000"), "at most"),
@@ -356,7 +366,7 @@ def test_bad_model_directories_are_one_line(capsys, model_dir, data_file, tmp_pa
     for path in (empty, broken):
         words = ("--data", data_file, "--method", "lora", "--out", tmp_path / "out")
         assert str(path) in refused(capsys, tmp_path, "tune", "--model", path, *words)
-        assert str(path) in refused(capsys, tmp_path, "explain", "--model", path)
+        assert str(path) in refused(capsys, tmp_path, "explain", path)
 
 
 @pytest.mark.parametrize(("task", "module"), [("classify", "sklearn"), ("regress", "scipy"), ("seq2seq", "sacrebleu")])

@@ -19,12 +19,13 @@ class Toy(pk.Method, roles=("q",), lr=1e-2, tiny={}):
     penalty: float = 0.0
     term: float = 0.0
     prime: float = 0.0  # of all steps
-    phase_lr: float = 0.0
+    prime_lr: float = 0.0
+    train_lr: float = 0.0
 
     def phases(self, total_steps):
         first = round(self.prime * total_steps)
-        train = pk.Phase("train", total_steps - first, self.phase_lr or None)
-        return [pk.Phase("prime", first), train] if first else [train]
+        train = pk.Phase("train", total_steps - first, self.train_lr or None)
+        return [pk.Phase("prime", first, self.prime_lr or None), train] if first else [train]
 
     def loss(self, model, batch, outputs):
         if not self.term:
@@ -92,7 +93,39 @@ class WatchTuner(pk.Tuner, method=Watch):
         self.stats = stats
 
 
-_TOYS = {key: registry._registry.pop(key) for key in ("toy", "watch")}
+@dataclass(frozen=True)
+class Beside(pk.Method, roles=("ffn",), lr=1e-3, tiny={}, kinds=("span", "module")):
+    """y + x A: a linear path around a sublayer, from its input to its output."""
+
+
+class BesideTuner(pk.Tuner, method=Beside):
+    def __init__(self, cfg, site):
+        super().__init__(cfg, site)
+        self.a = site.param(site.n_out, site.n_in)
+
+    def forward(self, base, x, *args, **kwargs):
+        y = base(x, *args, **kwargs)
+        return y + (x @ self.a.T).to(y.dtype)
+
+
+@dataclass(frozen=True)
+class Onto(pk.Method, roles=("o", "down"), lr=1e-3, tiny={}):
+    """y + c r, with the residual r of the sublayer."""
+
+
+class OntoTuner(pk.Tuner, method=Onto):
+    needs_residual = True
+
+    def __init__(self, cfg, site):
+        super().__init__(cfg, site)
+        self.c = site.param(1)
+
+    def forward(self, base, x):
+        y = base(x)
+        return y + (self.c * base.seen("residual")).to(y.dtype)
+
+
+_TOYS = {key: registry._registry.pop(key) for key in ("toy", "watch", "beside", "onto")}
 
 
 @pytest.fixture(autouse=True)

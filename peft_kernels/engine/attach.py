@@ -6,32 +6,30 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .method import Method, Tuner, method_of
+from .method import Method, Part, Tuner, method_of, numbers, words
 from .roles import resolve
+from .rows import routing
 from .site import Adapters, Parts, Site, adapted, adapters_of, base_class, base_modules, base_parameters, is_adapted
+from .stack import Spanned, Stack
+from .taps import tap, untap
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
-@dataclass(frozen=True)
-class Part:
-    """One method of an adapter with the targets it was attached to."""
-
-    method: Method
-    targets: tuple[str, ...]
-    exclude: tuple[str, ...] = ()
-    layers: tuple[int, ...] | None = None
-
-
 @dataclass
 class Adapter:
+    """What was attached under one name: the method, then the modules trained beside it."""
+
     parts: list[Part]
     seed: int
+
+    def expanded(self) -> list[tuple[Part, bool]]:
+        """(part, does it belong to the method) without recipes; a tuner's `part` is its number here."""
+        return [(own, i == 0) for i, part in enumerate(self.parts) for own in part.method.expand(part)]
 
 
 @dataclass
@@ -43,6 +41,7 @@ class State:
     requires_grad: dict[str, bool] = field(default_factory=dict)  # of the base parameters before the first attach
     buffers: dict[str, Tensor] = field(default_factory=dict)  # before it too: BatchNorm moves them while training
     merged: list[str] = field(default_factory=list)
+    routes: tuple[int, int] | None = None  # (id of the model, its key for routes)
     stash: dict[str, Tensor | None] | None = None  # base values before the merge; None: a parameter the merge created
 
 
@@ -97,8 +96,9 @@ def attach(
 ) -> nn.Module:
     """Attaches `method` to the model in place and returns the model.
 
-    targets: roles (q k v o up gate down attn ffn norm embed block head model) or globs over module paths; default the
-        method's own roles.   exclude: the same, left out.   layers: layer numbers, negative from the end.
+    targets: roles (q k v o up gate down attn ffn norm embed block head model) or globs over module paths, "@path" for
+        exactly one module and "role@path" for one with its role; default the method's own roles.
+    exclude: the same, left out.   layers: layer numbers, negative from the end.
     name: several adapters may be attached; they stack in the order of attachment.
     train: roles or globs of modules trained whole, such as ("head",). They too become separate tensors.
     seed: the initial values depend on it and on the module's path alone.
@@ -109,9 +109,11 @@ def attach(
         raise ValueError(f"attach got a {type(model).__name__}; expected a torch.nn.Module")
     if not isinstance(method, Method):
         raise ValueError(f"attach got {method!r}; expected a method instance such as pk.LoRA(rank=8)")
-    part = Part(method, _words(method.roles if targets is None else targets), _words(exclude), _numbers(layers))
-    parts = [part]
-    if train := _words(train):
+    targets = method.roles if targets is None else words(targets)
+    if not targets and method.roles:
+        raise ValueError("targets is empty; expected roles or globs over module paths")
+    parts = [Part(method, targets, words(exclude), numbers(layers))]
+    if train := words(train):
         parts.append(Part(method_of("head")(), train))
     return attach_parts(model, name, Adapter(parts, seed))
 
@@ -135,17 +137,25 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
             )
     chosen = _choose(model, adapter)
     _guard(model, chosen)
-    for _, site in chosen:
+    for _, _, site in chosen:
         adapted(type(site.module))  # a class that cannot be extended stops here, before anything is changed
-    built = [(site, cfg.tuner(cfg, site)) for cfg, site in chosen]
+    made = [(level, site, cfg.tuner(cfg, site)) for level, cfg, site in chosen]
+    for level, _, tuner in made:
+        tuner.part = level
+    built = _by_module(made)
 
     if not state.adapters:
         state.requires_grad = {path: p.requires_grad for path, p in base_parameters(model)}
         state.buffers = {path: b.clone() for path, b in base_buffers(model)}
     for _, p in base_parameters(model):
         p.requires_grad_(False)
-    for site, tuner in _by_module(built):
+    for site, tuner in built:
         _swap(site).tuners[name] = tuner.train(site.module.training)
+    for _, cfg, site in chosen:
+        for what, source in _sources(cfg, site):
+            tap(source, site.key(what))
+            top = adapters_of(site.module).tuners[name]  # type: ignore[union-attr]  # swapped above
+            top.taps = (*top.taps, site.key(what))
     state.adapters[name] = adapter
     state.active.append(name)
     vars(model)[_KEY] = state
@@ -153,27 +163,29 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
     return model
 
 
-def _choose(model: nn.Module, adapter: Adapter) -> list[tuple[Method, Site]]:
-    """(method, site) in model order; a module trained whole belongs to that part alone."""
-    chosen: dict[tuple, tuple[Method, Site]] = {}
-    for part in adapter.parts:
-        found = resolve(model, part.targets, exclude=part.exclude, layers=part.layers, seed=adapter.seed)
+def _choose(model: nn.Module, adapter: Adapter) -> list[tuple[int, Method, Site]]:
+    """(part number, method, site) part by part in model order; a module trained whole belongs to that part alone."""
+    chosen: list[tuple[int, Method, Site]] = []
+    parts = adapter.expanded()
+    for level, (part, _) in enumerate(parts):
+        found = resolve(model, part.targets, exclude=part.exclude, layers=part.layers, seed=adapter.seed + level)
         sites = part.method.select(found)
         if not sites:
             kinds = ", ".join(sorted({s.kind for s in found})) or "nothing"
             raise ValueError(f"{part.method.key} cannot tune what {part.targets} match ({kinds}); choose other targets")
         if part.method.tuner.opaque:
+            before = {site.name for _, cfg, site in chosen if cfg.tuner.opaque}
+            sites = [site for site in sites if not _inside(site.name, before)]
             names = {site.name for site in sites}
-            chosen = {k: v for k, v in chosen.items() if not _inside(v[1].name, names)}
-        for site in sites:
-            chosen[(site.name, site.rows)] = (part.method.at(site), site)
-    whole = {site.name for cfg, site in chosen.values() if cfg.tuner.opaque}
-    chosen = {k: (c, s) for k, (c, s) in chosen.items() if not (s.name and _inside(s.name.rpartition(".")[0], whole))}
-    if not any(type(cfg) is type(adapter.parts[0].method) for cfg, _ in chosen.values()):
+            chosen = [c for c in chosen if not _inside(c[2].name, names)]
+        chosen += [(level, part.method.at(site), site) for site in sites]
+    whole = {site.name for _, cfg, site in chosen if cfg.tuner.opaque}
+    chosen = [c for c in chosen if not (c[2].name and _inside(c[2].name.rpartition(".")[0], whole))]
+    if not any(parts[level][1] for level, _, _ in chosen):
         raise ValueError(
             f"all targets of {adapter.parts[0].method.key} are trained whole already; choose other targets"
         )
-    return list(chosen.values())
+    return chosen
 
 
 def _inside(path: str, names: set[str]) -> bool:
@@ -182,28 +194,45 @@ def _inside(path: str, names: set[str]) -> bool:
     return bool(names) and ("" in names or any(".".join(parts[: i + 1]) in names for i in range(len(parts))))
 
 
-def _by_module(built: list[tuple[Site, Tuner]]) -> list[tuple[Site, Tuner]]:
-    """One (site of the module, tuner) per module: parts of a fused linear are gathered."""
-    grouped: dict[str, list[tuple[Site, Tuner]]] = {}
-    for site, tuner in built:
-        grouped.setdefault(site.name, []).append((site, tuner))
+def _by_module(built: list[tuple[int, Site, Tuner]]) -> list[tuple[Site, Tuner]]:
+    """One (site of the module, tuner) per module: row blocks are gathered, several parts stacked."""
+    grouped: dict[str, dict[tuple[int, bool], list[tuple[Site, Tuner]]]] = {}
+    for level, site, tuner in built:
+        grouped.setdefault(site.name, {}).setdefault((level, site.entry is not None), []).append((site, tuner))
     out = []
-    for members in grouped.values():
-        site, tuner = members[0]
-        if any(s.rows is None for s, _ in members) and len(members) > 1:
-            raise ValueError(f"{site.name} is targeted both whole and by rows ({[s.role for s, _ in members]})")
-        if site.rows is not None:
-            tuner = Parts({s.role: (s, t) for s, t in members})
-            site = Site(site.name, site.module)
-        out.append((site, tuner))
+    for levels in grouped.values():
+        tuners = []
+        for _, members in sorted(levels.items(), key=lambda item: item[0]):
+            site, tuner = members[0]
+            if any(s.rows is None for s, _ in members) and len(members) > 1:
+                raise ValueError(f"{site.name} is targeted both whole and by rows ({[s.role for s, _ in members]})")
+            if site.rows is not None:
+                tuner = Parts({s.role: (s, t) for s, t in members})
+            elif site.entry is not None:
+                tuner = Spanned(site, tuner)
+            tuners.append(tuner)
+        plain = site.rows is None and site.entry is None
+        stack = Stack({str(i): t for i, t in enumerate(tuners)}) if len(tuners) > 1 else tuners[0]
+        out.append((site if plain else Site(site.name, site.module), stack))
     return out
 
 
-def _guard(model: nn.Module, chosen: list[tuple[Method, Site]]) -> None:
+def _sources(cfg: Method, site: Site) -> list[tuple[str, nn.Module]]:
+    """What a tuner here must see of other modules: (name, module whose input it is)."""
+    sources = [("entry", site.entry)] if site.entry is not None else []
+    if cfg.tuner.needs_residual:
+        if site.residual is None:
+            raise ValueError(f"{cfg.key} needs the residual at {site.name}, which is not known there; use a role")
+        sources.append(("residual", site.residual))
+    return sources
+
+
+def _guard(model: nn.Module, chosen: list[tuple[int, Method, Site]]) -> None:
     """Refuses what would be silently wrong."""
     ancestors = dict(base_modules(model))
     meta = all(p.device.type == "meta" for _, p in base_parameters(model))
-    for cfg, site in chosen:
+    for _, cfg, site in chosen:
+        _sources(cfg, site)
         parts = site.name.split(".") if site.name else []
         line = [ancestors.get(".".join(parts[:i]), model) for i in range(len(parts))]
         for module in [*line, site.module]:
@@ -258,8 +287,10 @@ def refresh(model: nn.Module) -> None:
     """Rebuilds every chain from the active, unmerged adapters."""
     state = state_of(model)
     running = [n for n in state.active if n not in state.merged]
+    order = {name: i for i, name in enumerate(state.adapters)}
     for _, adapters in all_adapters(model):
-        adapters.activate(running)
+        adapters.activate(running, order)
+        vars(adapters)["key"] = state.routes and state.routes[1]
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -273,6 +304,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     state = state_of(model)
     names = names_of(model, name)
     leaving = [a for _, a in all_adapters(model) if all(n in names for n in a.tuners)]
+    taps = _taps(model)
     for module in (a.module for a in leaving):
         if not is_adapted(module):
             raise RuntimeError(
@@ -283,6 +315,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             raise RuntimeError(
                 f"{type(module).__name__} got an instance forward after attach (an accelerate hook?); remove it first"
             )
+    refuse_routed(state, "detach")
     merged_for_good = bool(state.merged) and state.stash is None
     if state.merged and not merged_for_good:
         unmerge(model)
@@ -296,6 +329,9 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     for _, adapters in all_adapters(model):
         for n in names:
             adapters.tuners.pop(n, None)
+    taps -= _taps(model)
+    for module in model.modules() if taps else ():
+        untap(module, taps)
     for n in names:
         del state.adapters[n]
     state.active = [n for n in state.active if n not in names]
@@ -310,6 +346,16 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             b.copy_(state.buffers[path])
     del vars(model)[_KEY]
     return model
+
+
+def _taps(model: nn.Module) -> set[str]:
+    return {key for _, a in all_adapters(model) for tuner in a.tuners.values() for key in tuner.taps}
+
+
+def refuse_routed(state: State, what: str) -> None:
+    """RuntimeError inside a pk.route of this thread: the numbers of its rows would no longer hold."""
+    if state.routes is not None and routing(state.routes[1]) is not None:
+        raise RuntimeError(f"{what} inside pk.route; leave the with block first")
 
 
 def rename(model: nn.Module, old: str, new: str) -> nn.Module:
@@ -337,7 +383,7 @@ def active(model: nn.Module) -> list[str]:
 def set_active(model: nn.Module, names: Sequence[str] | str) -> nn.Module:
     """Makes exactly these adapters run; they stack in the order of attachment. RuntimeError while merged."""
     state = state_of(model)
-    names = _words(names)
+    names = words(names)
     for n in names:
         names_of(model, n)
     if state.merged:
@@ -359,17 +405,6 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         if (state := vars(model).get(_KEY)) is not None:
             set_active(model, [n for n in before if n in state.adapters])
-
-
-def _words(value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _numbers(layers: Any) -> tuple[int, ...] | None:
-    numbers = None if layers is None else (layers,) if isinstance(layers, int) else tuple(layers)
-    if numbers is not None and not all(isinstance(n, int) for n in numbers):
-        raise ValueError(f"layers = {layers!r}; expected layer numbers such as 0, [0, 1] or [-1]")
-    return numbers
 
 
 def base_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -15,6 +15,7 @@ from .batches import LossFn, check, finite, rows, split, task_loss, to
 from .life import device_of, unmerged
 from .method import Stats, Tuner
 from .site import Parts, Site
+from .stack import Spanned
 
 
 def calibrate(
@@ -109,6 +110,7 @@ def _active(model: nn.Module) -> Iterator[tuple[Site, Tuner]]:
 
     def walk(site: Site, module: nn.Module) -> Iterator[tuple[Site, Tuner]]:
         if isinstance(module, Tuner):
+            site = module.site if isinstance(module, Spanned) else site
             yield site, module
         sites = module.sites if isinstance(module, Parts) else {}
         for label, child in module.named_children():

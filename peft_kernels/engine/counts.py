@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from .attach import names_of, tuners
+from .method import Changes, largest_rank, overlaid
 from .site import base_modules, base_parameters
 from .store import tensors
 
@@ -45,17 +47,23 @@ class Counts:
 def counts(model: nn.Module, name: str | None = None) -> Counts:
     """Counts of one adapter (None: all attached). print() gives the survey's report."""
     trainable = stored = size = 0
-    changes: dict[str, tuple[int, int]] = {}  # two adapters on one module change its numbers once
+    found: dict[str, list[dict[Any, Changes]]] = {}
     for n in names_of(model, name):
         for path, tuner in tuners(model, n):
             trainable += sum(p.numel() for p in tuner.parameters() if p.requires_grad)
-            (c, r), (changed, rank) = tuner.changes(), changes.get(path, (0, 0))
-            changes[path] = max(c, changed), rank + r
+            found.setdefault(path, []).append(tuner.changes_by_rows())
         values = tensors(model, n).values()
         stored += sum(t.numel() for t in values)
         size += sum(t.numel() * t.element_size() for t in values)
     modules = dict(base_modules(model))
-    limits = {path: sum(min(p.shape) for _, p in base_parameters(modules[path]) if p.dim() == 2) for path in changes}
-    changed = sum(c for c, _ in changes.values())
-    rank = sum(min(r, limits[path]) for path, (_, r) in changes.items())
+    changed = rank = 0
+    for path, changes in found.items():
+        blocks = overlaid(changes)
+        whole, parts = blocks.pop(None, Changes()), Changes()
+        for change in blocks.values():
+            parts = parts.beside(change)
+        both = whole.over(parts)
+        own = [p for _, p in base_parameters(modules[path])]
+        changed += min(both.weight + both.bias, sum(p.numel() for p in own))
+        rank += min(both.rank, sum(largest_rank(p) for p in own))
     return Counts(trainable, changed, rank, stored, sum(p.numel() for _, p in base_parameters(model)), size)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from . import checkpoint as files
 from .attach import state_of, tuners
 from .batches import LossFn, finite, length, task_loss, to
-from .life import Entry, advance, has_penalty, method_terms, penalty, scheduled, timeline, trained, unmerged
-from .store import recipe
+from .life import Entry, advance, all_tuners, has_penalty, method_terms, penalty, scheduled, timeline, trained, unmerged
+from .store import described
 
 OnEpoch = Callable[[int, nn.Module], dict[str, Any]]
 
@@ -29,29 +29,23 @@ def param_groups(model: nn.Module, lr: float | None = None, phases: Iterable[Ent
     """Optimizer groups of the active adapters: the trainable tensors by learning rate.
 
     A phase that was entered decides the rate of its method, else `lr` does, else the method; modules trained beside
-    it (train=...) keep their own. Of tuners inside each other the inner one decides.
+    it (train=...) keep their own.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     seen: set[int] = set()
-
-    def collect(module: nn.Module, rate: float, rates: dict[type, float]) -> None:
-        rate = rates.get(type(module), rate)
-        for p in module.parameters(recurse=False):
-            if p.requires_grad and id(p) not in seen:
-                seen.add(id(p))
-                groups.setdefault(rate, []).append(p)
-        for child in module.children():
-            collect(child, rate, rates)
-
     for name in trained(model):
-        first, *others = state_of(model).adapters[name].parts
-        default = first.method.lr if lr is None else lr
-        rates: dict[type, float] = {part.method.tuner: part.method.lr for part in others}
-        rates[first.method.tuner] = default
-        latest = {e.method.tuner: e.phase.lr for e in phases if e.adapter == name}
-        rates |= {tuner: rate for tuner, rate in latest.items() if rate is not None}
-        for _, tuner in tuners(model, name):
-            collect(tuner, default, rates)
+        rates = [
+            part.method.lr if lr is None or not own else lr for part, own in state_of(model).adapters[name].expanded()
+        ]
+        latest = {entry.part: entry.phase.lr for entry in phases if entry.adapter == name}
+        rates = [rate if (own := latest.get(part)) is None else own for part, rate in enumerate(rates)]
+        for tuner in all_tuners(model, name):
+            if tuner.part is None:  # inside another or around others
+                continue
+            for p in tuner.parameters():
+                if p.requires_grad and id(p) not in seen:
+                    seen.add(id(p))
+                    groups.setdefault(rates[tuner.part], []).append(p)
     return [{"params": params, "lr": rate} for rate, params in groups.items()]
 
 
@@ -114,7 +108,7 @@ def fit(
     if checkpoint is None and (resume or checkpoint_every):
         raise ValueError("resume and checkpoint_every need checkpoint=, the directory to use")
     per_epoch = length(batches)
-    adapters = {n: recipe(state_of(model).adapters[n]) for n in names}
+    adapters = {n: described(state_of(model).adapters[n]) for n in names}
     settings = files.Settings(
         epochs, lr, warmup, weight_decay, clip, seed, accumulate, precision, patience, monitor, per_epoch, adapters
     )
@@ -315,7 +309,7 @@ class _Run:
     # -- phases and early stopping ------------------------------------------------------------------------------------
 
     def _enter(self, entries: list[Entry]) -> None:
-        several = len(self.entries) > len({(e.adapter, e.method.tuner) for e in self.entries})
+        several = len(self.entries) > len({(e.adapter, e.part) for e in self.entries})
         for entry in entries:
             entry.enter(self.model)
             self.at.entered += 1

@@ -56,7 +56,7 @@ Terms = Callable[[nn.Module, Any, Any], Tensor | None]
 def method_terms(model: nn.Module) -> Terms | None:
     """(model, batch, outputs) -> the sum of the active methods' Method.loss; None if none of them has one."""
     state = state_of(model)
-    methods = [part.method for n in state.active for part in state.adapters[n].parts]
+    methods = [part.method for n in state.active for part, _ in state.adapters[n].expanded()]
     methods = [m for m in methods if type(m).loss is not Method.loss]
 
     def terms(model: nn.Module, batch: Any, outputs: Any) -> Tensor | None:
@@ -85,30 +85,31 @@ def advance(scheduled: list[Tuner], progress: float) -> None:
 
 @dataclass(frozen=True)
 class Entry:
-    """One method of one adapter begins a phase before optimizer step `start` (from 0)."""
+    """One part of an adapter begins a phase before optimizer step `start` (from 0)."""
 
     start: int
     adapter: str
+    part: int
     method: Method
     phase: Phase
 
     @torch.no_grad()
     def enter(self, model: nn.Module) -> None:
         for tuner in all_tuners(model, self.adapter):
-            if type(tuner) is self.method.tuner:
+            if tuner.part == self.part:
                 tuner.enter(self.phase.name)
 
 
 def timeline(model: nn.Module, names: list[str], total: int) -> list[Entry]:
-    """The phases of every method of the named adapters, in the order in which they begin."""
+    """The phases of every part of the named adapters, in the order in which they begin."""
     entries = []
     for name in names:
-        for method in {p.method.tuner: p.method for p in reversed(state_of(model).adapters[name].parts)}.values():
-            phases, start = method.phases(total), 0
+        for number, (part, _) in enumerate(state_of(model).adapters[name].expanded()):
+            phases, start = part.method.phases(total), 0
             if any(p.steps < 0 for p in phases) or sum(p.steps for p in phases) != total:
                 steps = ", ".join(f"{p.name} {p.steps}" for p in phases)
-                raise ValueError(f"the phases of {method.key} ({steps}) do not add up to {total} steps")
+                raise ValueError(f"the phases of {part.method.key} ({steps}) do not add up to {total} steps")
             for phase in phases:
-                entries.append(Entry(start, name, method, phase))
+                entries.append(Entry(start, name, number, part.method, phase))
                 start += phase.steps
     return sorted(entries, key=lambda entry: entry.start)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .attach import all_adapters, names_of, refresh, state_of
-from .method import NotMergeable, promoted
+from .attach import all_adapters, names_of, refresh, refuse_routed, state_of
+from .method import NotMergeable, Tuner, promoted
 from .site import Adapters, base_modules, base_parameters
 
 
@@ -49,6 +49,7 @@ def merge(model: nn.Module, name: str | None = None, *, into: None = None, stash
     state = state_of(model)
     if state.merged:
         raise RuntimeError(f"{', '.join(state.merged)} is merged already; pk.unmerge(model) first")
+    refuse_routed(state, "merge")
     names = [n for n in names_of(model, name) if name is not None or n in state.active]
     if idle := [n for n in names if n not in state.active]:
         raise RuntimeError(f"{idle[0]} is not active; pk.set_active(model, ...) before merging it")
@@ -121,9 +122,8 @@ def _check(path: str, adapters: Adapters, names: list[str], active: list[str]) -
         )
     for n in names:
         if n in adapters.tuners and not adapters.tuners[n].mergeable:
-            raise NotMergeable(
-                f"{path}: {type(adapters.tuners[n]).__name__} of {n!r} has no weight-space form; it cannot be merged"
-            )
+            inner = [t for t in adapters.tuners[n].modules() if isinstance(t, Tuner) and not t.mergeable][-1]
+            raise NotMergeable(f"{path}: {type(inner).__name__} of {n!r} has no weight-space form; it cannot be merged")
         if n in adapters.tuners and not adapters.tuners[n].opaque and not adapters.site.plain:
             kind = type(adapters.module).__name__
             raise NotMergeable(f"{path}: {kind} has a forward of its own, so weights alone do not describe it")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .rows import Routing, by_rows
 
 if TYPE_CHECKING:
     from .site import Base, Site
@@ -58,6 +61,7 @@ class Method:
 
     Subclass keywords: `roles` (default targets), `lr` (a sensible learning rate), `tiny` (fields for tests on small
     models), `key` (registry key; default the class name in lower case), `kinds` (of sites it can tune; None: any).
+    Without `roles` the class is an abstract one and not registered.
     """
 
     key: ClassVar[str]
@@ -70,12 +74,14 @@ class Method:
     def __init_subclass__(
         cls,
         *,
-        roles: tuple[str, ...],
-        lr: float,
-        tiny: dict[str, Any],
+        roles: tuple[str, ...] | None = None,
+        lr: float = math.nan,
+        tiny: dict[str, Any] | None = None,
         key: str | None = None,
         kinds: tuple[str, ...] | None = ("linear",),
     ):
+        if roles is None or tiny is None:
+            return
         cls.key, cls.roles, cls.lr, cls.tiny, cls.kinds = key or cls.__name__.lower(), roles, lr, tiny, kinds
         _registry[cls.key] = cls
 
@@ -105,6 +111,14 @@ class Method:
         """The method's fields at one site, where patterns override them."""
         return self
 
+    def expand(self, part: Part) -> list[Part]:
+        """What attaching this method as `part` comes to; a recipe has several parts."""
+        return [part]
+
+    def with_ranks(self, ranks: dict[str, int]) -> Method:
+        """A low-rank method with these ranks, by Site.address; written where the tuner has `factors`."""
+        raise NotImplementedError(f"{self.key} has no rank")
+
     def phases(self, total_steps: int) -> list[Phase]:
         """How a training of `total_steps` optimizer steps is divided; the steps of the phases add up to it."""
         return [Phase("train", total_steps)]
@@ -117,7 +131,7 @@ class Method:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        return {"method": self.key, **{f.name: getattr(self, f.name) for f in fields(self)}}
+        return {"method": self.key, **{f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Method:
@@ -127,7 +141,7 @@ class Method:
         known = {f.name for f in fields(cls)}
         if unknown := set(values) - known:
             raise ValueError(f"{cls.key} has no field {sorted(unknown)}; it has {sorted(known)}")
-        return cls(**values)
+        return cls(**{name: _rich(value) for name, value in values.items()})
 
 
 def fields(method: Method | type[Method]) -> tuple[dataclasses.Field, ...]:
@@ -135,8 +149,75 @@ def fields(method: Method | type[Method]) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(method)  # type: ignore[arg-type]  # every subclass is a dataclass
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A method with the targets it is attached to; empty targets are the method's own."""
+
+    method: Method
+    targets: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Part:
+        """The inverse of to_json; all but the method may be left out. ValueError on an unknown key."""
+        known = {f.name for f in dataclasses.fields(Part)}
+        if unknown := set(data) - known:
+            raise ValueError(f"a part has no field {sorted(unknown)}; it has {sorted(known)}")
+        return Part(
+            Method.from_json(data["method"]),
+            words(data.get("targets", ())),
+            words(data.get("exclude", ())),
+            numbers(data.get("layers")),
+        )
+
+
+def _plain(value: Any) -> Any:
+    """A field as JSON: methods inside methods become objects."""
+    if isinstance(value, (Method, Part)):
+        return value.to_json()
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _rich(value: Any) -> Any:
+    """The inverse of _plain: the object of a method has its key under "method", that of a part the method's object."""
+    if isinstance(value, list):
+        return [_rich(item) for item in value]
+    if isinstance(value, dict) and "method" in value:
+        return Part.from_json(value) if isinstance(value["method"], dict) else Method.from_json(value)
+    return value
+
+
 class NotMergeable(RuntimeError):
     """The method has no weight-space form, so it cannot be merged."""
+
+
+class Changes(NamedTuple):
+    """How many original numbers a merge gives another value, and an upper bound of the rank of that change."""
+
+    weight: int = 0
+    bias: int = 0
+    rank: int = 0
+
+    def over(self, other: Changes) -> Changes:
+        """Both at the same place: a number that both change is changed once."""
+        return Changes(max(self.weight, other.weight), max(self.bias, other.bias), self.rank + other.rank)
+
+    def beside(self, other: Changes) -> Changes:
+        """Both, at different places."""
+        return Changes(self.weight + other.weight, self.bias + other.bias, self.rank + other.rank)
+
+
+def overlaid(changes: Iterable[dict[Any, Changes]]) -> dict[Any, Changes]:
+    """The changes of tuners at one module, by rows."""
+    out: dict[Any, Changes] = {}
+    for blocks in changes:
+        for rows, change in blocks.items():
+            out[rows] = out.get(rows, Changes()).over(change)
+    return out
 
 
 class Tuner(nn.Module):
@@ -149,6 +230,11 @@ class Tuner(nn.Module):
 
     fresh: bool = False  # forward returns a tensor nobody else holds, which a tuner above may write into
     opaque: ClassVar[bool] = False  # forward never calls the modules below: nothing else may tune them
+    needs_residual: ClassVar[bool] = False  # forward calls base.seen("residual")
+    part: int | None = None  # which part of its adapter made it; None for a tuner inside or around others
+    taps: tuple[str, ...] = ()  # inputs of other modules noted for it
+    # fold is linear in the distance of the numbers from those of a new tuner: several tuners' distances may be added.
+    additive: ClassVar[bool] = False
     per_sample: ClassVar[bool] = False  # calibration squares the gradient of each row alone: Stats.fisher
 
     def __init_subclass__(cls, *, method: type[Method] | None = None):
@@ -157,13 +243,22 @@ class Tuner(nn.Module):
 
     def __init__(self, cfg: Method, site: Site):
         super().__init__()
-        self.site_name = site.name
+        self.cfg, self.site_name = cfg, site.name
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise NotMergeable(f"{self.site_name}: {type(self).__name__} has no weight-space form")
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         return base.site.apply(*self.fold(*base.effective()), *args, **kwargs)
+
+    @classmethod
+    def forward_many(cls, base: Any, tuners: dict[int, Tuner], route: Routing, *args: Any, **kwargs: Any) -> Any:
+        """A routed call: `tuners` of this class by adapter number, each for the rows that `route` gives it.
+
+        base(*args) is the output for all rows of everything below; rows of other numbers keep it. The default runs
+        every tuner on its rows; a method with a batched kernel overrides it and reads `route.expanded(rows)`.
+        """
+        return by_rows(base, tuners, route, args, kwargs)
 
     @property
     def mergeable(self) -> bool:
@@ -173,9 +268,21 @@ class Tuner(nn.Module):
         """The site's own parameters by name -> their values with this tuner folded in."""
         return site.written(*self.fold(*site.read(params)))
 
-    def changes(self) -> tuple[int, int]:
-        """(original numbers whose value a merge changes, upper bound of the rank of that change)."""
-        return 0, 0
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(a [r, in], b [out, r]) in float64, where fold adds b @ a to the weight; a scale is shared evenly by both."""
+        return None
+
+    def set_factors(self, a: Tensor, b: Tensor) -> None:
+        """Gives the tuner the numbers for which `factors` returns a product equal to b @ a."""
+        raise NotImplementedError(f"{type(self).__name__} has no factors")
+
+    def changes(self) -> Changes:
+        """What a merge changes of the original numbers at the site; by default nothing."""
+        return Changes()
+
+    def changes_by_rows(self) -> dict[Any, Changes]:
+        """The same by block of output rows of a fused linear; None stands for the whole module."""
+        return {None: self.changes()}
 
     # -- training: what pk.fit and pk.hf.Callback call, all of it optional ------------------------------------------
 
@@ -211,28 +318,59 @@ class Replica(Tuner):
     """A trainable copy of the whole module at the site: what full tuning and a trained head are."""
 
     opaque = True
+    additive = True
 
     def __init__(self, cfg: Method, site: Site):
         super().__init__(cfg, site)
+        if site.rows is not None:
+            raise ValueError(
+                f"{site.role} is some rows of {site.name}, and {cfg.key} trains whole modules; "
+                f"target that module, as '*.{site.name.rpartition('.')[2]}'"
+            )
         self.copy = site.replicate()
-        self.transposed = site.transposed
+        self.layout = site.layout
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         return self.copy(*args, **kwargs)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         own = dict(self.copy.named_parameters(recurse=False))
-        return own["weight"].T if self.transposed else own["weight"], own.get("bias")
+        return as_matrix(own["weight"], self.layout), own.get("bias")
 
     def folded(self, site: Site, params: dict[str, Tensor]) -> dict[str, Tensor]:
         own = (*self.copy.named_parameters(), *self.copy.named_buffers())
         return {name: t.detach() for name, t in own if name in params and t.is_floating_point()}
 
-    def changes(self) -> tuple[int, int]:
-        matrices = [p for p in self.copy.parameters() if p.dim() == 2]
-        return sum(p.numel() for p in self.copy.parameters()), sum(min(p.shape) for p in matrices)
+    def changes(self) -> Changes:
+        own = list(self.copy.parameters())
+        return Changes(sum(p.numel() for p in own), 0, sum(largest_rank(p) for p in own))
+
+
+def largest_rank(p: Tensor) -> int:
+    """Of a change of `p` as a matrix [out, in], a convolution's kernel flattened; vectors have none."""
+    return min(len(p), p[0].numel()) if p.dim() > 1 and len(p) else 0
 
 
 def promoted(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a base of `dtype` is tuned: at least fp32."""
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
+
+
+def as_matrix(weight: Tensor, layout: str) -> Tensor:
+    """A weight as its module keeps it -> [out, in]."""
+    if layout == "columns":
+        return weight.T
+    return weight.flatten(1) if layout == "kernel" else weight
+
+
+def words(value: Any) -> tuple[str, ...]:
+    """One word or several -> a tuple of them."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def numbers(layers: Any) -> tuple[int, ...] | None:
+    """A layer number or several -> a tuple of them; None for all layers."""
+    chosen = None if layers is None else (layers,) if isinstance(layers, int) else tuple(layers)
+    if chosen is not None and not all(isinstance(n, int) for n in chosen):
+        raise ValueError(f"layers = {layers!r}; expected layer numbers such as 0, [0, 1] or [-1]")
+    return chosen

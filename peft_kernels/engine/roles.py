@@ -1,17 +1,23 @@
 """Where the roles of a method live in each model family, and how targets are resolved to sites.
 
-A pattern is matched against the end of a module's path; `#` stands for a layer number. `path[i/n]` is the i-th of n
-equal blocks of output rows of a fused linear. A family is one row, keyed by transformers' `config.model_type`.
+A pattern is matched against the end of a module's path; `#` stands for a number. `path[q]` is one block of output rows
+of a fused linear, `entry>exit` the span between two linears where a family has no module of its own for it.
+
+A target is a role, a glob or an address (`Site.address`): `@path` is exactly one module, `role@path`
+the same with its role, for a fused linear the rows of that role.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from torch import nn
 
-from .site import Site, base_modules, matches
+from .site import Rows, Site, base_modules, matches
 
 # Every word that is a role and not a glob.
 ROLES: tuple[str, ...] = (
@@ -32,88 +38,300 @@ ROLES: tuple[str, ...] = (
 )
 ROLES += tuple(f"cross.{role}" for role in ("q", "k", "v", "o", "attn"))
 
+# The sublayer a role belongs to. Cross-attention first: its modules have the roles q k v o attn as well.
+_SUBLAYERS = {
+    "cross.attn": tuple(role for role in ROLES if role.startswith("cross.")),
+    "attn": ("q", "k", "v", "o", "attn"),
+    "ffn": ("up", "gate", "down", "ffn"),
+}
+
+Layout = Callable[[Any], tuple[int, dict[str, int]]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """The modules of a model family.
+
+    roles: role -> patterns.   norms: sublayer (attn, ffn, cross.attn) -> patterns of its LayerNorm; the first that
+    exists counts.   prenorm: True: the LayerNorm's input is the residual and its output enters the sublayer; False: it
+    comes after the addition; None: neither. A function where it depends on the config.
+    fused: config -> (groups, {part: units}), one for each kind of fused linear. Its output rows are that many equal
+    groups, inside which the parts follow each other in these proportions.
+    """
+
+    roles: dict[str, tuple[str, ...]]
+    norms: dict[str, tuple[str, ...]]
+    prenorm: bool | Callable[[Any], bool | None]
+    fused: tuple[Layout, ...] = ()
+
+
+def _attention(names: str, path: str, cross: str = "") -> dict[str, tuple[str, ...]]:
+    """The roles of attention modules: q k v o by these names inside `path` and, if there is any, in cross-attention."""
+    inside = dict(zip("qkvo", (f".{name}" for name in names.split()), strict=True)) | {"attn": ""}
+    if not cross:
+        return {role: (path + name,) for role, name in inside.items()}
+    both = {role: (path + name, cross + name) for role, name in inside.items()}
+    return both | {f"cross.{role}": (cross + name,) for role, name in inside.items()}
+
+
+_HEAD = ("lm_head", "score", "classifier", "classification_head", "qa_outputs")
+_QKV = "query_key_value[q] query_key_value[k] query_key_value[v] dense"
 _T5_FFN = "block.#.layer.#.DenseReluDense"
 
-FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
-    "bert": {
-        "q": ("layer.#.attention.self.query", "layer.#.crossattention.self.query"),
-        "k": ("layer.#.attention.self.key", "layer.#.crossattention.self.key"),
-        "v": ("layer.#.attention.self.value", "layer.#.crossattention.self.value"),
-        "o": ("layer.#.attention.output.dense", "layer.#.crossattention.output.dense"),
-        "up": ("layer.#.intermediate.dense",),
-        "down": ("layer.#.output.dense",),
-        "attn": ("layer.#.attention", "layer.#.crossattention"),
-        "norm": ("LayerNorm",),
-        "embed": ("embeddings.word_embeddings",),
-        "block": ("encoder.layer.#",),
-        "head": ("classifier", "qa_outputs", "cls"),
-        "cross.q": ("layer.#.crossattention.self.query",),
-        "cross.k": ("layer.#.crossattention.self.key",),
-        "cross.v": ("layer.#.crossattention.self.value",),
-        "cross.o": ("layer.#.crossattention.output.dense",),
-        "cross.attn": ("layer.#.crossattention",),
+
+def _falcon_qkv(config: Any) -> tuple[int, dict[str, int]]:
+    heads, kv_heads = config.num_attention_heads, config.num_kv_heads
+    if config.new_decoder_architecture:
+        return kv_heads, {"q": heads // kv_heads, "k": 1, "v": 1}
+    return (1, {"q": heads, "k": 1, "v": 1}) if config.multi_query else (heads, {"q": 1, "k": 1, "v": 1})
+
+
+_OPT = Family(
+    roles={
+        **_attention("q_proj k_proj v_proj out_proj", "layers.#.self_attn"),
+        "up": ("layers.#.fc1",),
+        "down": ("layers.#.fc2",),
+        "ffn": ("layers.#.fc1>layers.#.fc2",),
+        "norm": ("self_attn_layer_norm", "final_layer_norm"),
+        "embed": ("embed_tokens",),
+        "block": ("layers.#",),
+        "head": _HEAD,
     },
-    "gpt2": {
-        "q": ("h.#.attn.c_attn[0/3]",),
-        "k": ("h.#.attn.c_attn[1/3]",),
-        "v": ("h.#.attn.c_attn[2/3]",),
-        "o": ("h.#.attn.c_proj",),
-        "up": ("h.#.mlp.c_fc",),
-        "down": ("h.#.mlp.c_proj",),
-        "attn": ("h.#.attn",),
-        "ffn": ("h.#.mlp",),
-        "norm": ("h.#.ln_1", "h.#.ln_2", "ln_f"),
-        "embed": ("wte",),
-        "block": ("h.#",),
-        "head": ("lm_head", "score", "classifier", "qa_outputs"),
+    norms={"attn": ("layers.#.self_attn_layer_norm",), "ffn": ("layers.#.final_layer_norm",)},
+    prenorm=lambda config: config.do_layer_norm_before,
+)
+_BART = Family(
+    roles={
+        **_OPT.roles,
+        **_attention("q_proj k_proj v_proj out_proj", "layers.#.self_attn", cross="layers.#.encoder_attn"),
+        "norm": (*_OPT.roles["norm"], "encoder_attn_layer_norm", "layer_norm", "layernorm_embedding"),
     },
-    "llama": {
-        "q": ("layers.#.self_attn.q_proj",),
-        "k": ("layers.#.self_attn.k_proj",),
-        "v": ("layers.#.self_attn.v_proj",),
-        "o": ("layers.#.self_attn.o_proj",),
+    norms={**_OPT.norms, "cross.attn": ("layers.#.encoder_attn_layer_norm",)},
+    prenorm=False,
+)
+
+_LLAMA = Family(
+    roles={
+        **_attention("q_proj k_proj v_proj o_proj", "layers.#.self_attn"),
         "up": ("layers.#.mlp.up_proj",),
         "gate": ("layers.#.mlp.gate_proj",),
         "down": ("layers.#.mlp.down_proj",),
-        "attn": ("layers.#.self_attn",),
         "ffn": ("layers.#.mlp",),
-        "norm": ("layers.#.input_layernorm", "layers.#.post_attention_layernorm", "model.norm"),
+        "norm": (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+            "q_norm",
+            "k_norm",
+            "norm",
+        ),
         "embed": ("embed_tokens",),
         "block": ("layers.#",),
-        "head": ("lm_head", "score", "qa_outputs"),
+        "head": _HEAD,
     },
-    "t5": {
-        "q": ("SelfAttention.q", "EncDecAttention.q"),
-        "k": ("SelfAttention.k", "EncDecAttention.k"),
-        "v": ("SelfAttention.v", "EncDecAttention.v"),
-        "o": ("SelfAttention.o", "EncDecAttention.o"),
-        "up": (f"{_T5_FFN}.wi", f"{_T5_FFN}.wi_1"),
-        "gate": (f"{_T5_FFN}.wi_0",),
-        "down": (f"{_T5_FFN}.wo",),
-        "attn": ("SelfAttention", "EncDecAttention"),
-        "ffn": (_T5_FFN,),
-        "norm": ("layer_norm", "final_layer_norm"),
-        "embed": ("shared",),
-        "block": ("block.#",),
-        "head": ("lm_head", "classification_head", "qa_outputs", "classifier"),
-        "cross.q": ("EncDecAttention.q",),
-        "cross.k": ("EncDecAttention.k",),
-        "cross.v": ("EncDecAttention.v",),
-        "cross.o": ("EncDecAttention.o",),
-        "cross.attn": ("EncDecAttention",),
+    norms={
+        "attn": ("layers.#.input_layernorm",),
+        "ffn": ("layers.#.pre_feedforward_layernorm", "layers.#.post_attention_layernorm"),
     },
+    prenorm=True,
+)
+
+# Keyed by transformers' config.model_type; those in one row have the same module names.
+_ROWS: dict[tuple[str, ...], Family] = {
+    ("bert", "roberta", "xlm-roberta", "camembert", "electra"): Family(
+        roles={
+            **_attention(
+                "self.query self.key self.value output.dense", "layer.#.attention", cross="layer.#.crossattention"
+            ),
+            "up": ("layer.#.intermediate.dense",),
+            "down": ("layer.#.output.dense",),
+            "ffn": ("layer.#.intermediate.dense>layer.#.output.dense",),
+            "norm": ("LayerNorm",),
+            "embed": ("embeddings.word_embeddings",),
+            "block": ("encoder.layer.#",),
+            "head": (
+                *_HEAD,
+                "cls",
+                "discriminator_predictions",
+                "generator_predictions",
+                "generator_lm_head",
+                "sequence_summary",
+            ),
+        },
+        norms={
+            "attn": ("layer.#.attention.output.LayerNorm",),
+            "cross.attn": ("layer.#.crossattention.output.LayerNorm",),
+            "ffn": ("layer.#.output.LayerNorm",),
+        },
+        prenorm=False,
+    ),
+    ("distilbert",): Family(
+        roles={
+            **_attention("q_lin k_lin v_lin out_lin", "layer.#.attention"),
+            "up": ("layer.#.ffn.lin1",),
+            "down": ("layer.#.ffn.lin2",),
+            "ffn": ("layer.#.ffn",),
+            "norm": ("LayerNorm", "sa_layer_norm", "output_layer_norm"),
+            "embed": ("embeddings.word_embeddings",),
+            "block": ("layer.#",),
+            "head": (*_HEAD, "pre_classifier", "vocab_transform", "vocab_layer_norm", "vocab_projector"),
+        },
+        norms={"attn": ("layer.#.sa_layer_norm",), "ffn": ("layer.#.output_layer_norm",)},
+        prenorm=False,
+    ),
+    ("gpt2",): Family(
+        roles={
+            **_attention("c_attn[q] c_attn[k] c_attn[v] c_proj", "h.#.attn"),
+            "up": ("h.#.mlp.c_fc",),
+            "down": ("h.#.mlp.c_proj",),
+            "ffn": ("h.#.mlp",),
+            "norm": ("h.#.ln_1", "h.#.ln_2", "ln_f"),
+            "embed": ("wte",),
+            "block": ("h.#",),
+            "head": (*_HEAD, "multiple_choice_head"),
+        },
+        norms={"attn": ("h.#.ln_1",), "ffn": ("h.#.ln_2",)},
+        prenorm=True,
+        fused=(lambda config: (1, {"q": 1, "k": 1, "v": 1}),),
+    ),
+    ("gpt_neox",): Family(
+        roles={
+            **_attention(_QKV, "layers.#.attention"),
+            "up": ("layers.#.mlp.dense_h_to_4h",),
+            "down": ("layers.#.mlp.dense_4h_to_h",),
+            "ffn": ("layers.#.mlp",),
+            "norm": ("input_layernorm", "post_attention_layernorm", "final_layer_norm"),
+            "embed": ("embed_in",),
+            "block": ("layers.#",),
+            "head": _HEAD,
+        },
+        norms={"attn": ("layers.#.input_layernorm",), "ffn": ("layers.#.post_attention_layernorm",)},
+        prenorm=True,
+        fused=(lambda config: (config.num_attention_heads, {"q": 1, "k": 1, "v": 1}),),
+    ),
+    ("bloom",): Family(
+        roles={
+            **_attention(_QKV, "h.#.self_attention"),
+            "up": ("h.#.mlp.dense_h_to_4h",),
+            "down": ("h.#.mlp.dense_4h_to_h",),
+            "ffn": ("h.#.mlp",),
+            "norm": ("input_layernorm", "post_attention_layernorm", "word_embeddings_layernorm", "ln_f"),
+            "embed": ("word_embeddings",),
+            "block": ("h.#",),
+            "head": _HEAD,
+        },
+        norms={"attn": ("h.#.input_layernorm",), "ffn": ("h.#.post_attention_layernorm",)},
+        # Otherwise the residual is the LayerNorm's output.
+        prenorm=lambda config: None if config.apply_residual_connection_post_layernorm else True,
+        fused=(lambda config: (config.n_head, {"q": 1, "k": 1, "v": 1}),),
+    ),
+    ("falcon",): Family(
+        roles={
+            **_attention(_QKV, "h.#.self_attention"),
+            "up": ("h.#.mlp.dense_h_to_4h",),
+            "down": ("h.#.mlp.dense_4h_to_h",),
+            "ffn": ("h.#.mlp",),
+            "norm": ("input_layernorm", "post_attention_layernorm", "ln_attn", "ln_mlp", "ln_f"),
+            "embed": ("word_embeddings",),
+            "block": ("h.#",),
+            "head": _HEAD,
+        },
+        norms={
+            "attn": ("h.#.ln_attn", "h.#.input_layernorm"),
+            "ffn": ("h.#.ln_mlp", "h.#.post_attention_layernorm", "h.#.input_layernorm"),
+        },
+        prenorm=True,
+        fused=(_falcon_qkv,),
+    ),
+    ("opt",): _OPT,
+    ("bart", "plbart", "blenderbot-small", "marian"): _BART,
+    ("mbart", "pegasus", "blenderbot", "m2m_100"): replace(_BART, prenorm=True),
+    ("whisper",): replace(_BART, roles={**_BART.roles, "head": (*_HEAD, "proj_out", "projector")}, prenorm=True),
+    ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"): _LLAMA,
+    ("phi3",): replace(
+        _LLAMA,
+        roles={
+            **_LLAMA.roles,
+            **_attention("qkv_proj[q] qkv_proj[k] qkv_proj[v] o_proj", "layers.#.self_attn"),
+            "up": ("layers.#.mlp.gate_up_proj[up]",),
+            "gate": ("layers.#.mlp.gate_up_proj[gate]",),
+        },
+        fused=(
+            lambda config: (
+                1,
+                {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads},
+            ),
+            lambda config: (1, {"gate": 1, "up": 1}),
+        ),
+    ),
+    ("phi",): Family(
+        roles={
+            **_attention("q_proj k_proj v_proj dense", "layers.#.self_attn"),
+            "up": ("layers.#.mlp.fc1",),
+            "down": ("layers.#.mlp.fc2",),
+            "ffn": ("layers.#.mlp",),
+            "norm": ("input_layernorm", "q_layernorm", "k_layernorm", "final_layernorm"),
+            "embed": ("embed_tokens",),
+            "block": ("layers.#",),
+            "head": _HEAD,
+        },
+        norms={"attn": ("layers.#.input_layernorm",), "ffn": ("layers.#.input_layernorm",)},
+        prenorm=True,
+    ),
+    ("t5", "mt5", "umt5"): Family(
+        roles={
+            **_attention("q k v o", "block.#.layer.0.SelfAttention", cross="block.#.layer.1.EncDecAttention"),
+            "up": (f"{_T5_FFN}.wi", f"{_T5_FFN}.wi_1"),
+            "gate": (f"{_T5_FFN}.wi_0",),
+            "down": (f"{_T5_FFN}.wo",),
+            "ffn": (_T5_FFN,),
+            "norm": ("layer_norm", "final_layer_norm"),
+            "embed": ("embed_tokens",),  # `shared` holds their weight and is never called
+            "block": ("block.#",),
+            "head": _HEAD,
+        },
+        norms={
+            "attn": ("block.#.layer.0.layer_norm",),
+            "cross.attn": ("block.#.layer.1.layer_norm",),
+            "ffn": ("block.#.layer.#.layer_norm",),
+        },
+        prenorm=True,
+    ),
+    ("vit", "deit"): Family(
+        roles={
+            **_attention("q_proj k_proj v_proj o_proj", "layers.#.attention"),
+            "up": ("layers.#.mlp.fc1",),
+            "down": ("layers.#.mlp.fc2",),
+            "ffn": ("layers.#.mlp",),
+            "norm": ("layernorm_before", "layernorm_after", "layernorm"),
+            "embed": ("patch_embeddings.projection",),
+            "block": ("layers.#",),
+            "head": (*_HEAD, "cls_classifier", "distillation_classifier", "decoder"),
+        },
+        norms={"attn": ("layers.#.layernorm_before",), "ffn": ("layers.#.layernorm_after",)},
+        prenorm=True,
+    ),
 }
+FAMILIES: dict[str, Family] = {kind: row for kinds, row in _ROWS.items() for kind in kinds}
 
 
-def family(model: nn.Module) -> str | None:
-    """The model's row in FAMILIES, or None."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    return kind if kind in FAMILIES else None
+def family(model: nn.Module) -> Family | None:
+    """The model's row of the table, or None."""
+    return FAMILIES.get(_model_type(model))
+
+
+def _model_type(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", None) or ""
 
 
 def layer_of(path: str) -> int | None:
     """The layer a module belongs to: the first number in its path."""
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+# What one site is: (path of its module, rows or None, path of a span's entry or None).
+Key = tuple[str, Rows | None, str | None]
 
 
 def resolve(
@@ -124,55 +342,76 @@ def resolve(
     layers: Sequence[int] | None = None,
     seed: int = 0,
 ) -> list[Site]:
-    """The sites that roles or globs pick, in model order. ValueError for a target that matches nothing."""
+    """The sites that roles, globs or spans of globs ("*.fc1>*.fc2") pick, in model order.
+
+    ValueError for a target that matches nothing. A site knows the LayerNorm of its sublayer and, as a span, its entry.
+    """
     if not targets:
         raise ValueError("targets is empty; expected roles or globs over module paths")
     modules = dict(base_modules(model))
-    skips = [(test, part) for pattern in exclude for test, part, _ in _tests(model, pattern)]
-    sites: dict[tuple[str, tuple[int, int] | None], Site] = {}
+    skipped = {key for pattern in exclude for key, _ in _picks(model, modules, pattern)}
+    chosen: dict[Key, str] = {}
     for target in targets:
-        found = 0
-        for test, part, role in _tests(model, target):
-            for path, module in modules.items():
-                if test(path):
-                    found += 1
-                    rows = _rows(path, module, part)
-                    if not any(skip(path) and _rows(path, module, p) in (None, rows) for skip, p in skips):
-                        role = role or _role(model, path)
-                        sites.setdefault((path, rows), Site(path, module, role, rows, seed))
-        if not found:
+        picks = list(_picks(model, modules, target))
+        if not picks:
             raise ValueError(f"target {target!r} matches nothing in {type(model).__name__}; {_hint(model, modules)}")
-    if not sites:
+        for key, role in picks:
+            if key not in skipped and (key[0], None, None) not in skipped:
+                chosen.setdefault(key, role)
+    if not chosen:
         raise ValueError(f"exclude leaves none of the targets {tuple(targets)}")
     order = {path: i for i, path in enumerate(modules)}
-    chosen = sorted(sites.values(), key=lambda s: (order[s.name], s.rows or (0, 0)))
-    return _in_layers(chosen, layers)
+    ordered = sorted(chosen, key=lambda key: (order[key[0]], key[1] or (), key[2] or ""))
+    sites = []
+    for path, rows, entry in ordered:
+        site = Site(path, modules[path], chosen[path, rows, entry], rows, seed)
+        site.entry = None if entry is None else modules[entry]
+        site.norm, site.prenorm, site.residual = _norm(model, modules, path)
+        sites.append(site)
+    return _in_layers(sites, layers)
 
 
-def _tests(model: nn.Module, target: str) -> list[tuple[Callable[[str], bool], tuple[int, int] | None, str]]:
-    """(does a path match, (i, n) rows, role) of a role or glob."""
+def _picks(model: nn.Module, modules: dict[str, nn.Module], target: str) -> Iterator[tuple[Key, str]]:
+    """(key, role) of what a role, a glob, a span of globs or an address names."""
     if not isinstance(target, str) or not target:
         raise ValueError(f"target {target!r}; expected a role ({' '.join(ROLES)}) or a glob over module paths")
-    if target == "model":
-        return [(lambda path: path == "", None, "model")]
-    if target == "*":  # everything but the task head, which is trained whole or not at all unless it is named
-        heads = [
-            test for pattern in FAMILIES.get(family(model) or "", {}).get("head", ()) for test, _ in [_pattern(pattern)]
-        ]
-        return [(lambda path: path != "" and not any(h(p) for p in _prefixes(path) for h in heads), None, "")]
-    if target not in ROLES:
-        return [(lambda path: path != "" and matches(path, target), None, "")]
-    name = family(model)
-    if name is None:
-        kind = getattr(getattr(model, "config", None), "model_type", None)
+    role, at, place = target.partition("@")
+    if at and not role:
+        if place in modules:
+            yield (place, None, None), _role(model, modules, (place, None, None))
+    elif at and role in ROLES:
+        yield from ((key, role) for key, _ in _picks(model, modules, role) if key[0] == place)
+    elif target == "model":
+        yield ("", None, None), "model"
+    elif target in ROLES and (family(model) or not any(matches(path, target) for path in modules if path)):
+        for pattern in _patterns(model, target):
+            for path in modules:
+                if key := _key(model, modules, pattern, path):
+                    yield key, target
+    elif ">" in target:
+        yield from ((key, _role(model, modules, key)) for key in _spans(modules, target))
+    else:
+        # `*` is every layer but what is trained whole or not at all unless it is named: embeddings and the task head.
+        row = family(model)
+        heads = row.roles["head"] if row and target == "*" else ()
+        for path, module in modules.items():
+            if target == "*" and isinstance(module, nn.Embedding):
+                continue
+            if path and matches(path, target) and not any(_match(h, p) for p in _prefixes(path) for h in heads):
+                key = (path, None, None)
+                yield key, _role(model, modules, key)
+
+
+def _patterns(model: nn.Module, role: str) -> tuple[str, ...]:
+    row, kind = family(model), _model_type(model)
+    if row is None:
         raise ValueError(
-            f"role {target!r} is not known for {type(model).__name__}"
-            f"{f' (model type {kind})' if kind else ''}; families in the table: {', '.join(FAMILIES)}. "
-            "Give globs over module paths instead, such as '*.query'"
+            f"role {role!r} is not known for {type(model).__name__}{f' (model type {kind})' if kind else ''}; "
+            f"give globs over module paths instead, such as '*.query'; known model types: {', '.join(FAMILIES)}"
         )
-    if target not in FAMILIES[name]:
-        raise ValueError(f"role {target!r} does not exist in family {name}; it has {' '.join(FAMILIES[name])}")
-    return [(*_pattern(pattern), target) for pattern in FAMILIES[name][target]]
+    if role not in row.roles:
+        raise ValueError(f"role {role!r} does not exist in family {kind}; it has {' '.join(row.roles)}")
+    return row.roles[role]
 
 
 def _prefixes(path: str) -> list[str]:
@@ -180,28 +419,105 @@ def _prefixes(path: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
 
 
-def _pattern(pattern: str) -> tuple[Callable[[str], bool], tuple[int, int] | None]:
-    path, _, rows = pattern.partition("[")
-    expression = re.compile(r"(?:.*\.)?" + re.escape(path).replace(r"\#", r"\d+"))
-    index, _, of = rows[:-1].partition("/")
-    part = (int(index), int(of)) if rows else None
-    return lambda candidate: expression.fullmatch(candidate) is not None, part
+@functools.cache
+def _expression(pattern: str) -> re.Pattern[str]:
+    return re.compile(r"(.*\.)?" + re.escape(pattern).replace(r"\#", r"(\d+)"))
 
 
-def _role(model: nn.Module, path: str) -> str:
-    """The role of a whole module that was picked by a glob, so that patterns by role hold there too."""
-    for role, patterns in FAMILIES.get(family(model) or "", {}).items():
-        if any(part is None and test(path) for test, part in map(_pattern, patterns)):
+def _match(pattern: str, path: str) -> re.Match[str] | None:
+    return _expression(pattern).fullmatch(path)
+
+
+def _beside(match: re.Match[str], pattern: str) -> str:
+    """The path that `pattern` means in the layer where another pattern matched."""
+    prefix, *numbers = match.groups()
+    for number in numbers:
+        pattern = pattern.replace("#", number, 1)
+    return (prefix or "") + pattern
+
+
+def _key(model: nn.Module, modules: dict[str, nn.Module], pattern: str, path: str) -> Key | None:
+    """What a pattern of the table names at `path`."""
+    place, _, part = pattern.partition("[")
+    entry, _, end = place.rpartition(">")
+    if (match := _match(end, path)) is None:
+        return None
+    start = _beside(match, entry) if entry else None
+    return path, _rows(model, Site(path, modules[path]), part[:-1]) if part else None, start
+
+
+def _rows(model: nn.Module, site: Site, part: str) -> Rows:
+    """Where a part of a fused linear lies among its output rows."""
+    layouts = (layout(model.config) for layout in cast(Family, family(model)).fused)
+    groups, units = next((groups, units) for groups, units in layouts if part in units)
+    names = list(units)
+    unit = site.n_out // groups // sum(units.values())
+    start = unit * sum(units[name] for name in names[: names.index(part)])
+    return Rows(start, start + unit * units[part], groups)
+
+
+def _spans(modules: dict[str, nn.Module], target: str) -> Iterator[Key]:
+    """Each entry with the next exit of its layer, in model order."""
+    entry, _, end = target.partition(">")
+    waiting: str | None = None
+    for path in modules:
+        if path and matches(path, end) and waiting is not None and _layer(path) == _layer(waiting):
+            yield path, None, waiting
+            waiting = None
+        elif path and matches(path, entry):
+            if waiting is not None:
+                break
+            waiting = path
+    if waiting is not None:
+        raise ValueError(f"span {target!r}: {waiting} has no exit after it in its layer; give as many exits as entries")
+
+
+def _layer(path: str) -> str:
+    """The path up to the first number that has modules under it: the stack and the layer in it."""
+    layer = re.match(r"(.*?\.)?\d+(?=\.)", path)
+    return layer[0] if layer else ""
+
+
+def _role(model: nn.Module, modules: dict[str, nn.Module], key: Key) -> str:
+    """The role of what a glob picked, so that patterns by role hold there too."""
+    row = family(model)
+    for role, patterns in row.roles.items() if row else ():
+        if any(_key(model, modules, pattern, key[0]) == key for pattern in patterns):
             return role
     return ""
 
 
-def _rows(path: str, module: nn.Module, part: tuple[int, int] | None) -> tuple[int, int] | None:
-    if part is None:
-        return None
-    index, of = part
-    size = Site(path, module).n_out // of
-    return index * size, (index + 1) * size
+def _norm(
+    model: nn.Module, modules: dict[str, nn.Module], path: str
+) -> tuple[nn.Module | None, bool | None, nn.Module | None]:
+    """Of the sublayer that the module at `path` belongs to: (LayerNorm, does it come before, module that the residual
+    enters)."""
+    if (row := family(model)) is None:
+        return None, None, None
+    for sublayer, roles in _SUBLAYERS.items():
+        for pattern in (p for role in roles for p in row.roles.get(role, ())):
+            if match := _match(pattern.partition("[")[0].rpartition(">")[2], path):
+                return _sublayer(model.config, row, sublayer, modules, match)
+    return None, None, None
+
+
+def _sublayer(
+    config: Any, row: Family, sublayer: str, modules: dict[str, nn.Module], match: re.Match[str]
+) -> tuple[nn.Module | None, bool | None, nn.Module | None]:
+    def first(patterns: Iterable[str]) -> nn.Module | None:
+        beside = (modules.get(_beside(match, pattern.partition("[")[0])) for pattern in patterns)
+        return next((module for module in beside if module is not None), None)
+
+    norm = first(row.norms[sublayer])
+    before = row.prenorm(config) if callable(row.prenorm) else row.prenorm
+    if norm is None or before is None:
+        return norm, None, None
+    # The residual is what the LayerNorm gets, or where none comes before the sublayer what its first linear gets.
+    return (
+        norm,
+        before,
+        norm if before else first(row.roles[{"ffn": "up", "attn": "q", "cross.attn": "cross.q"}[sublayer]]),
+    )
 
 
 def _in_layers(sites: list[Site], layers: Sequence[int] | None) -> list[Site]:
@@ -218,8 +534,7 @@ def _in_layers(sites: list[Site], layers: Sequence[int] | None) -> list[Site]:
 
 
 def _hint(model: nn.Module, modules: dict[str, nn.Module]) -> str:
-    name = family(model)
-    if name:
-        return f"family {name} has the roles {' '.join(FAMILIES[name])}; or give a glob over module paths"
+    if row := family(model):
+        return f"family {_model_type(model)} has the roles {' '.join(row.roles)}; or give a glob over module paths"
     paths = [path for path in modules if path]
     return f"its modules are {', '.join(paths[:6])}{', ...' if len(paths) > 6 else ''}"

@@ -9,13 +9,15 @@ import types
 import zlib
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .method import Tuner, promoted
+from .method import Changes, Tuner, as_matrix, promoted
+from .rows import routing
+from .taps import forget, seen
 
 
 def matches(path: str, pattern: str) -> bool:
@@ -23,39 +25,74 @@ def matches(path: str, pattern: str) -> bool:
     return fnmatchcase(path, pattern) or fnmatchcase(path, "*." + pattern)
 
 
+class Rows(NamedTuple):
+    """Some output rows of a fused linear: start to stop inside each of `groups` equal groups of its rows."""
+
+    start: int
+    stop: int
+    groups: int = 1
+
+    def of(self, t: Tensor, dim: int = 0) -> Tensor:
+        """These rows of `t` along `dim`; of one group, a view."""
+        if self.groups == 1:
+            return t.narrow(dim, self.start, self.stop - self.start)
+        dim %= t.dim()
+        inner = t.unflatten(dim, (self.groups, -1)).narrow(dim + 1, self.start, self.stop - self.start)
+        return inner.flatten(dim, dim + 1)
+
+
 class Site:
-    """A module, or some output rows of a fused linear, that one tuner tunes.
+    """A module, some output rows of a fused linear, or the span between two linears, that one tuner tunes.
 
     name: path of the module in the model.   role: the role it was picked by, or "".
-    rows: (start, stop) of the output features for a part of a fused linear, None for the whole module.
-    kind: "linear" (also transformers' Conv1D), "embedding", "norm" or "module".
+    rows: the output features of a part of a fused linear, None for the whole module.
+    entry: the linear where a span begins that ends in `module`, or None.
+    norm: the LayerNorm of the sublayer that the module belongs to, or None.   prenorm: True: the norm's input is the
+    residual and its output enters the sublayer; False: the norm comes after the addition; None: unknown.
+    residual: the module whose input is what the model adds to the sublayer's output, or None.
+    kind: "linear" (also transformers' Conv1D), "conv", "embedding", "norm", "span" or "module".
     """
 
-    def __init__(
-        self, name: str, module: nn.Module, role: str = "", rows: tuple[int, int] | None = None, seed: int = 0
-    ):
+    entry: nn.Module | None = None
+    norm: nn.Module | None = None
+    prenorm: bool | None = None
+    residual: nn.Module | None = None
+
+    def __init__(self, name: str, module: nn.Module, role: str = "", rows: Rows | None = None, seed: int = 0):
         self.name, self.module, self.role, self.rows, self.seed = name, module, role, rows, seed
-        self.kind = _kind(module)
-        # transformers' Conv1D keeps [in, out]; everybody above sees [out, in].
-        self.transposed = self.kind == "linear" and not isinstance(module, nn.Linear)
-        # Its function is the one its class is known for, so weights alone describe it.
-        self.plain = self.transposed or _original(module).forward in (nn.Linear.forward, nn.LayerNorm.forward)
+        self.layout = _layout(module)
+        self._kind = _kind(module)
+        self.plain = _plain(module)  # its function is the one its class is known for, so weights alone describe it
         self.lifted: Callable | None = None  # an instance `forward` found at attach: it is the innermost callable then
         self._drawn = 0
 
     def __repr__(self) -> str:
-        rows = f"[{self.rows[0]}:{self.rows[1]}]" if self.rows else ""
+        rows = f"[{self.rows.start}:{self.rows.stop} of {self.rows.groups}]" if self.rows else ""
         return f"Site({self.name}{rows}, {self.kind})"
 
+    def key(self, what: str) -> str:
+        """Names an input that a tuner here sees: "entry" of its span, "residual" of its sublayer."""
+        return f"{what} of {self.name}"
+
+    @property
+    def address(self) -> str:
+        """The target that picks this site alone, "role@path"; without a role "@path"."""
+        return f"{self.role}@{self.name}"
+
     def matches(self, patterns: tuple[str, ...]) -> bool:
-        """Whether a role or glob among `patterns` names this site."""
-        return any(self.role == p or matches(self.name, p) for p in patterns)
+        """Whether a role, glob or address among `patterns` names this site."""
+        return any(p in (self.role, self.address, f"@{self.name}") or matches(self.name, p) for p in patterns)
+
+    @property
+    def kind(self) -> str:
+        return self._kind if self.entry is None else "span"
 
     # -- the module's own weights, as [out, in] ---------------------------------------------------------------------
+    # A convolution's in is channels x kernel; an embedding is a linear layer on one-hot rows: [width, vocabulary].
 
     @property
     def weight(self) -> Tensor:
-        return self._rows(self._oriented(self._weight))
+        return self._rows(as_matrix(self._weight, self.layout))
 
     @property
     def bias(self) -> Tensor | None:
@@ -64,31 +101,46 @@ class Site:
 
     @property
     def n_out(self) -> int:
-        return self.weight.shape[0]
+        """Features of the output; of a module, those of its last linear."""
+        return self._linears()[-1].n_out if self.kind == "module" else self.weight.shape[0]
 
     @property
     def n_in(self) -> int:
+        """Features of the input; of a span or module, those of its first linear."""
+        if self.kind in ("module", "span"):
+            return self._linears()[0].n_in
         return self.weight.shape[-1]
+
+    def _linears(self) -> list[Site]:
+        if self.entry is not None:
+            return [Site(self.name, self.entry), Site(self.name, self.module)]
+        inside = [Site(f"{self.name}.{path}", m) for path, m in base_modules(self.module) if _kind(m) == "linear"]
+        if not inside:
+            raise ValueError(f"{self.name}: {type(self.module).__name__} has no linear layer; its width is not known")
+        return inside
 
     def read(self, params: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """(weight [out, in], bias or None) of parameters by name."""
         bias = params.get("bias")
-        return self._rows(self._oriented(params["weight"])), None if bias is None else self._rows(bias)
+        return self._rows(as_matrix(params["weight"], self.layout)), None if bias is None else self._rows(bias)
 
     def written(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """The inverse of read, for a whole module."""
-        params = {"weight": self._oriented(weight)}
+        params = {"weight": self._stored(weight)}
         return params if bias is None else {**params, "bias": bias}
 
     @property
     def _weight(self) -> Tensor:
         return cast(Tensor, self.module.weight)
 
-    def _oriented(self, weight: Tensor) -> Tensor:
-        return weight.T if self.transposed else weight
-
     def _rows(self, t: Tensor) -> Tensor:
-        return t if self.rows is None else t[self.rows[0] : self.rows[1]]
+        return t if self.rows is None else self.rows.of(t)
+
+    def _stored(self, weight: Tensor) -> Tensor:
+        """The inverse of as_matrix, for any number of output features."""
+        if self.layout == "kernel":
+            return weight.unflatten(1, self._weight.shape[1:])
+        return as_matrix(weight, self.layout)
 
     # -- calls ------------------------------------------------------------------------------------------------------
 
@@ -99,16 +151,27 @@ class Site:
         return base_class(self.module).forward(self.module, *args, **kwargs)
 
     def apply(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        """The module's function of x with other weights."""
-        dtype = self._weight.dtype
+        """The module's function of x with other weights, of any number of output features."""
+        module, dtype = self.module, self._weight.dtype
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        if self.kind == "linear" and self.plain:
+        if not self.plain:
+            raise TypeError(
+                f"{self.name}: {type(module).__name__} has no functional form; the tuner must write forward"
+            )
+        if self._kind == "linear":
             return F.linear(x, weight, bias)
-        if isinstance(self.module, nn.LayerNorm) and self.plain:
-            return F.layer_norm(x, self.module.normalized_shape, weight, bias, self.module.eps)
-        raise TypeError(
-            f"{self.name}: {type(self.module).__name__} has no functional form; the tuner must write forward"
-        )
+        if isinstance(module, _CONVOLUTIONS):
+            return module._conv_forward(x, self._stored(weight), bias)
+        if isinstance(module, nn.Embedding):
+            y = F.embedding(x, weight.T, module.padding_idx)
+            scale = getattr(module, "embed_scale", None)
+            return y if scale is None else y * scale
+        assert isinstance(module, nn.LayerNorm)  # the last of the plain classes
+        return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+
+    def channels(self, y: Tensor) -> int:
+        """The dimension of the output y that holds the features."""
+        return y.dim() - self._weight.dim() + 1 if self.layout == "kernel" else y.dim() - 1
 
     # -- what a tuner asks for --------------------------------------------------------------------------------------
 
@@ -154,14 +217,33 @@ class Site:
         return replica
 
 
-def _original(module: nn.Module) -> Any:
-    return base_class(module) if adapters_of(module) is not None else type(module)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _layout(module: nn.Module) -> str:
+    """How the module keeps its weight: "rows" [out, in], "columns" [in, out] or "kernel" [out, in, ...]."""
+    if isinstance(module, _CONVOLUTIONS):
+        return "kernel"
+    columns = isinstance(module, nn.Embedding) or (_kind(module) == "linear" and not isinstance(module, nn.Linear))
+    return "columns" if columns else "rows"
+
+
+def _plain(module: nn.Module) -> bool:
+    cls: Any = base_class(module) if adapters_of(module) is not None else type(module)
+    if isinstance(module, nn.Embedding):  # transformers' scaled ones multiply the rows afterwards
+        return module.max_norm is None and (cls.forward is nn.Embedding.forward or hasattr(module, "embed_scale"))
+    # transformers' Conv1D and FalconLinear have a forward of their own that is F.linear.
+    if _kind(module) == "linear" and not isinstance(module, nn.Linear) or type(module).__name__ == "FalconLinear":
+        return True
+    return cls.forward in [known.forward for known in (nn.Linear, nn.LayerNorm, *_CONVOLUTIONS)]
 
 
 def _kind(module: nn.Module) -> str:
     name = type(module).__name__
     if isinstance(module, nn.Linear) or (name == "Conv1D" and hasattr(module, "nf")):
         return "linear"
+    if isinstance(module, _CONVOLUTIONS):
+        return "conv"
     if isinstance(module, nn.Embedding):
         return "embedding"
     return "norm" if name.endswith(("LayerNorm", "RMSNorm")) else "module"
@@ -194,6 +276,10 @@ class Base:
             return self.site.call(*args, **kwargs)
         return self.tuner(self.below, *args, **kwargs)
 
+    def seen(self, what: str) -> Tensor:
+        """In this call: "residual", what the model adds to the sublayer's output; "entry", the input of the span."""
+        return seen(self.site.key(what)) if self.below is None else self.below.seen(what)
+
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """(weight, bias) of everything below, as if it were merged."""
         if self.tuner is None or self.below is None:
@@ -205,19 +291,22 @@ class _PartBase:
     """The base of a tuner that sees some output rows of a fused linear: y was computed for all rows at once."""
 
     innermost = False
-    fresh = False  # y is a view of the fused output
+    fresh = False  # y may be a view of the fused output
 
-    def __init__(self, site: Site, rows: slice, base: Base, x: Tensor, y: Tensor):
+    def __init__(self, site: Site, rows: Rows, base: Base, x: Tensor, y: Tensor):
         self.site, self.rows, self.base, self.x, self.y = site, rows, base, x, y
 
     def __call__(self, x: Tensor) -> Tensor:
         if x is self.x:
-            return self.y[..., self.rows]
+            return self.rows.of(self.y, dim=-1)
         return self.site.apply(*self.effective(), x)  # the tuner changed the input: its rows are computed anew
+
+    def seen(self, what: str) -> Tensor:
+        return self.base.seen(what)
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.base.effective()
-        return weight[self.rows], None if bias is None else bias[self.rows]
+        return self.rows.of(weight), None if bias is None else self.rows.of(bias)
 
 
 class Parts(Tuner):
@@ -232,10 +321,9 @@ class Parts(Tuner):
             self.site_name = site.name
             self._modules[label] = tuner
 
-    def parts(self) -> Iterator[tuple[Site, slice, Tuner]]:
+    def parts(self) -> Iterator[tuple[Site, Rows, Tuner]]:
         for label, site in self.sites.items():
-            start, stop = site.rows or (0, site.n_out)
-            yield site, slice(start, stop), cast(Tuner, self._modules[label])
+            yield site, cast(Rows, site.rows), cast(Tuner, self._modules[label])
 
     @property
     def mergeable(self) -> bool:
@@ -249,7 +337,7 @@ class Parts(Tuner):
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         weights, biases = [], []
         for _, rows, tuner in self.parts():
-            w, b = tuner.fold(weight[rows], None if bias is None else bias[rows])
+            w, b = tuner.fold(rows.of(weight), None if bias is None else rows.of(bias))
             weights.append((rows, w))
             if b is not None:
                 biases.append((rows, b))
@@ -257,15 +345,19 @@ class Parts(Tuner):
             bias = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
         return _assemble(weight, weights, dim=0), None if bias is None else _assemble(bias, biases, dim=0)
 
-    def changes(self) -> tuple[int, int]:
-        changed, rank = zip(*(tuner.changes() for _, _, tuner in self.parts()), strict=True)
-        return sum(changed), sum(rank)
+    def changes_by_rows(self) -> dict[Any, Changes]:
+        return {rows: tuner.changes() for _, rows, tuner in self.parts()}
 
 
-def _assemble(whole: Tensor, parts: list[tuple[slice, Tensor]], dim: int) -> Tensor:
-    """`whole` with the given ranges along `dim` replaced, without writing into it."""
+def _assemble(whole: Tensor, parts: list[tuple[Rows, Tensor]], dim: int) -> Tensor:
+    """`whole` with the given rows along `dim` replaced, without writing into it."""
+    groups = parts[0][0].groups
+    if groups > 1:
+        dim %= whole.dim()
+        split = [(Rows(rows.start, rows.stop), part.unflatten(dim, (groups, -1))) for rows, part in parts]
+        return _assemble(whole.unflatten(dim, (groups, -1)), split, dim + 1).flatten(dim, dim + 1)
     pieces, at = [], 0
-    for rows, part in sorted(parts, key=lambda item: item[0].start):
+    for rows, part in sorted(parts, key=lambda item: item[0]):
         if rows.start > at:
             pieces.append(whole.narrow(dim, at, rows.start - at))
         pieces.append(part)
@@ -279,12 +371,15 @@ class Adapters(nn.Module):
     """`module.peft`: the tuners at one module by adapter name, bottom of the stack first, and the active chain."""
 
     site: Site
-    chain: Base
+    chain: Base  # the active tuners on top of each other
+    many: Base | Many  # each batch row with its own tuner
+    key: int | None  # of the model, for routes
+    seen: tuple[str, ...]  # inputs noted for the tuners here, dropped after the call
 
     def __init__(self, site: Site):
         super().__init__()
         # Past nn.Module's attribute rules, or an adapter could not be called "site" or "chain".
-        vars(self).update(site=site, chain=Base(site))
+        vars(self).update(site=site, chain=Base(site), many=Base(site), key=None, seen=())
 
     @property
     def module(self) -> nn.Module:
@@ -296,13 +391,44 @@ class Adapters(nn.Module):
     def tuners(self) -> dict[str, Tuner]:
         return cast(dict[str, Tuner], self._modules)
 
-    def activate(self, names: list[str]) -> None:
-        """Rebuilds the chain from the named tuners, in attach order."""
-        chain = Base(self.site)
+    def activate(self, names: list[str], numbers: dict[str, int]) -> None:
+        """Rebuilds the chain from the named tuners, in attach order, and `many` from all by their adapter's number."""
+        chain: Base = Base(self.site)
         for name, tuner in self.tuners.items():
             if name in names:
                 chain = Base(self.site, chain, tuner)
-        vars(self)["chain"] = chain
+        many: Base | Many = Base(self.site)
+        classes = dict.fromkeys(type(tuner) for tuner in self.tuners.values())
+        for cls in classes:
+            many = Many(many, cls, {numbers[n]: t for n, t in self.tuners.items() if type(t) is cls}, self)
+        seen = tuple(key for tuner in self.tuners.values() for key in tuner.taps)
+        vars(self).update(chain=chain, many=many, seen=seen)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The module with its tuners: what the swapped class's forward calls."""
+        chain = self.chain if routing(self.key) is None else self.many
+        out = chain(*args, **kwargs)
+        if self.seen:
+            forget(self.seen)
+        return out
+
+
+class Many:
+    """The callable of a routed module: the tuners of one class on their rows, the callable below on the others."""
+
+    fresh = False
+
+    def __init__(self, below: Base | Many, cls: type[Tuner], tuners: dict[int, Tuner], adapters: Adapters):
+        self.site: Site = below.site
+        self.below, self.cls, self.tuners, self.adapters = below, cls, tuners, adapters
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        route = routing(self.adapters.key)
+        assert route is not None
+        return self.cls.forward_many(self.below, self.tuners, route, *args, **kwargs)
+
+    def seen(self, what: str) -> Tensor:
+        return self.below.seen(what)
 
 
 def _members(self: nn.Sequential) -> list[nn.Module]:
@@ -326,7 +452,7 @@ def adapted(cls: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(cls.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.peft.chain(*args, **kwargs)
+        return self.peft.run(*args, **kwargs)
 
     def __reduce_ex__(self, protocol):  # noqa: N807
         return _rebuild, (cls,), self.__dict__

@@ -18,12 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .._version import __version__
-from .attach import Adapter, Part, attach_parts, detach, names_of, state_of, tuners
-from .method import Method
+from .attach import Adapter, attach_parts, detach, names_of, state_of, tuners
+from .method import Part
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _FORMAT = "peft_kernels"
+# What fine-tuning gives the config of a transformers model and the base model's files do not have.
+_OF_THE_TASK = ("id2label", "label2id", "problem_type", "pad_token_id")
 
 
 def tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -76,17 +78,9 @@ def load(
     directory = Path(directory)
     if name is not None and (directory / name / CONFIG).exists():
         directory = directory / name  # several adapters were saved here
-    config, digest = _read_config(directory)
+    config, digest = read_config(directory)
     try:
-        parts = [
-            Part(
-                Method.from_json(part["method"]),
-                tuple(part["targets"]),
-                tuple(part["exclude"]),
-                None if part["layers"] is None else tuple(part["layers"]),
-            )
-            for part in config["parts"]
-        ]
+        parts = [Part.from_json(part) for part in config["parts"]]
         adapter, saved_name = Adapter(parts, config["seed"]), config["name"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{directory / CONFIG} is not a complete adapter configuration ({error!r})") from None
@@ -122,24 +116,28 @@ def fill(own: dict[str, Tensor], values: dict[str, Tensor], directory: Path | No
 
 
 def _config(model: nn.Module, name: str) -> dict[str, Any]:
-    adapter = state_of(model).adapters[name]
+    adapter, own = state_of(model).adapters[name], getattr(model, "config", None)
+    kind = getattr(own, "model_type", None)
+    task = {key: value for key in _OF_THE_TASK if (value := getattr(own, key, None)) is not None}
     return {
         "format": _FORMAT,
         "version": __version__,
         "name": name,
-        "model": {"class": type(model).__name__, "type": getattr(getattr(model, "config", None), "model_type", None)},
-        **recipe(adapter),
+        "model": {
+            "class": type(model).__name__,
+            "type": kind,
+            "source": str(getattr(own, "name_or_path", "")) or None,
+            "config": task if kind else {},
+        },
+        **described(adapter),
     }
 
 
-def recipe(adapter: Adapter) -> dict[str, Any]:
+def described(adapter: Adapter) -> dict[str, Any]:
     """What was attached where, for JSON."""
     return {
         "seed": adapter.seed,
-        "parts": [
-            {"method": p.method.to_json(), "targets": p.targets, "exclude": p.exclude, "layers": p.layers}
-            for p in adapter.parts
-        ],
+        "parts": [part.to_json() for part in adapter.parts],
     }
 
 
@@ -188,7 +186,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _read_config(directory: Path) -> tuple[dict[str, Any], str]:
+def read_config(directory: Path) -> tuple[dict[str, Any], str]:
+    """(what `save` wrote beside the weights, the digest that ties the two); FileNotFoundError, ValueError as `load`."""
     path = directory / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"{directory} holds no adapter ({CONFIG} is missing)")

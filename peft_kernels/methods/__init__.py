@@ -2,8 +2,26 @@
 
 from ..engine.method import methods
 from .bitfit import BitFit
+from .dora import DoRA
 from .full import FullTuning, Head
+from .gated import Gated
 from .ia3 import IA3
+from .layertype import LayerType
 from .lora import LoRA
+from .toplayers import TopLayers
+from .union import ByLayer, Union
 
-__all__ = ["IA3", "BitFit", "FullTuning", "Head", "LoRA", "methods"]
+__all__ = [
+    "IA3",
+    "BitFit",
+    "ByLayer",
+    "DoRA",
+    "FullTuning",
+    "Gated",
+    "Head",
+    "LayerType",
+    "LoRA",
+    "TopLayers",
+    "Union",
+    "methods",
+]

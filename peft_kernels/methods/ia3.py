@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .. import ops
-from ..engine.method import Method, Tuner
+from ..engine.method import Changes, Method, Tuner
 from ..engine.site import Base, Site
 
 
@@ -20,6 +20,8 @@ class IA3(Method, roles=("k", "v", "down"), lr=3e-3, tiny={}):
 
 
 class IA3Tuner(Tuner, method=IA3):
+    additive = True
+
     def __init__(self, cfg: IA3, site: Site):
         super().__init__(cfg, site)
         self.on_input = site.matches(cfg.feedforward)
@@ -38,5 +40,5 @@ class IA3Tuner(Tuner, method=IA3):
             return base(ops.rescale(x, self.l))
         return ops.rescale(base(x), self.l)
 
-    def changes(self) -> tuple[int, int]:
-        return self.shape[0] * self.shape[1] + self.scaled_biases, min(self.shape)
+    def changes(self) -> Changes:
+        return Changes(self.shape[0] * self.shape[1], self.scaled_biases, min(self.shape))

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..engine.method import Method, Tuner
+from ..engine.method import Changes, Method, Tuner
 from ..engine.site import Base, Site
 
 
 @dataclass(frozen=True)
-class LoRA(Method, roles=("q", "v"), lr=2e-3, tiny={"rank": 2, "dropout": 0.25}):
-    """Low-rank update of linear layers. Hu et al. 2021, arXiv:2106.09685; rsLoRA: arXiv:2312.03732."""
+class LoRA(
+    Method,
+    roles=("q", "v"),
+    lr=2e-3,
+    tiny={"rank": 2, "dropout": 0.25},
+    kinds=("linear", "conv", "embedding"),
+):
+    """Low-rank update of linear layers, convolutions and embeddings. Hu et al. 2021, arXiv:2106.09685.
+
+    rsLoRA is Kalajdzievski 2023, arXiv:2312.03732.
+    """
 
     rank: int = 8  # rows of A, columns of B
     alpha: float = 16.0  # the update is scaled by alpha / rank
@@ -29,15 +40,18 @@ class LoRA(Method, roles=("q", "v"), lr=2e-3, tiny={"rank": 2, "dropout": 0.25})
         super().__post_init__()
         for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
             if rank < 1:
-                raise ValueError(f"LoRA {where} = {rank}; expected at least 1")
+                raise ValueError(f"{type(self).__name__} {where} = {rank}; expected at least 1")
         if not 0 <= self.dropout <= 1:
-            raise ValueError(f"LoRA dropout = {self.dropout}; expected a probability from 0 to 1")
+            raise ValueError(f"{type(self).__name__} dropout = {self.dropout}; expected a probability from 0 to 1")
 
     def select(self, sites: list[Site]) -> list[Site]:
         sites = super().select(sites)
         for key in (*self.rank_pattern, *self.alpha_pattern):
             if sites and not any(s.matches((key,)) for s in sites):
-                raise ValueError(f"LoRA pattern {key!r} matches none of the targets; give one of their roles or a glob")
+                name = type(self).__name__
+                raise ValueError(
+                    f"{name} pattern {key!r} matches none of the targets; give one of their roles or a glob"
+                )
         return sites
 
     def at(self, site: Site) -> LoRA:
@@ -45,14 +59,24 @@ class LoRA(Method, roles=("q", "v"), lr=2e-3, tiny={"rank": 2, "dropout": 0.25})
         limit = min(site.n_in, site.n_out)
         if rank > limit:
             raise ValueError(
-                f"LoRA rank = {rank} at {site.name}; a {site.n_out} x {site.n_in} layer takes at most {limit}"
+                f"{type(self).__name__} rank = {rank} at {site.name}; "
+                f"a {site.n_out} x {site.n_in} layer takes at most {limit}"
             )
         return replace(self, rank=rank, alpha=_last(self.alpha_pattern, site, self.alpha))
+
+    def with_ranks(self, ranks: dict[str, int]) -> LoRA:
+        rank = statistics.mode(ranks.values())
+        pattern = {where: r for where, r in ranks.items() if r != rank}
+        return replace(self, rank=rank, alpha=float(rank), rslora=False, rank_pattern=pattern, alpha_pattern={})
 
 
 def _last(pattern: dict[str, Any], site: Site, default: Any) -> Any:
     """The value of the last pattern that matches the site."""
     return next((v for k, v in reversed(pattern.items()) if site.matches((k,))), default)
+
+
+def _normal(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    return tensor.normal_(generator=generator)
 
 
 class LoRATuner(Tuner, method=LoRA):
@@ -62,23 +86,51 @@ class LoRATuner(Tuner, method=LoRA):
         super().__init__(cfg, site)
         self.scale = cfg.alpha / (math.sqrt(cfg.rank) if cfg.rslora else cfg.rank)
         self.dropout = cfg.dropout
-        self.a = site.param(cfg.rank, site.n_in, init="kaiming")  # [r, in]
-        self.b = site.param(site.n_out, cfg.rank, init="zeros")  # [out, r]
+        # An embedding reads few columns of A: with B = 0 they would hardly learn, so there A is 0 and B is drawn.
+        inits: tuple[Any, Any] = ("zeros", _normal) if site.kind == "embedding" else ("kaiming", "zeros")
+        self.a = site.param(cfg.rank, site.n_in, init=inits[0])  # [r, in]
+        self.b = site.param(site.n_out, cfg.rank, init=inits[1])  # [out, r]
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * (self.b @ self.a), bias
 
+    def draw(self, x: Tensor) -> tuple[float, Tensor | None]:
+        """(p, rng) of the dropout of one call."""
+        if not (self.training and self.dropout):
+            return 0.0, None
+        # From torch's generator, so that seeds, checkpointing and compile all see the draw.
+        return self.dropout, torch.randint(-(2**62), 2**62, (2,), device=x.device)
+
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        p, rng = 0.0, None
-        if self.training and self.dropout:
-            # From torch's generator, so that seeds, checkpointing and compile all see the draw.
-            p, rng = self.dropout, torch.randint(-(2**62), 2**62, (2,), device=x.device)
+        if base.site.kind != "linear":
+            return self._elsewhere(base, x)
+        p, rng = self.draw(x)
         if base.innermost:
             weight, bias = base.effective()
             return ops.lora_linear(x, weight, bias, self.a, self.b, self.scale, p=p, rng=rng)
         add = ops.lora_add_ if base.fresh else ops.lora_add
         return add(base(x), x, self.a, self.b, self.scale, p=p, rng=rng)
 
-    def changes(self) -> tuple[int, int]:
+    def _elsewhere(self, base: Base, x: Tensor) -> Tensor:
+        """At a convolution A is its kernel, down to r channels, and B is 1 x 1; at an embedding A is the table."""
+        site, groups = base.site, getattr(base.site.module, "groups", 1)
+        if groups > 1:
+            return super().forward(base, x)  # A mixes channels across groups: only the sum is a convolution
+        dropped = F.dropout(x, self.dropout, self.training) if site.kind == "conv" else x
+        h = site.apply(self.a, None, dropped)  # [..., r] or [..., r, *spatial]
+        channels = site.channels(h)
+        delta = F.linear(h.movedim(channels, -1), self.b.to(h.dtype)).movedim(-1, channels)
+        return base(x) + self.scale * delta
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        root = math.sqrt(abs(self.scale))
+        return self.a.detach().double() * root, self.b.detach().double() * math.copysign(root, self.scale)
+
+    def set_factors(self, a: Tensor, b: Tensor) -> None:
+        with torch.no_grad():
+            self.a.copy_(a)
+            self.b.copy_(b / self.scale)
+
+    def changes(self) -> Changes:
         rank, n_in = self.a.shape
-        return self.b.shape[0] * n_in, rank
+        return Changes(weight=self.b.shape[0] * n_in, rank=rank)

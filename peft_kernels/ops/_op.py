@@ -255,7 +255,8 @@ class Op:
         out = {}
         for name, _, serves in BACKENDS:
             if device in (None, serves):
-                self._load(serves)
+                if serves not in self._kernels:
+                    self._load(serves)
                 out[name] = self._absent.get(name, "")
         return {**out, "reference": ""}
 

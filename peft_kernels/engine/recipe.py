@@ -1,0 +1,56 @@
+"""Recipes: methods that are made of other methods, each at its own targets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from .method import Method, Part, numbers, words
+
+
+def at(
+    targets: Sequence[str] | str,
+    method: Method,
+    *,
+    exclude: Iterable[str] = (),
+    layers: Sequence[int] | int | None = None,
+) -> Part:
+    """`method` at roles or globs of its own, as a part of a recipe: pk.Union(pk.at("q", pk.LoRA()), pk.IA3())."""
+    return Part(_method(method), words(targets), words(exclude), numbers(layers))
+
+
+class Recipe(Method):
+    """A method made of parts: write `parts`, and all of them are attached under one adapter name."""
+
+    def parts(self) -> tuple[Part, ...]:
+        """The parts, bottom first where several meet at one module. Empty targets are the part's own."""
+        raise NotImplementedError
+
+    def expand(self, part: Part) -> list[Part]:
+        """Every part under the targets, excludes and layers given at attach; what a part says itself comes first."""
+        return [
+            inner
+            for own in self.parts()
+            for inner in own.method.expand(
+                dataclasses.replace(
+                    own,
+                    targets=own.targets or part.targets or own.method.roles,
+                    exclude=(*own.exclude, *part.exclude),
+                    layers=part.layers if own.layers is None else own.layers,
+                )
+            )
+        ]
+
+
+def as_parts(given: Iterable[Method | Part]) -> tuple[Part, ...]:
+    """Methods and parts as parts; ValueError for anything else and for none at all."""
+    parts = tuple(item if isinstance(item, Part) else Part(_method(item)) for item in given)
+    if not parts:
+        raise ValueError("a recipe of nothing; expected methods such as pk.LoRA(), or pk.at(targets, method)")
+    return parts
+
+
+def _method(value: object) -> Method:
+    if not isinstance(value, Method):
+        raise ValueError(f"a recipe got {value!r}; expected a method instance such as pk.LoRA(rank=8)")
+    return value

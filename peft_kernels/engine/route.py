@@ -1,0 +1,56 @@
+"""route: one batch, another adapter for each row."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from torch import nn
+
+from .attach import State, names_of, refresh, state_of
+from .rows import Routing, routed, routes
+from .site import base_parameters
+
+_keys = itertools.count(1)
+
+
+@contextmanager
+def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
+    """Within the `with`, batch row i runs the adapter names[i] alone (None: the frozen base), whatever is active.
+
+    A call with n * len(names) rows repeats each name n times, as beam search lays its beams out. Adapters of different
+    methods may share a batch; forward, backward and torch.compile work, and a compiled graph serves every route. The
+    route belongs to this thread. With gradient checkpointing pass `use_reentrant=False` and
+    `context_fn=pk.checkpoint_context`.
+    ValueError for an unknown name and, in the call, for a batch whose rows are no multiple of the names; RuntimeError
+    while merged, under torch.export, and in training under reentrant checkpointing, which would lose the route.
+    """
+    state = state_of(model)
+    if isinstance(names, str) or not len(names):
+        raise ValueError(f"route got {names!r}; expected a list with one adapter name or None per batch row")
+    for name in {n for n in names if n is not None}:
+        names_of(model, name)
+    if state.merged:
+        raise RuntimeError(f"{', '.join(state.merged)} is merged; pk.unmerge(model) before routing")
+    order = list(state.adapters)
+    device = next(p.device for _, p in base_parameters(model))
+    routing = Routing([-1 if n is None else order.index(n) for n in names], device)
+    with routed({**(routes() or {}), _key(model, state): routing}):
+        yield model
+
+
+def _key(model: nn.Module, state: State) -> int:
+    """The model's own key; a deep copy gets another, so that a route of one is no route of the other."""
+    if state.routes is None or state.routes[0] != id(model):
+        state.routes = id(model), next(_keys)
+        refresh(model)
+    return state.routes[1]
+
+
+def checkpoint_context() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """`context_fn` for torch.utils.checkpoint(use_reentrant=False): the recomputation takes the route of the forward.
+
+    Backward may then run outside the `with pk.route(...)`, and in another thread, as it does on CUDA.
+    """
+    return nullcontext(), routed(routes())

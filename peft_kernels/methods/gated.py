@@ -1,0 +1,67 @@
+"""Gated: a method whose effect is scaled by a learned function of the input. Mao et al. 2021, arXiv:2110.07577."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.method import Method, Phase, Tuner
+from ..engine.site import Base, Site
+from ..engine.stack import Known
+from .lora import LoRA
+
+
+@dataclass(frozen=True)
+class Gated(Method, roles=(), lr=2e-3, tiny={"inner": LoRA(rank=2)}, kinds=("linear", "span", "module")):
+    """A method scaled by a learned gate, one number per row of the batch. Mao et al. 2021, arXiv:2110.07577.
+
+    y + g (tuned - y) with g = mean over the sequence of sigmoid(w x + b), padding included. The gate depends on the
+    input, so a gated method cannot be merged.
+    """
+
+    inner: Method  # the gated one; its targets and learning rate hold
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.inner, Method) or not hasattr(self.inner, "tuner"):
+            raise ValueError(
+                f"Gated got {self.inner!r}; expected one method such as pk.LoRA(); gate each member of a union"
+            )
+        object.__setattr__(self, "roles", self.inner.roles)
+        object.__setattr__(self, "lr", self.inner.lr)
+
+    def select(self, sites: list[Site]) -> list[Site]:
+        return super().select(self.inner.select(sites))
+
+    def at(self, site: Site) -> Gated:
+        return replace(self, inner=self.inner.at(site))
+
+    def phases(self, total_steps: int) -> list[Phase]:
+        return self.inner.phases(total_steps)
+
+    def loss(self, model: nn.Module, batch: Any, outputs: Any) -> Tensor | None:
+        return self.inner.loss(model, batch, outputs)
+
+
+class GatedTuner(Tuner, method=Gated):
+    def __init__(self, cfg: Gated, site: Site):
+        super().__init__(cfg, site)
+        self.inner = cfg.inner.tuner(cfg.inner, site)
+        self.w = site.param(site.n_in, init="kaiming")  # [in]
+        self.b = site.param(1)
+
+    def enter(self, phase: str) -> None:
+        self.inner.enter(phase)
+
+    def forward(self, base: Base, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = base(x, *args, **kwargs)
+        tuned = self.inner(Known(base, (x, *args), y), x, *args, **kwargs)
+        gate = torch.sigmoid((x * self.w).sum(-1, keepdim=True) + self.b)  # [batch, ..., 1]
+        if gate.dim() > 2:
+            gate = gate.mean(dim=tuple(range(1, gate.dim() - 1)), keepdim=True)
+        if isinstance(y, tuple):  # attention returns its weights too
+            return (torch.lerp(y[0], tuned[0], gate.to(y[0].dtype)), *tuned[1:])
+        return torch.lerp(y, tuned, gate.to(y.dtype))

@@ -1,0 +1,46 @@
+"""Union and ByLayer: several methods as one adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from ..engine.method import Method, Part, numbers
+from ..engine.recipe import Recipe, as_parts
+from .ia3 import IA3
+from .lora import LoRA
+
+
+@dataclass(frozen=True, init=False)
+class Union(Recipe, roles=(), lr=2e-3, tiny={"members": (LoRA(rank=2), IA3())}, kinds=None):
+    """Several methods as one adapter: pk.Union(pk.LoRA(), pk.IA3()). Where they meet they stack in this order.
+
+    A member is a method, at its own targets or those given to attach, or pk.at(targets, method, layers=...).
+    """
+
+    members: tuple[Part, ...]
+
+    def __init__(self, *given: Method | Part, members: Iterable[Method | Part] = ()):
+        object.__setattr__(self, "members", as_parts((*given, *members)))
+
+    def parts(self) -> tuple[Part, ...]:
+        return self.members
+
+
+@dataclass(frozen=True, init=False)
+class ByLayer(Union, roles=(), lr=2e-3, tiny={"layers": {0: LoRA(rank=2), 1: IA3()}}, kinds=None):
+    """Another method for each layer: pk.ByLayer({(0, 1): pk.LoRA(rank=4), -1: pk.IA3()})."""
+
+    def __init__(
+        self,
+        layers: Mapping[int | tuple[int, ...], Method | Part] | None = None,
+        *,
+        members: Iterable[Method | Part] = (),
+    ):
+        chosen = layers or {}
+        given = (
+            [replace(part, layers=numbers(key)) for key, part in zip(chosen, as_parts(chosen.values()), strict=True)]
+            if chosen
+            else []
+        )
+        super().__init__(*given, members=members)

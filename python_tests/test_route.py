@@ -1,0 +1,239 @@
+"""Routing: each row of a batch runs its own adapter, whatever the methods, the direction and the thread."""
+
+import copy
+import threading
+
+import pytest
+import torch
+import torch._dynamo.testing
+from models import FAMILIES, METHODS, assert_same, close, make, over, perturb, snapshot, targets_of
+from torch.utils.checkpoint import checkpoint
+
+import peft_kernels as pk
+from peft_kernels.engine.attach import tuners
+
+ROUTES = (["a", "b"], [None, "a"], ["b", None], [None, None], ["b", "b"])
+
+
+def two(key, family, other=None, dtype=torch.float32):
+    """A model with adapters a and b, of one method or of two."""
+    case = make(family, dtype)
+    for seed, (name, method) in enumerate((("a", key), ("b", other or key))):
+        cfg = METHODS[method](**METHODS[method].tiny)
+        pk.attach(case.model, cfg, targets_of(method, family), name=name, seed=seed)
+        perturb(case.model, name)
+    if family == "mlp":
+        case.inputs["x"] = case.inputs["x"][:2]
+    for module in case.model.modules():
+        if hasattr(module, "config"):
+            module.config.use_cache = False  # a block trained whole cannot take rows of a cache
+    return case
+
+
+def alone(case, name):
+    pk.set_active(case.model, [] if name is None else [name])
+    return case.call(case.model)
+
+
+@pytest.mark.parametrize(("key", "family"), over(FAMILIES))
+def test_each_row_is_as_if_its_adapter_were_alone(key, family):
+    case = two(key, family)
+    single = {name: alone(case, name).detach() for name in ("a", "b", None)}
+    before = snapshot(case.model)
+    pk.set_active(case.model, ["a"])
+    for names in ROUTES:
+        with pk.route(case.model, names):
+            out = case.call(case.model)
+        for i, name in enumerate(names):
+            close(out[i], single[name][i])
+    close(case.call(case.model), single["a"])
+    assert_same(case.model, before)
+
+
+@pytest.mark.parametrize(("key", "family"), over(FAMILIES))
+def test_gradients_of_a_mixed_batch(key, family):
+    """Every adapter gets the gradient of its own rows, with backward outside the `with`."""
+    # Nothing else can sit in a module trained whole.
+    other = {"ia3": "lora", "full": "full", "toplayers": "toplayers"}.get(key, "ia3")
+    case = two(key, family, other, torch.float64)
+    params = {n: p for n, p in case.model.named_parameters() if p.requires_grad}
+    weight = torch.randn(case.call(case.model).shape, dtype=torch.float64)
+    slow = {n: torch.zeros_like(p) for n, p in params.items()}
+    for i, name in enumerate(("a", "b")):
+        out = alone(case, name)
+        grads = torch.autograd.grad((out[i] * weight[i]).sum(), list(params.values()), allow_unused=True)
+        for n, g in zip(params, grads, strict=True):
+            if g is not None:
+                slow[n] += g
+    with pk.route(case.model, ["a", "b"]):
+        out = case.call(case.model)
+    fast = torch.autograd.grad((out * weight).sum(), list(params.values()), allow_unused=True)
+    for s, f in zip(slow.values(), fast, strict=True):
+        close(torch.zeros_like(s) if f is None else f, s, torch.float64)
+
+
+def test_rows_without_an_adapter_are_bit_equal_to_the_base():
+    case = two("lora", "llama", "bitfit")
+    with torch.no_grad():
+        base = alone(case, None)
+        with pk.route(case.model, [None, None]):
+            assert torch.equal(case.call(case.model), base)
+        linear = case.model.model.layers[0].self_attn.q_proj
+        x = torch.randn(2, 3, 16)
+        plain = linear(x)
+        with pk.route(case.model, ["a", None]):
+            out = linear(x)
+        assert torch.equal(out[1], plain[1])
+        assert not torch.equal(out[0], plain[0])
+
+
+def test_one_graph_under_changing_routes():
+    case = two("lora", "llama", "ia3")
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(case.model, fullgraph=True, backend=counter)
+    single = {name: alone(case, name).detach() for name in ("a", "b", None)}
+    for names in ROUTES:
+        with pk.route(case.model, names):
+            out = case.call(compiled)
+        for i, name in enumerate(names):
+            close(out[i], single[name][i])
+    assert counter.frame_count == 1
+    with pk.route(case.model, ["a", "b"]):
+        case.loss(compiled).backward()
+    assert counter.frame_count == 1
+
+
+def test_threads_do_not_mix():
+    case = two("lora", "bert", "bitfit")
+    single = {name: alone(case, name).detach() for name in ("a", "b", None)}
+    wrong, start = [], threading.Barrier(4)
+
+    def work(names):
+        start.wait()
+        for _ in range(10):
+            with torch.no_grad(), pk.route(case.model, names):
+                out = case.call(case.model)
+            if not all(torch.allclose(out[i], single[n][i], atol=1e-5) for i, n in enumerate(names)):
+                wrong.append(names)
+
+    threads = [threading.Thread(target=work, args=(names,)) for names in ROUTES[:4]]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_beams_repeat_each_name():
+    case = two("lora", "gpt2")
+    ids = case.inputs["input_ids"]
+    single = {name: alone(case, name) for name in ("a", "b")}
+    with torch.no_grad(), pk.route(case.model, ["a", "b"]):
+        out = case.model(ids.repeat_interleave(3, 0)).logits
+    for row in range(6):
+        close(out[row], single["ab"[row // 3]][row // 3])
+    options = dict(num_beams=2, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    pk.set_active(case.model, ["b"])
+    alone_b = case.model.generate(ids[1:], **options)
+    with pk.route(case.model, ["a", "b"]):
+        both = case.model.generate(ids, **options)
+    length = alone_b.shape[1]
+    assert torch.equal(both[1, :length], alone_b[0])
+
+
+@pytest.mark.parametrize("where", ["here", "another thread"])
+def test_checkpointed_and_routed(where):
+    case = two("lora", "llama", "ia3")
+    case.model.train()
+
+    def gradients():
+        torch.manual_seed(3)
+        case.model.zero_grad()
+        with pk.route(case.model, ["a", "b"]):
+            loss = case.loss(case.model)
+        if where == "here":
+            loss.backward()
+        else:
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join()
+        return {n: p.grad.clone() for n, p in case.model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    options = {"use_reentrant": False, "context_fn": pk.checkpoint_context}
+    case.model.gradient_checkpointing_enable(options)
+    checkpointed = gradients()
+    assert plain.keys() == checkpointed.keys()
+    for n, g in plain.items():
+        close(checkpointed[n], g)
+
+
+def test_reentrant_checkpointing_is_refused():
+    case = two("lora", "mlp")
+    x = torch.randn(2, 12, requires_grad=True)
+    case.model.train()
+    with pk.route(case.model, ["a", None]), pytest.raises(RuntimeError, match="use_reentrant=False"):
+        checkpoint(case.model, x, use_reentrant=True)
+
+
+def test_two_models_and_a_copy_have_their_own_routes():
+    case, twin = two("lora", "mlp"), two("ia3", "mlp")
+    other = copy.deepcopy(case.model)
+    a, b = alone(case, "a"), alone(twin, "b")
+    pk.set_active(other, ["a"])
+    with pk.route(case.model, ["a", "a"]), pk.route(twin.model, ["b", "b"]):
+        close(case.call(case.model), a)
+        close(twin.call(twin.model), b)
+        with pk.route(other, ["b", None]):
+            close(case.call(case.model), a)
+    with pk.route(case.model, ["b", "b"]):
+        close(case.call(other), a)
+
+
+def test_bad_routes():
+    case = two("lora", "mlp")
+    for names, message in (
+        (["a", "c"], "no adapter 'c'"),
+        ([], "expected a list"),
+        ("a", "expected a list"),
+        ([3], "no adapter 3"),
+    ):
+        with pytest.raises(ValueError, match=message), pk.route(case.model, names):
+            pass
+    with pk.route(case.model, ["a", "b", None]), pytest.raises(ValueError, match="3 names, but first sees 2 rows"):
+        case.call(case.model)
+    with pk.route(case.model, ["a", "b"]):
+        for forbidden in (lambda: pk.merge(case.model, "a"), lambda: pk.detach(case.model, "a")):
+            with pytest.raises(RuntimeError, match="inside pk.route"):
+                forbidden()
+        with pytest.raises(RuntimeError, match="export"):
+            torch.export.export(case.model, (case.inputs["x"],))
+    pk.set_active(case.model, ["a"])
+    pk.merge(case.model, "a")
+    with pytest.raises(RuntimeError, match="unmerge"), pk.route(case.model, ["a", "b"]):
+        pass
+
+
+def test_a_leading_one_serves_every_row():
+    """GPT-2's positions come once for the whole batch; a tuner there is routed all the same."""
+    case = make("gpt2")
+    for seed, name in enumerate(("a", "b")):
+        pk.attach(case.model, pk.LoRA(rank=2), ("wpe",), name=name, seed=seed)
+        perturb(case.model, name)
+    single = {name: alone(case, name) for name in ("a", "b")}
+    with pk.route(case.model, ["b", "a"]):
+        out = case.call(case.model)
+    close(out[0], single["b"][0])
+    close(out[1], single["a"][1])
+
+
+def test_the_tuners_are_called_on_their_rows_alone():
+    case = two("lora", "mlp")
+    seen = {}
+    for name in ("a", "b"):
+        (_, tuner), *_ = tuners(case.model, name)
+        tuner.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[1].shape[0]}))
+    with pk.route(case.model, ["a", None]):
+        case.call(case.model)
+    assert seen == {"a": 1}
