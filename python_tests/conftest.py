@@ -22,6 +22,22 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """A tiny saved BERT with a tokenizer, for the command line."""
+    from texts import bert
+
+    return bert(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No picture of a run: it takes longer than everything else."""
+    from peft_kernels import report
+
+    monkeypatch.setattr(report, "draw", lambda path, log, summary: path.touch())
+
+
 def pytest_collection_modifyitems(items):
     """Without a GPU the tests that need one do not run, and say so."""
     if not torch.cuda.is_available():

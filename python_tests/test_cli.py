@@ -6,17 +6,12 @@ import sys
 
 import pytest
 import torch
-from texts import bert, run
+from texts import run
 
 import peft_kernels as pk
 from peft_kernels import cli
 
 pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return bert(tmp_path_factory.mktemp("model"))
 
 
 def test_info(capsys):

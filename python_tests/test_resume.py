@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from texts import bert, gpt2, interrupted, refused, run, same, stop_at, toy, tune, undrawn, write
+from texts import gpt2, interrupted, refused, run, same, stop_at, toy, tune, write
 
 import peft_kernels as pk
 from peft_kernels import hf, train
@@ -11,16 +11,7 @@ from peft_kernels.batches import Batches
 
 for module in ("transformers", "sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(module)
-
-
-@pytest.fixture(autouse=True)
-def _undrawn(monkeypatch):
-    undrawn(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return bert(tmp_path_factory.mktemp("model"))
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture(scope="module")

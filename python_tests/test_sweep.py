@@ -3,22 +3,13 @@
 import json
 
 import pytest
-from texts import WRITTEN, bert, interrupted, refused, run, same, stop_at, toy, tune, undrawn, write
+from texts import WRITTEN, interrupted, refused, run, same, stop_at, toy, tune, write
 
 from peft_kernels import report, sweep, train
 
 for module in ("transformers", "sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(module)
-
-
-@pytest.fixture(autouse=True)
-def _undrawn(monkeypatch):
-    undrawn(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return bert(tmp_path_factory.mktemp("model"))
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from texts import SPECIAL, bart, bert, gpt2, numbers, t5, toy, tune, undrawn, write
+from texts import SPECIAL, bart, bert, gpt2, numbers, t5, toy, tune, write
 
 import peft_kernels as pk
 from peft_kernels import hf, report, tasks
@@ -12,11 +12,7 @@ from peft_kernels.data import Columns, read_data
 
 for module in ("transformers", "sklearn", "scipy", "sacrebleu", "matplotlib", "tqdm"):
     pytest.importorskip(module)
-
-
-@pytest.fixture(autouse=True)
-def _undrawn(monkeypatch):
-    undrawn(monkeypatch)
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def tuned_model(kind, source, out, **settings):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from texts import SPECIAL, WORDS, WRITTEN, bert, gpt2, numbers, refused, run, same, toy, tune, undrawn, values, write
+from texts import SPECIAL, WORDS, WRITTEN, gpt2, numbers, refused, run, same, toy, tune, values, write
 from torch import nn
 
 import peft_kernels as pk
@@ -17,16 +17,7 @@ from peft_kernels.data import read_data
 
 for module in ("transformers", "sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(module)
-
-
-@pytest.fixture(autouse=True)
-def _undrawn(monkeypatch):
-    undrawn(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return bert(tmp_path_factory.mktemp("model"))
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import random
 import torch
 from safetensors.torch import load_file
 
-from peft_kernels import cli, report
+from peft_kernels import cli
 from peft_kernels.batches import Batches
 
 ANIMALS, FOODS = ["cat", "dog", "cow", "hen", "ant", "bee"], ["pie", "jam", "rye", "tea", "soup", "rice"]
@@ -149,11 +149,6 @@ def stop_at(monkeypatch, n):
             yield batch
 
     monkeypatch.setattr(Batches, "__iter__", broken)
-
-
-def undrawn(monkeypatch):
-    """No picture of a run: it takes longer than everything else."""
-    monkeypatch.setattr(report, "draw", lambda path, log, summary: path.touch())
 
 
 def values(directory):
