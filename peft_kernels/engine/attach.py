@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .method import Method, Part, Tuner, method_of, numbers, words
 from .roles import resolve
-from .rows import routing
+from .rows import Key, routing
 from .site import Adapters, Parts, Site, adapted, adapters_of, base_class, base_modules, base_parameters, is_adapted
 from .stack import Spanned, Stack
 from .taps import tap, untap
@@ -41,7 +41,7 @@ class State:
     requires_grad: dict[str, bool] = field(default_factory=dict)  # of the base parameters before the first attach
     buffers: dict[str, Tensor] = field(default_factory=dict)  # before it too: BatchNorm moves them while training
     merged: list[str] = field(default_factory=list)
-    routes: tuple[int, int] | None = None  # (id of the model, its key for routes)
+    key: Key = field(default_factory=Key)  # for routes
     stash: dict[str, Tensor | None] | None = None  # base values before the merge; None: a parameter the merge created
 
 
@@ -288,7 +288,7 @@ def refresh(model: nn.Module) -> None:
     order = {name: i for i, name in enumerate(state.adapters)}
     for _, adapters in all_adapters(model):
         adapters.activate(running, order)
-        vars(adapters)["key"] = state.routes and state.routes[1]
+        vars(adapters)["key"] = state.key
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -352,7 +352,7 @@ def _taps(model: nn.Module) -> set[str]:
 
 def refuse_routed(state: State, what: str) -> None:
     """RuntimeError inside a pk.route of this thread: the numbers of its rows would no longer hold."""
-    if state.routes is not None and routing(state.routes[1]) is not None:
+    if routing(state.key) is not None:
         raise RuntimeError(f"{what} inside pk.route; leave the with block first")
 
 

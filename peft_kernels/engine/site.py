@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .method import Changes, Tuner, as_matrix, promoted
-from .rows import routing
+from .rows import Key, routing
 from .taps import forget, seen
 
 
@@ -373,13 +373,13 @@ class Adapters(nn.Module):
     site: Site
     chain: Base  # the active tuners on top of each other
     many: Base | Many  # each batch row with its own tuner
-    key: int | None  # of the model, for routes
+    key: Key  # of the model, for routes
     seen: tuple[str, ...]  # inputs noted for the tuners here, dropped after the call
 
     def __init__(self, site: Site):
         super().__init__()
         # Past nn.Module's attribute rules, or an adapter could not be called "site" or "chain".
-        vars(self).update(site=site, chain=Base(site), many=Base(site), key=None, seen=())
+        vars(self).update(site=site, chain=Base(site), many=Base(site), key=Key(), seen=())
 
     @property
     def module(self) -> nn.Module:
