@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .engine.attach import all_adapters, state_of
-from .engine.site import Adapters
+from .engine.site import Adapters, Site, base_modules
+from .engine.taps import Tap, forget
 from .ops._op import recording
 
 
@@ -37,12 +40,32 @@ def explain(model: nn.Module) -> Explanation:
     """
     rows = Explanation()
     active = state_of(model).active
-    for path, adapters in all_adapters(model):
-        for name in (n for n in adapters.tuners if n in active):
-            choices = _probe(adapters, name)
-            for choice in choices or [{"op": "torch", "backend": "torch", "reasons": {}}]:
-                rows.append({"site": path, "adapter": name, **choice})
+    with _noted(model):
+        for path, adapters in all_adapters(model):
+            for name in (n for n in adapters.tuners if n in active):
+                choices = _probe(adapters, name)
+                for choice in choices or [{"op": "torch", "backend": "torch", "reasons": {}}]:
+                    rows.append({"site": path, "adapter": name, **choice})
     return rows
+
+
+@contextmanager
+def _noted(model: nn.Module) -> Iterator[None]:
+    """Within the `with`, tuners see one row of the inputs of other modules that a call of the model would note."""
+    keys = []
+    for path, module in base_modules(model):
+        for hook in [h for h in module._forward_pre_hooks.values() if isinstance(h, Tap)]:
+            site = Site(path, module)
+            hook(module, (_row(site),), {})
+            keys.append(hook.key)
+    try:
+        yield
+    finally:
+        forget(tuple(keys))
+
+
+def _row(site: Site) -> Tensor:
+    return torch.zeros(1, site.n_in, dtype=site.weight.dtype, device=site.weight.device)
 
 
 def _probe(adapters: Adapters, name: str) -> list[dict[str, Any]]:
@@ -51,7 +74,7 @@ def _probe(adapters: Adapters, name: str) -> list[dict[str, Any]]:
         chain = chain.below
     if site.kind != "linear" or chain.below is None:
         return []
-    x = torch.zeros(1, site.n_in, dtype=site.weight.dtype, device=site.weight.device)
+    x = _row(site)
     with torch.no_grad(), torch.random.fork_rng(), recording() as choices:
         chain.below(x)
         below = len(choices)

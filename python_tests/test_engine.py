@@ -153,6 +153,21 @@ def test_the_swapped_class_is_the_class_others_knew():
     assert case.model.generate(case.inputs["input_ids"], max_new_tokens=2, do_sample=False).shape == (2, 9)
 
 
+def test_modules_are_called_by_keyword_too():
+    """As Llama calls its attention."""
+    case = attached("lora", "bert")
+    linear = perturb(case.model).bert.encoder.layer[0].attention.self.query
+    x = torch.randn(2, 16)
+    assert torch.equal(linear(input=x), linear(x))
+    llama = make("llama")
+    llama.inputs["use_cache"] = False
+    plain = llama.call(llama.model)
+    pk.attach(llama.model, pk.Gated(pk.LayerType(types=("attn",))))
+    close(llama.call(llama.model), plain)
+    perturb(llama.model)
+    assert not torch.allclose(llama.call(llama.model), plain)
+
+
 def test_a_model_that_is_itself_a_site_stays_what_it_was(tmp_path):
     """transformers reads the class name, the signature and the generation code of the model it is given."""
     case = make("llama")

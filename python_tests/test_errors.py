@@ -24,6 +24,11 @@ BAD_ATTACH = {
     "not_attached": (lambda m: pk.counts(m), "has no adapter"),
     "twice": (lambda m: pk.attach(pk.attach(m, pk.LoRA()), pk.LoRA()), "attached already"),
     "hidden": (lambda m: pk.attach(pk.attach(m, pk.LoRA()), pk.FullTuning(), name="x"), "would hide"),
+    "hidden_behind_a_gate": (
+        lambda m: pk.attach(pk.attach(m, pk.LoRA()), pk.Gated(pk.TopLayers(n=1)), name="x"),
+        "would hide",
+    ),
+    "span_trained_whole": (lambda m: pk.attach(m, pk.LayerType(types=("ffn",))), "no module there"),
     "inside": (lambda m: pk.attach(pk.attach(m, pk.FullTuning()), pk.LoRA(), name="x"), "never run"),
     "dtype_of_input": (lambda m: pk.attach(m, pk.LoRA(), targets=(3,)), "expected a role"),
     "into": (lambda m: pk.merge(pk.attach(m, pk.LoRA()), into="nf4"), "into=None"),

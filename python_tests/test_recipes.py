@@ -117,6 +117,34 @@ def test_gate():
         pk.merge(case.model, "gated")
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_gated_head(family):
+    """One number per row of the batch, also where the head takes a sequence and returns none (RoBERTa)."""
+    case = make(family, torch.float64)
+    base = case.call(case.model)
+    pk.attach(case.model, pk.Head(), name="plain")
+    perturb(case.model, "plain")
+    full = case.call(case.model)
+    pk.set_active(case.model, [])
+    pk.attach(case.model, pk.Gated(pk.Head()), name="gated")
+    ((_, gated),), ((_, plain),) = tuners(case.model, "gated"), tuners(case.model, "plain")
+    gated.inner.load_state_dict(plain.state_dict())
+    for bias, expected in ((60.0, full), (-60.0, base)):
+        gated.b.data.fill_(bias)
+        close(case.call(case.model), expected, torch.float64)
+    gated.b.data.zero_()
+    gated.w.data.zero_()
+    close(case.call(case.model), (base + full) / 2, torch.float64)
+
+
+def test_a_gate_around_modules_that_fill_a_cache_is_refused():
+    case = make("gpt2")
+    pk.attach(case.model, pk.Gated(pk.TopLayers(n=1)))
+    with pytest.raises(RuntimeError, match="two modules would fill; pass use_cache=False"):
+        case.call(case.model)
+    assert case.model(**case.inputs, use_cache=False).logits.shape == (2, 7, 50)
+
+
 def test_recipes_go_through_json():
     nested = pk.Union(
         pk.at("q", pk.Gated(pk.LoRA(rank=3)), exclude=("*.0.*",)), pk.ByLayer({0: pk.IA3(), (1, 2): pk.LoRA()})

@@ -1,7 +1,9 @@
 """Routing: each row of a batch runs its own adapter, whatever the methods, the direction and the thread."""
 
 import copy
+import pickle
 import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from models import FAMILIES, METHODS, assert_same, close, make, over, perturb, s
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
+from peft_kernels.engine import method as registry
 from peft_kernels.engine.attach import tuners
 
 ROUTES = (["a", "b"], [None, "a"], ["b", None], [None, None], ["b", "b"])
@@ -189,6 +192,120 @@ def test_two_models_and_a_copy_have_their_own_routes():
             close(case.call(case.model), a)
     with pk.route(case.model, ["b", "b"]):
         close(case.call(other), a)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_after_a_route_has_its_own(copied):
+    case = two("lora", "mlp")
+    pk.set_active(case.model, ["a"])
+    a, b = case.call(case.model), alone(case, "b")
+    pk.set_active(case.model, ["a"])
+    with pk.route(case.model, ["b", "b"]):
+        other = copied(case.model)
+        close(case.call(other), a)
+        with pk.route(other, ["a", "a"]):
+            close(case.call(case.model), b)
+            close(case.call(other), a)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_output_with_one_row_for_all_is_that_of_each_adapter(compiled):
+    """T5's first block hands its position bias, of one row, to the blocks above it."""
+    case = make("t5")
+    for name in ("a", "b"):
+        pk.attach(case.model, pk.LayerType(types=("attn",)), name=name)
+        perturb(case.model, name)
+        with torch.no_grad():
+            for _, tuner in tuners(case.model, name):
+                for p in tuner.parameters():
+                    p.mul_(1.2 if name == "a" else 0.7)
+    case.inputs.update({k: torch.cat([v, v[:1]]) for k, v in case.inputs.items()}, use_cache=False)
+    single = {name: alone(case, name).detach() for name in ("a", "b")}
+    torch._dynamo.reset()
+    model = torch.compile(case.model, fullgraph=True, backend="aot_eager") if compiled else case.model
+    with torch.no_grad(), pk.route(case.model, ["a", "b", "a"]):
+        out = case.call(model)
+    for i, name in enumerate("aba"):
+        close(out[i], single[name][i])
+
+
+class Score(torch.nn.Module):
+    """One number per row."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.linear(x)[:, 0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_output_of_one_number_per_row(compiled):
+    model, x = Score(), torch.randn(3, 4)
+    for bias, name in enumerate(("a", "b"), start=1):
+        pk.attach(model, pk.FullTuning(), name=name)
+        model.peft.tuners[name].copy.linear.bias.data += bias
+    torch._dynamo.reset()
+    with pk.disabled(model):
+        base = model(x)
+    call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    for names in ((None, "b", "a"), ("b", "a", "b"), ("a", "a", "a")):
+        with pk.route(model, names):
+            close(call(x), base + torch.tensor([{None: 0, "a": 1, "b": 2}[n] for n in names]))
+
+
+def test_what_has_no_rows_is_refused():
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4))
+    for name in ("a", "b"):
+        pk.attach(model, pk.LoRA(rank=2), ("0",), name=name)
+        perturb(model, name)
+    positions = torch.arange(2)
+    with pk.route(model, ["a", "b"]), pytest.raises(ValueError, match="no tensor with batch rows"):
+        model(positions)
+    with pk.route(model, ["a", "a"]):
+        routed = model(positions)
+    pk.set_active(model, ["a"])
+    close(routed, model(positions))
+    cached = two("toplayers", "gpt2").model  # GPT-2 hands its cache over by position
+    with pk.route(cached, ["a", "b"]), pytest.raises(RuntimeError, match="use_cache=False"):
+        cached(torch.tensor([[1, 2], [3, 4]]), use_cache=True)
+
+
+@dataclass(frozen=True)
+class Twice(pk.Method, roles=("ffn",), lr=1e-3, tiny={}, kinds=("module",)):
+    """A sublayer of (1 + c) x."""
+
+
+class TwiceTuner(pk.Tuner, method=Twice):
+    def __init__(self, cfg, site):
+        super().__init__(cfg, site)
+        self.c = site.param(1, init="ones")
+
+    def forward(self, base, x):
+        return base(x * (1 + self.c))
+
+
+registry._registry.pop("twice")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_adapters_inside_a_module_whose_input_is_changed(compiled, monkeypatch):
+    """The rows of a go through the module once more by themselves, where b has tuners: they are no rows of b."""
+    monkeypatch.setitem(registry._registry, "twice", Twice)
+    case = make("llama")
+    pk.attach(case.model, Twice(), name="a")
+    pk.attach(case.model, pk.LoRA(rank=2), ("up", "down"), name="b")
+    perturb(case.model, "b")
+    ids = case.inputs["input_ids"]
+    single = {name: alone(case, name).detach() for name in ("a", "b", None)}
+    torch._dynamo.reset()
+    model = torch.compile(case.model, fullgraph=True, backend="aot_eager") if compiled else case.model
+    for names, rows in ((["a", "b"], (0, 1)), (["b", "a", None, "a"], (0, 1, 0, 1)), (["a", "b"], (0, 0, 1, 1))):
+        with pk.route(case.model, names):
+            out = model(ids[list(rows)]).logits
+        for i, row in enumerate(rows):
+            close(out[i], single[names[i * len(names) // len(rows)]][row])
 
 
 def test_bad_routes():

@@ -103,6 +103,19 @@ def test_convolutions_in_16_bit_and_in_training():
     assert all(p.grad.abs().sum() > 0 for p in case.model.parameters() if p.requires_grad)
 
 
+def test_a_bias_above_a_convolution_keeps_its_dropout():
+    model = nn.Sequential(nn.Conv1d(3, 4, 2)).eval()
+    pk.attach(model, pk.LoRA(rank=2, dropout=0.5), ("0",), name="low")
+    perturb(model, "low")
+    pk.attach(model, pk.BitFit(), ("0",), name="bias")
+    x = torch.randn(2, 3, 8)
+    plain = model(x)
+    model[0].peft.tuners["bias"].bias.data += torch.arange(4.0)
+    close(model(x), plain + torch.arange(4.0)[:, None])
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
 def test_unbatched_convolution():
     conv = nn.Sequential(nn.Conv2d(2, 3, 2)).double()
     pk.attach(conv, pk.LoRA(rank=2), ("0",))
@@ -264,6 +277,27 @@ def test_the_residual_is_what_the_model_adds(family):
     close(doubled, hand.call(hand.model), torch.float64)
     with pytest.raises(ValueError, match="needs the residual"):
         pk.attach(make("mlp").model, Onto(), ("second",))
+
+
+def test_a_gate_around_a_tuner_that_sees_the_residual():
+    """Open, it is the gated tuner; what that sees is noted for the gate too."""
+    outputs = []
+    for method in (Onto(), pk.Gated(Onto())):
+        case = make("bert", torch.float64)
+        pk.attach(case.model, method)
+        with torch.no_grad():
+            for name, p in case.model.named_parameters():
+                if p.requires_grad:
+                    p.fill_({"c": 0.7, "w": 0.0, "b": 60.0}[name.rpartition(".")[2]])
+        outputs.append(case.call(case.model))
+    close(outputs[1], outputs[0], torch.float64)
+
+
+def test_explain_runs_tuners_that_see_other_modules():
+    case = make("gpt2")
+    pk.attach(case.model, pk.Union(Beside(), Onto(), pk.at("down", pk.LoRA(rank=2))))
+    assert {row["op"] for row in pk.explain(case.model)} == {"torch", "lora_add"}
+    assert not taps._local.inputs
 
 
 def test_the_residual_of_bert_by_its_own_code():

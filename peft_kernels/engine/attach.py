@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .method import Method, Part, Tuner, method_of, numbers, words
 from .roles import resolve
-from .rows import routing
+from .rows import Key, routing
 from .site import Adapters, Parts, Site, adapted, adapters_of, base_class, base_modules, base_parameters, is_adapted
 from .stack import Spanned, Stack
 from .taps import tap, untap
@@ -41,7 +41,7 @@ class State:
     requires_grad: dict[str, bool] = field(default_factory=dict)  # of the base parameters before the first attach
     buffers: dict[str, Tensor] = field(default_factory=dict)  # before it too: BatchNorm moves them while training
     merged: list[str] = field(default_factory=list)
-    routes: tuple[int, int] | None = None  # (id of the model, its key for routes)
+    key: Key = field(default_factory=Key)  # for routes
     stash: dict[str, Tensor | None] | None = None  # base values before the merge; None: a parameter the merge created
 
 
@@ -142,6 +142,7 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
     made = [(level, site, cfg.tuner(cfg, site)) for level, cfg, site in chosen]
     for level, _, tuner in made:
         tuner.part = level
+    sources = [(site, what, source) for _, site, tuner in made for what, source in _sources(tuner, site)]
     built = _by_module(made)
 
     if not state.adapters:
@@ -151,11 +152,10 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
         p.requires_grad_(False)
     for site, tuner in built:
         _swap(site).tuners[name] = tuner.train(site.module.training)
-    for _, cfg, site in chosen:
-        for what, source in _sources(cfg, site):
-            tap(source, site.key(what))
-            top = adapters_of(site.module).tuners[name]  # type: ignore[union-attr]  # swapped above
-            top.taps = (*top.taps, site.key(what))
+    for site, what, source in sources:
+        tap(source, site.key(what))
+        top = adapters_of(site.module).tuners[name]  # type: ignore[union-attr]  # swapped above
+        top.taps = (*top.taps, site.key(what))
     state.adapters[name] = adapter
     state.active.append(name)
     vars(model)[_KEY] = state
@@ -217,12 +217,12 @@ def _by_module(built: list[tuple[int, Site, Tuner]]) -> list[tuple[Site, Tuner]]
     return out
 
 
-def _sources(cfg: Method, site: Site) -> list[tuple[str, nn.Module]]:
-    """What a tuner here must see of other modules: (name, module whose input it is)."""
+def _sources(tuner: Tuner, site: Site) -> list[tuple[str, nn.Module]]:
+    """What a tuner here, or one inside it, must see of other modules: (name, module whose input it is)."""
     sources = [("entry", site.entry)] if site.entry is not None else []
-    if cfg.tuner.needs_residual:
+    if any(isinstance(t, Tuner) and t.needs_residual for t in tuner.modules()):
         if site.residual is None:
-            raise ValueError(f"{cfg.key} needs the residual at {site.name}, which is not known there; use a role")
+            raise ValueError(f"{tuner.cfg.key} needs the residual at {site.name}, which is not known there; use a role")
         sources.append(("residual", site.residual))
     return sources
 
@@ -232,7 +232,6 @@ def _guard(model: nn.Module, chosen: list[tuple[int, Method, Site]]) -> None:
     ancestors = dict(base_modules(model))
     meta = all(p.device.type == "meta" for _, p in base_parameters(model))
     for _, cfg, site in chosen:
-        _sources(cfg, site)
         parts = site.name.split(".") if site.name else []
         line = [ancestors.get(".".join(parts[:i]), model) for i in range(len(parts))]
         for module in [*line, site.module]:
@@ -253,16 +252,10 @@ def _guard(model: nn.Module, chosen: list[tuple[int, Method, Site]]) -> None:
                 raise ValueError(
                     f"{site.name} is inside a module that is trained whole, so a tuner there would never run"
                 )
-        if cfg.tuner.opaque and any("forward" in vars(m) for m in site.module.modules()):
+        here = adapters_of(site.module)
+        if cfg.tuner.opaque and here is not None and not all(t.opaque for t in here.tuners.values()):
             raise ValueError(
-                f"{site.name or 'the model'} has an instance forward (an accelerate hook?); remove it first"
-            )
-        hidden = cfg.tuner.opaque and [
-            p for p, a in all_adapters(site.module) if any(p or not t.opaque for t in a.tuners.values())
-        ]
-        if hidden:
-            raise ValueError(
-                f"{cfg.key} replaces {site.name or 'the model'} whole and would hide tuners in it; detach them first"
+                f"{cfg.key} replaces {site.name or 'the model'} whole and would hide a tuner there; detach that first"
             )
         for path, p in base_parameters(site.module):
             if type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor":
@@ -290,7 +283,7 @@ def refresh(model: nn.Module) -> None:
     order = {name: i for i, name in enumerate(state.adapters)}
     for _, adapters in all_adapters(model):
         adapters.activate(running, order)
-        vars(adapters)["key"] = state.routes and state.routes[1]
+        vars(adapters)["key"] = state.key
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -354,7 +347,7 @@ def _taps(model: nn.Module) -> set[str]:
 
 def refuse_routed(state: State, what: str) -> None:
     """RuntimeError inside a pk.route of this thread: the numbers of its rows would no longer hold."""
-    if state.routes is not None and routing(state.routes[1]) is not None:
+    if routing(state.key) is not None:
         raise RuntimeError(f"{what} inside pk.route; leave the with block first")
 
 

@@ -327,6 +327,11 @@ class Replica(Tuner):
                 f"{site.role} is some rows of {site.name}, and {cfg.key} trains whole modules; "
                 f"target that module, as '*.{site.name.rpartition('.')[2]}'"
             )
+        if site.entry is not None:
+            raise ValueError(
+                f"{site.role or 'the span'} ends in {site.name} and is no module there, and {cfg.key} trains whole "
+                "modules; target its linears, as ('up', 'down')"
+            )
         self.copy = site.replicate()
         self.layout = site.layout
 

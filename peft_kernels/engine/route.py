@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import nn
 
-from .attach import State, names_of, refresh, state_of
+from .attach import names_of, state_of
 from .rows import Routing, routed, routes
 from .site import base_parameters
-
-_keys = itertools.count(1)
 
 
 @contextmanager
@@ -36,16 +33,8 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     order = list(state.adapters)
     device = next(p.device for _, p in base_parameters(model))
     routing = Routing([-1 if n is None else order.index(n) for n in names], device)
-    with routed({**(routes() or {}), _key(model, state): routing}):
+    with routed({**(routes() or {}), state.key.number: routing}):
         yield model
-
-
-def _key(model: nn.Module, state: State) -> int:
-    """The model's own key; a deep copy gets another, so that a route of one is no route of the other."""
-    if state.routes is None or state.routes[0] != id(model):
-        state.routes = id(model), next(_keys)
-        refresh(model)
-    return state.routes[1]
 
 
 def checkpoint_context() -> tuple[AbstractContextManager, AbstractContextManager]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +18,9 @@ from torch.utils.checkpoint import CheckpointFunction
 if TYPE_CHECKING:
     from .method import Tuner
     from .site import Base, Site
+
+
+Call = tuple[tuple, dict[str, Any]]  # args, kwargs
 
 
 class Routing:
@@ -50,6 +55,19 @@ class Routing:
         return self._indices[key]
 
 
+_numbers = itertools.count(1)
+
+
+class Key:
+    """A model's number among the routes. A copy of it, as in a copy of the model, is another."""
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return Key, ()
+
+
 class _Local(threading.local):
     # Class-level default: another thread sees an unrouted model. By model, so that two routed models do not mix.
     routes: dict[int, Routing] | None = None
@@ -58,10 +76,10 @@ class _Local(threading.local):
 _local = _Local()
 
 
-def routing(key: int | None) -> Routing | None:
+def routing(key: Key) -> Routing | None:
     """The routing of the model `key` in this thread, or None."""
     routes = _local.routes
-    return None if routes is None or key is None else routes.get(key)
+    return None if routes is None else routes.get(key.number)
 
 
 class routed:
@@ -88,40 +106,52 @@ def by_rows(base: Base, tuners: dict[int, Tuner], route: Routing, args: tuple, k
     The base runs once on all rows, so rows without an adapter are bit-equal to an unrouted call. In a compiled graph
     every tuner runs on all rows and a mask chooses, because shapes must not depend on the route.
     """
-    _refuse(base, kwargs)
-    leading = next((t.shape[0] for t in tensors((args, kwargs)) if t.dim()), 0)
-    rows = route.rows(leading, base.site.name or "the model")
+    _refuse(base, args, kwargs)
+    where = base.site.name or "the model"
+    leading = next((t.shape[0] for t in tensors((args, kwargs)) if t.dim() > 1), None)
+    if leading is None and len(set(route.numbers)) > 1:
+        raise ValueError(f"the route names several adapters, but {where} gets no tensor with batch rows")
+    rows = route.rows(1 if leading is None else leading, where)
     if leading != rows:
         args, kwargs = together([(args, kwargs)], lambda ts: _expanded(ts[0], rows))
-    shared = _Once(base, args, kwargs)
+    shared, call = _Once(base, args, kwargs), (args, kwargs)
     if torch.compiler.is_compiling():
         ids, out = route.expanded(rows), shared()
         for number, tuner in tuners.items():
-            own = tuner(RowBase(base.site, args, shared), *args, **kwargs)
+            own = tuner(RowBase(base.site, call, shared), *args, **kwargs)
             out = together([own, out], functools.partial(_masked, ids == number))
         return out
     pieces: list[tuple[Tensor, Any]] = []
     for number, tuner in tuners.items():
         index = route.index((number,), rows)
+        if len(index) == rows:
+            return tuner(RowBase(base.site, call, shared), *args, **kwargs)
         if len(index):
-            own_args, own_kwargs = (args, kwargs) if len(index) == rows else _take((args, kwargs), index, rows)
-            below = RowBase(base.site, own_args, shared, index if len(index) < rows else None, rows)
-            pieces.append((index, tuner(below, *own_args, **own_kwargs)))
+            own_call = _take(call, index, rows)
+            below = RowBase(base.site, own_call, shared, _Chosen(route, number, index, rows))
+            pieces.append((index, tuner(below, *own_call[0], **own_call[1])))
     others = tuple(sorted({-1, *route.numbers} - set(tuners)))
     rest = route.index(others, rows)
-    if len(rest) == rows or not pieces:
+    if not pieces:
         return shared()
     if len(rest):
-        pieces.append((rest, _take(shared(), rest, rows)))
-    return _put(pieces) if len(pieces) > 1 else pieces[0][1]
+        pieces.append((rest, _take(shared(), rest, rows, of_output=True)))
+    return _put(pieces)
 
 
-def _refuse(base: Base, kwargs: dict[str, Any]) -> None:
+def refuse_cache(site: Site, args: tuple, kwargs: dict[str, Any], why: str) -> None:
+    """RuntimeError if the module at this site gets a key-value cache of transformers."""
+    if any(map(_is_cache, (*args, *kwargs.values()))):
+        raise RuntimeError(f"{site} gets a key-value cache, {why}; pass use_cache=False")
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length")
+
+
+def _refuse(base: Base, args: tuple, kwargs: dict[str, Any]) -> None:
     """Raises where the route would be lost or fixed without a word, or rows cannot be taken."""
-    if cache := next((name for name, value in kwargs.items() if hasattr(value, "get_seq_length")), None):
-        raise RuntimeError(
-            f"{base.site} gets a key-value cache ({cache}), which has no rows to route; pass use_cache=False"
-        )
+    refuse_cache(base.site, args, kwargs, "which has no rows to route")
     if torch.compiler.is_exporting():
         raise RuntimeError("torch.export would fix the route of this call for ever; export outside pk.route")
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not base.site.module.training:
@@ -148,30 +178,54 @@ class _Once:
         return self.known
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Chosen:
+    """The rows of one adapter."""
+
+    route: Routing
+    number: int
+    index: Tensor
+    of: int  # rows in all
+
+    def alone(self) -> routed:
+        """The routes of this thread for a call that has these rows only."""
+        one = Routing([self.number], self.route.ids.device)
+        return routed({key: one if r is self.route else r for key, r in (routes() or {}).items()})
+
+
 class RowBase:
-    """The base of a tuner that runs on some rows of a batch: their output was computed with all the others."""
+    """The base of a tuner that runs on some rows of a batch (None: all): they were computed with all the others."""
 
     innermost = False
 
-    def __init__(self, site: Site, args: tuple, shared: _Once, index: Tensor | None = None, rows: int = 0):
-        self.site, self.args, self.shared, self.index, self.all_rows = site, args, shared, index, rows
-        self.fresh = index is not None and site.kind == "linear"  # then the rows are a copy
+    def __init__(self, site: Site, call: Call, shared: _Once, rows: _Chosen | None = None):
+        self.site, self.call, self.shared, self.rows = site, call, shared, rows
+        self.fresh = rows is not None and site.kind == "linear"  # then the rows are a copy
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != len(self.args) or any(a is not b for a, b in zip(args, self.args, strict=True)):
-            return self.site.call(*args, **kwargs)  # the tuner changed the input: its rows are computed anew
+        if not same((args, kwargs), self.call):  # the tuner changed the input: its rows are computed anew
+            with self.rows.alone() if self.rows else nullcontext():
+                return self.site.call(*args, **kwargs)
         y = self.shared()
-        return y if self.index is None else _take(y, self.index, self.all_rows)
+        return y if self.rows is None else _take(y, self.rows.index, self.rows.of, of_output=True)
 
     def seen(self, what: str) -> Tensor:
         whole = self.shared.base.seen(what)
-        return whole if self.index is None else _take(whole, self.index, self.all_rows)
+        return whole if self.rows is None else _take(whole, self.rows.index, self.rows.of)
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         return self.site.weight, self.site.bias
 
 
 # -- nested values ----------------------------------------------------------------------------------------------------
+
+
+def same(call: Call, other: Call) -> bool:
+    """Whether two calls have the very same arguments."""
+    (args, kwargs), (others, named) = call, other
+    if len(args) != len(others) or kwargs.keys() != named.keys():
+        return False
+    return all(a is b for a, b in zip(args, others, strict=True)) and all(v is named[k] for k, v in kwargs.items())
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -195,42 +249,55 @@ def together(values: Sequence[Any], function: Callable[[Sequence[Tensor]], Any])
     if isinstance(first, (tuple, list)):
         parts = [together(column, function) for column in zip(*values, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-    return None if hasattr(first, "get_seq_length") else first  # a key-value cache has no rows to take or put
+    return None if _is_cache(first) else first  # a key-value cache has no rows to take or put
 
 
-def _per_row(t: Tensor, rows: int) -> bool:
-    return t.dim() > 1 and len(t) == rows  # 1-d tensors count positions, not rows
+def _per_row(t: Tensor, rows: int, of_output: bool = False) -> bool:
+    return t.dim() > (0 if of_output else 1) and len(t) == rows  # 1-d inputs count positions, not rows
 
 
-def _take(value: Any, index: Tensor, rows: int) -> Any:
+def _take(value: Any, index: Tensor, rows: int, of_output: bool = False) -> Any:
     """The chosen rows of every tensor that has `rows` of them."""
-    return together(
-        [value], lambda ts: ts[0].index_select(0, index.to(ts[0].device)) if _per_row(ts[0], rows) else ts[0]
-    )
+
+    def take(ts: Sequence[Tensor]) -> Tensor:
+        (t,) = ts
+        return t.index_select(0, index.to(t.device)) if _per_row(t, rows, of_output) else t
+
+    return together([value], take)
 
 
 def _put(pieces: list[tuple[Tensor, Any]]) -> Any:
     """The inverse of _take over all pieces: rows back in their order."""
-    index = torch.cat([index for index, _ in pieces])
-    order = index.argsort()
+    order = torch.cat([index for index, _ in pieces]).argsort()
     lengths = [len(i) for i, _ in pieces]
 
     def join(ts: Sequence[Tensor]) -> Tensor:
-        if [len(t) if t.dim() else 0 for t in ts] == lengths:
-            return torch.cat(list(ts)).index_select(0, order.to(ts[0].device))
-        if ts[0].dim():
+        if all(t is ts[0] for t in ts):
             return ts[0]
-        raise RuntimeError(
-            "a loss inside a module that is routed by rows cannot be put together; compute it from its logits"
-        )
+        return torch.cat(_rows_of(ts, lengths)).index_select(0, order.to(ts[0].device))
 
     return together([value for _, value in pieces], join)
 
 
 def _masked(mask: Tensor, ts: Sequence[Tensor]) -> Tensor:
-    own, other = ts
-    return torch.where(mask.view(-1, *([1] * (own.dim() - 1))), own, other) if _per_row(own, len(mask)) else own
+    if ts[0] is ts[1]:
+        return ts[0]
+    own, other = _rows_of(ts, [len(mask)] * 2)
+    return torch.where(mask.view(-1, *([1] * (own.dim() - 1))), own, other)
+
+
+def _rows_of(ts: Sequence[Tensor], lengths: list[int]) -> list[Tensor]:
+    """Outputs of so many rows each; RuntimeError for what has none."""
+    found = [_expanded(t, rows) for t, rows in zip(ts, lengths, strict=True)]
+    if not all(_per_row(t, rows, of_output=True) for t, rows in zip(found, lengths, strict=True)):
+        shapes = ", ".join(str(tuple(t.shape)) for t in ts)
+        raise RuntimeError(
+            f"an output without batch rows ({shapes}) of a module that is routed by rows cannot be put together; "
+            "compute a loss from its logits"
+        )
+    return found
 
 
 def _expanded(t: Tensor, rows: int) -> Tensor:
+    """One row for all as so many."""
     return t.expand(rows, *t.shape[1:]) if _per_row(t, 1) else t

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
 import types
 import zlib
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .method import Changes, Tuner, as_matrix, promoted
-from .rows import routing
+from .rows import Key, routing
 from .taps import forget, seen
 
 
@@ -204,8 +205,16 @@ class Site:
         return nn.Parameter(value.to(device, dtype))
 
     def replicate(self) -> nn.Module:
-        """A trainable deep copy of the module (ties inside it stay ties), in the module's own dtype."""
-        adapters = adapters_of(self.module)
+        """A trainable deep copy of the module (ties inside it stay ties), in the module's own dtype.
+
+        ValueError where the copy would hold a tuner or a forward that belongs to the module.
+        """
+        name, adapters = self.name or "the model", adapters_of(self.module)
+        inside = [path for path, m in base_modules(self.module) if path and adapters_of(m) is not None]
+        if inside:
+            raise ValueError(f"{name} has a tuner at {inside[0]} in it, which a copy would hide; detach that first")
+        if any("forward" in vars(m) for m in self.module.modules()):
+            raise ValueError(f"{name} has an instance forward (an accelerate hook?); remove it first")
         replica = copy.deepcopy(self.module, {} if adapters is None else {id(adapters): None})
         if adapters is not None:
             del replica._modules["peft"]
@@ -373,13 +382,13 @@ class Adapters(nn.Module):
     site: Site
     chain: Base  # the active tuners on top of each other
     many: Base | Many  # each batch row with its own tuner
-    key: int | None  # of the model, for routes
+    key: Key  # of the model, for routes
     seen: tuple[str, ...]  # inputs noted for the tuners here, dropped after the call
 
     def __init__(self, site: Site):
         super().__init__()
         # Past nn.Module's attribute rules, or an adapter could not be called "site" or "chain".
-        vars(self).update(site=site, chain=Base(site), many=Base(site), key=None, seen=())
+        vars(self).update(site=site, chain=Base(site), many=Base(site), key=Key(), seen=())
 
     @property
     def module(self) -> nn.Module:
@@ -450,8 +459,13 @@ def adapted(cls: type[nn.Module]) -> type[nn.Module]:
     if cls in _adapted:
         return _adapted[cls]
 
+    named = [p.name for p in inspect.signature(cls.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    first = named[1] if len(named) > 1 else None  # after self
+
     @functools.wraps(cls.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not args and first in kwargs:  # tuners take the input by position
+            args = (kwargs.pop(first),)
         return self.peft.run(*args, **kwargs)
 
     def __reduce_ex__(self, protocol):  # noqa: N807

@@ -7,21 +7,24 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from .method import Changes, Tuner, overlaid, promoted
+from .rows import Call, refuse_cache, same
 from .site import Base, Site
 
 
 class Known:
-    """A base whose output for the input `args` is known to be `y`; another input is computed anew."""
+    """A base whose output for the arguments `call` is known to be `y`; others are computed anew."""
 
     innermost = False
     fresh = False  # y may be needed again
 
-    def __init__(self, base: Base, args: tuple, y: Any):
-        self.site, self.base, self.args, self.y = base.site, base, args, y
+    def __init__(self, base: Base, call: Call, y: Any):
+        self.site, self.base, self.call, self.y = base.site, base, call, y
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        same = len(args) == len(self.args) and all(a is b for a, b in zip(args, self.args, strict=True))
-        return self.y if same else self.base(*args, **kwargs)
+        if same((args, kwargs), self.call):
+            return self.y
+        refuse_cache(self.site, args, kwargs, "which a second call would fill again")
+        return self.base(*args, **kwargs)
 
     def seen(self, what: str) -> Tensor:
         return self.base.seen(what)

@@ -43,9 +43,12 @@ class BitFitTuner(Tuner, method=BitFit):
         return weight, self.bias if bias is None else bias + self.bias
 
     def forward(self, base: Base, *args: Any) -> Any:
-        if base.innermost or base.site.kind in ("conv", "embedding"):
+        site = base.site
+        if base.innermost or site.kind == "embedding":
             return super().forward(base, *args)  # the linear adds the folded bias at no cost
         y = base(*args)
+        if site.kind == "conv":
+            return y + self.bias.view(-1, *[1] * (y.dim() - 1 - site.channels(y))).to(y.dtype)
         return y + self.bias.to(y.dtype)
 
     def changes(self) -> Changes:

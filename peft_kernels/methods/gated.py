@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.method import Method, Phase, Tuner
+from ..engine.rows import refuse_cache
 from ..engine.site import Base, Site
 from ..engine.stack import Known
 from .lora import LoRA
@@ -57,11 +58,18 @@ class GatedTuner(Tuner, method=Gated):
         self.inner.enter(phase)
 
     def forward(self, base: Base, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.inner.opaque:  # it runs its own module beside the frozen one
+            refuse_cache(base.site, args, kwargs, "which two modules would fill")
         y = base(x, *args, **kwargs)
-        tuned = self.inner(Known(base, (x, *args), y), x, *args, **kwargs)
-        gate = torch.sigmoid((x * self.w).sum(-1, keepdim=True) + self.b)  # [batch, ..., 1]
-        if gate.dim() > 2:
-            gate = gate.mean(dim=tuple(range(1, gate.dim() - 1)), keepdim=True)
+        tuned = self.inner(Known(base, ((x, *args), kwargs), y), x, *args, **kwargs)
+        gate = torch.sigmoid((x * self.w).sum(-1) + self.b)  # [batch, ...]
+        if gate.dim() > 1:
+            gate = gate.flatten(1).mean(1)
         if isinstance(y, tuple):  # attention returns its weights too
-            return (torch.lerp(y[0], tuned[0], gate.to(y[0].dtype)), *tuned[1:])
-        return torch.lerp(y, tuned, gate.to(y.dtype))
+            return (_between(y[0], tuned[0], gate), *tuned[1:])
+        return _between(y, tuned, gate)
+
+
+def _between(y: Tensor, tuned: Tensor, gate: Tensor) -> Tensor:
+    """y + gate (tuned - y) with a number per row: gate [batch] or, of one row without a batch, [1]."""
+    return torch.lerp(y, tuned, gate.view(-1, *[1] * (y.dim() - 1)).to(y.dtype))
