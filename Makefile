@@ -66,7 +66,7 @@ bench: build ## time the kernels against plain torch
 	$(BIN)/python benchmarks/run.py
 
 docs: $(VENV)/docs mkdocs.yml ## build the documentation site into build/docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # On a machine with a GPU, perhaps without a network: $(PYTHON) already has torch and pytest. The environment is there for
 # the editable install alone and sees the packages of $(PYTHON), into which nothing is installed.

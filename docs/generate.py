@@ -295,8 +295,8 @@ def _kernels(family: str, suffix: str, ops: list[Op]) -> Iterator[str]:
     yield f"`csrc/{family}/{family}_{suffix}.py` has {', '.join(map(code, own))}."
     verified = ", ".join(sorted(module.VERIFIED_ON))
     yield (
-        f"GPUs with a correct run on record, by compute capability: {verified or 'none'}. On another GPU they are chosen "
-        "only under `PEFT_KERNELS_UNVERIFIED=1`."
+        f"GPUs with a correct run on record, by compute capability: {verified or 'none'}. On another GPU they are "
+        "chosen only under `PEFT_KERNELS_UNVERIFIED=1`."
     )
     yield "A call is refused, with the reason, unless its rule returns an empty text:"
     rules = {getattr(module, f"why_not_{op}", None) or module.why_not: None for op in own}
@@ -446,9 +446,9 @@ def fence(text: str, language: str) -> str:
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [list(header), *map(list, rows)]
+    lines = [[_outside_code(cell, lambda text: text.replace("|", "\\|")) for cell in line] for line in (header, *rows)]
     lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def lowered(markdown: str) -> str:
@@ -487,9 +487,16 @@ def _paragraph(block: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """Outside of backticks: no emphasis and no tags by accident, and papers are links."""
+    """No emphasis and no tags by accident, and papers are links."""
+    return _outside_code(text, _plain)
+
+
+def _plain(text: str) -> str:
+    text = re.sub(r"([*_])", r"\\\1", text.replace("<", "&lt;"))
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
+
+
+def _outside_code(text: str, change: Callable[[str], str]) -> str:
     pieces = re.split(r"(`+[^`]*`+)", text)
-    for i in range(0, len(pieces), 2):
-        plain = re.sub(r"([*_])", r"\\\1", pieces[i].replace("<", "&lt;"))
-        pieces[i] = re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", plain)
+    pieces[::2] = map(change, pieces[::2])
     return "".join(pieces)
