@@ -65,7 +65,7 @@ format: build ## ruff and clang-format, in place
 bench: build ## time the kernels against plain torch
 	$(BIN)/python benchmarks/run.py
 
-docs: $(VENV)/docs mkdocs.yml ## build the documentation site into build/docs
+docs: $(VENV)/docs ## build the documentation site into build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # On a machine with a GPU, perhaps without a network: $(PYTHON) already has torch and pytest. The environment is there for

@@ -311,9 +311,9 @@ def cli_page() -> str:
     parts = [f"# The command `{cli.PROGRAM}`", prose(parser.description), prose(inspect.getdoc(cli.main))]
     for name, sub in commands(parser).items():
         actions = [a for a in sub._actions if not isinstance(a, argparse._HelpAction)]
-        needed = [_usage(a) for a in actions if a.required or not a.option_strings]
+        needed = [usage(a) for a in actions if a.required or not a.option_strings]
         parts += [f"## {name}", prose(sub.description), fence(" ".join([cli.PROGRAM, name, *needed]), "text")]
-        rows = [(code(_usage(a)), prose(_help(a))) for a in actions]
+        rows = [(code(usage(a)), prose(_help(a))) for a in actions]
         parts.append(table(("option", ""), rows))
     return "\n\n".join(parts) + "\n"
 
@@ -324,7 +324,7 @@ def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
     return group.choices
 
 
-def _usage(action: argparse.Action) -> str:
+def usage(action: argparse.Action) -> str:
     value = action.metavar or ("{" + ",".join(map(str, action.choices)) + "}" if action.choices else "")
     if not action.option_strings:
         return value or action.dest

@@ -254,7 +254,7 @@ def test_the_page_of_the_command_line_tells_every_option():
         own = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
         for action in parser._actions:
             if not isinstance(action, argparse._HelpAction):
-                assert f"| `{generate._usage(action)}` |" in own, f"{name}: {action.dest}"
+                assert f"| `{generate.usage(action)}` |" in own, f"{name}: {action.dest}"
     assert "%(" not in page
 
 
