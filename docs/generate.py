@@ -121,10 +121,10 @@ def methods_overview() -> str:
 
 def method_page(cls: type[Method]) -> str:
     example, settings = _example(cls)
+    needed = "".join(f" --set {f.name}=lora" for f in fields(cls)) if settings else ""
     parts = [
         f"# {cls.__name__}",
-        f"`{example}` in Python, `--method {cls.key}{''.join(f' --set {f.name}=lora' for f in fields(cls)) if settings else ''}` on the command "
-        "line.",
+        f"`{example}` in Python, `--method {cls.key}{needed}` on the command line.",
         prose(inspect.getdoc(cls)),
     ]
     if doc := inspect.getmodule(cls).__doc__:
