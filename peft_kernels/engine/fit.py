@@ -85,7 +85,8 @@ def fit(
         then raised again; `pk.load` reads the adapter from it.
     resume: go on from `checkpoint` if there is one. Weights and log (but for its times) end bit-equal to those of a run
         without a break if the batches come in the same order again: those of a list, of a DataLoader that shuffles
-        with torch's global generator, or of any `batches` whose set_epoch(epoch) alone decides their order.
+        with torch's global generator (no persistent_workers: they draw in the first epoch only), or of any `batches`
+        whose set_epoch(epoch) alone decides their order.
     Where a method has several phases, each has a new optimizer and a schedule of its own.
     The log has a row {"step", "epoch", "loss", "lr", "seconds"} per step, a row {"epoch", "loss", ...} per epoch, and
     of several phases a row {"phase", "step"} before the first step of each.
