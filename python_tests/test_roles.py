@@ -11,7 +11,8 @@ import peft_kernels as pk
 from peft_kernels.engine.attach import tuners
 from peft_kernels.engine.roles import FAMILIES as TABLE
 from peft_kernels.engine.roles import ROLES, family, layer_of, resolve
-from peft_kernels.engine.site import Rows, Site, _assemble
+from peft_kernels.engine.site import Rows, Site
+from peft_kernels.engine.stack import _assemble
 
 LINEARS = ("q", "k", "v", "o", "up", "gate", "down")
 CROSS = {role for role in ROLES if role.startswith("cross.")}

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from .method import Method, Part, Tuner, method_of, numbers, words
 from .roles import resolve
 from .rows import Key, routing
-from .site import Adapters, Parts, Site, adapted, adapters_of, base_class, base_modules, base_parameters, is_adapted
-from .stack import Spanned, Stack
+from .site import Adapters, Site, adapted, adapters_of, base_class, base_modules, base_parameters, is_adapted
+from .stack import Parts, Spanned, Stack
 from .taps import tap, untap
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")

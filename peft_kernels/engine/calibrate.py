@@ -14,8 +14,8 @@ from .attach import all_adapters, state_of
 from .batches import LossFn, check, finite, rows, split, task_loss, to
 from .life import device_of, unmerged
 from .method import Stats, Tuner
-from .site import Parts, Site
-from .stack import Spanned
+from .site import Site
+from .stack import Parts, Spanned
 
 
 def calibrate(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .attach import Adapter, all_adapters, attach_parts, detach, names_of, set_active, state_of
 from .method import Method, Part, Tuner
-from .site import Parts, Rows, Site, base_parameters
+from .site import Rows, Site, base_parameters
+from .stack import Parts
 
 _HOWS = ("cat", "sum", "average", "ties", "dare", "svd")
 _DENSITY = {"ties": 0.2, "dare": 0.5}

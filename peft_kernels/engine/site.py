@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .method import Changes, Tuner, as_matrix, promoted
+from .method import Tuner, as_matrix, promoted
 from .rows import Key, routing
 from .taps import forget, seen
 
@@ -294,86 +294,6 @@ class Base:
         if self.tuner is None or self.below is None:
             return self.site.weight, self.site.bias
         return self.tuner.fold(*self.below.effective())
-
-
-class _PartBase:
-    """The base of a tuner that sees some output rows of a fused linear: y was computed for all rows at once."""
-
-    innermost = False
-    fresh = False  # y may be a view of the fused output
-
-    def __init__(self, site: Site, rows: Rows, base: Base, x: Tensor, y: Tensor):
-        self.site, self.rows, self.base, self.x, self.y = site, rows, base, x, y
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x is self.x:
-            return self.rows.of(self.y, dim=-1)
-        return self.site.apply(*self.effective(), x)  # the tuner changed the input: its rows are computed anew
-
-    def seen(self, what: str) -> Tensor:
-        return self.base.seen(what)
-
-    def effective(self) -> tuple[Tensor, Tensor | None]:
-        weight, bias = self.base.effective()
-        return self.rows.of(weight), None if bias is None else self.rows.of(bias)
-
-
-class Parts(Tuner):
-    """The tuners of one adapter on a fused linear, one per block of output rows (q, k, v in one matrix)."""
-
-    fresh = True
-
-    def __init__(self, parts: dict[str, tuple[Site, Tuner]]):
-        nn.Module.__init__(self)
-        self.sites = {label: site for label, (site, _) in parts.items()}
-        for label, (site, tuner) in parts.items():
-            self.site_name = site.name
-            self._modules[label] = tuner
-
-    def parts(self) -> Iterator[tuple[Site, Rows, Tuner]]:
-        for label, site in self.sites.items():
-            yield site, cast(Rows, site.rows), cast(Tuner, self._modules[label])
-
-    @property
-    def mergeable(self) -> bool:
-        return all(tuner.mergeable for _, _, tuner in self.parts())
-
-    def forward(self, base: Base, x: Tensor) -> Tensor:
-        y = base(x)
-        tuned = [(rows, tuner(_PartBase(site, rows, base, x, y), x).to(y.dtype)) for site, rows, tuner in self.parts()]
-        return _assemble(y, tuned, dim=-1)
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        weights, biases = [], []
-        for _, rows, tuner in self.parts():
-            w, b = tuner.fold(rows.of(weight), None if bias is None else rows.of(bias))
-            weights.append((rows, w))
-            if b is not None:
-                biases.append((rows, b))
-        if biases and bias is None:
-            bias = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
-        return _assemble(weight, weights, dim=0), None if bias is None else _assemble(bias, biases, dim=0)
-
-    def changes_by_rows(self) -> dict[Any, Changes]:
-        return {rows: tuner.changes() for _, rows, tuner in self.parts()}
-
-
-def _assemble(whole: Tensor, parts: list[tuple[Rows, Tensor]], dim: int) -> Tensor:
-    """`whole` with the given rows along `dim` replaced, without writing into it."""
-    groups = parts[0][0].groups
-    if groups > 1:
-        dim %= whole.dim()
-        split = [(Rows(rows.start, rows.stop), part.unflatten(dim, (groups, -1))) for rows, part in parts]
-        return _assemble(whole.unflatten(dim, (groups, -1)), split, dim + 1).flatten(dim, dim + 1)
-    pieces, at = [], 0
-    for rows, part in sorted(parts, key=lambda item: item[0]):
-        if rows.start > at:
-            pieces.append(whole.narrow(dim, at, rows.start - at))
-        pieces.append(part)
-        at = rows.stop
-    if at < whole.shape[dim]:
-        pieces.append(whole.narrow(dim, at, whole.shape[dim] - at))
-    return torch.cat(pieces, dim=dim)
 
 
 class Adapters(nn.Module):

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import peft_kernels as pk
 from peft_kernels.engine.attach import all_adapters
-from peft_kernels.engine.site import Parts
+from peft_kernels.engine.stack import Parts
 from peft_kernels.methods import dora
 
 
