@@ -460,10 +460,13 @@ def test_ctrl_c_waits_for_the_end_of_a_step(tmp_path, monkeypatch):
         target.progress.fill_(progress)
 
     monkeypatch.setattr(type(target), "step", lambda self, progress: step(progress))
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        pk.fit(model, [data()] * 4, loss_fn=cross_entropy, progress=False, checkpoint=tmp_path / "c")
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pk.fit(model, [data()] * 4, loss_fn=cross_entropy, progress=False, checkpoint=tmp_path / "c")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     record = json.loads((tmp_path / "c" / "training.json").read_text())
     assert record["position"]["step"] == 2 == record["log"][-1]["step"]
     assert_equal(values(pk.load(make("mlp").model, tmp_path / "c")), values(model))
