@@ -88,7 +88,7 @@ def by_rows(base: Base, tuners: dict[int, Tuner], route: Routing, args: tuple, k
     The base runs once on all rows, so rows without an adapter are bit-equal to an unrouted call. In a compiled graph
     every tuner runs on all rows and a mask chooses, because shapes must not depend on the route.
     """
-    _refuse(base, kwargs)
+    refuse(base, kwargs)
     leading = next((t.shape[0] for t in tensors((args, kwargs)) if t.dim()), 0)
     rows = route.rows(leading, base.site.name or "the model")
     if leading != rows:
@@ -116,7 +116,7 @@ def by_rows(base: Base, tuners: dict[int, Tuner], route: Routing, args: tuple, k
     return _put(pieces) if len(pieces) > 1 else pieces[0][1]
 
 
-def _refuse(base: Base, kwargs: dict[str, Any]) -> None:
+def refuse(base: Base, kwargs: dict[str, Any]) -> None:
     """Raises where the route would be lost or fixed without a word, or rows cannot be taken."""
     if cache := next((name for name, value in kwargs.items() if hasattr(value, "get_seq_length")), None):
         raise RuntimeError(

@@ -74,7 +74,7 @@ def checked(op, x, n, a_flat, bt_flat, r_indptr, scaling, ids, p, rng, plan) -> 
             f"{op}: scaling is {tuple(scaling.shape)}, r_indptr {tuple(r_indptr.shape)}{given}; "
             "expected [L], [L + 1] and L"
         )
-    if x.dim() > 2 and ids.shape == x.shape[:1]:
+    if x.dim() > 2 and ids.shape == x.shape[:1] != (m,):
         ids = ids.repeat_interleave(math.prod(x.shape[1:-1]), output_size=m)
     if ids.shape != (m,):
         raise ValueError(
