@@ -16,7 +16,8 @@ namespace {
 LoraShape check(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b, const char* y_name,
                 bool bank = false) {
   const int64_t dims = x.dim();
-  const char* expected = bank ? "a must be [R, k], bt [R, n], x [..., k], " : "a must be [r, k], b [n, r], x [..., k], ";
+  const char* expected =
+      bank ? "a must be [R, k], bt [R, n], x [..., k], " : "a must be [r, k], b [n, r], x [..., k], ";
   PK_CHECK(a.dim() == 2 && b.dim() == 2 && dims >= 1 && y.dim() == dims, expected, y_name, " [..., n]");
   const LoraShape s = {x.size(dims - 1) == 0 ? 0 : x.numel() / x.size(dims - 1), a.size(1), b.size(bank ? 1 : 0),
                        a.size(0)};

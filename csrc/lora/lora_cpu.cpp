@@ -340,8 +340,8 @@ Array from(Array a, int64_t element) {
   return a;
 }
 
-// Columns d.. of `count` rows of x from `top` on, dropped; the rows of dst are `ld` apart. Asks for what is wanted next:
-// `down` rows and `right` columns away.
+// Columns d.. of `count` rows of x from `top` on, dropped; the rows of dst are `ld` apart. Asks for what is wanted
+// next: `down` rows and `right` columns away.
 void fetch_rows(float* dst, int64_t ld, LoraIn x, int64_t k, const Rows& rows, int64_t top, int64_t count, int64_t d,
                 int64_t cols, int64_t down, int64_t right, const Dropout& drop) {
   for (int64_t i = 0; i < count; ++i) {
@@ -483,8 +483,7 @@ void wgrad(LoraOut d, bool transposed, const Group* groups, int64_t count, LoraI
               padded(cols, W));
         }
         if (!transposed) {
-          for (int64_t j = 0; j < ranks; ++j)
-            put<false>(d, (group.first + rank + j) * n + col, sums + j * kCols, cols);
+          for (int64_t j = 0; j < ranks; ++j) put<false>(d, (group.first + rank + j) * n + col, sums + j * kCols, cols);
         } else {
           // Whole blocks, because a vector that reads what scalars have just written stalls.
           const int64_t ld = padded(ranks, 4), step = kSlab * kCols / padded(ranks, W);
