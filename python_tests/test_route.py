@@ -346,7 +346,7 @@ def test_a_leading_one_serves_every_row():
 
 
 def test_the_tuners_are_called_on_their_rows_alone():
-    case = two("lora", "mlp")
+    case = two("dora", "mlp")
     seen = {}
     for name in ("a", "b"):
         (_, tuner), *_ = tuners(case.model, name)

@@ -1,7 +1,14 @@
-"""The LoRA ops made of two primitives, so that every backend writes only those.
+"""The LoRA ops made of two primitives each, so that every backend writes only those.
+
+One adapter:
 
 add_(y, x, a, b, scale, p, rng) -> t        y += scale * t b^T in place, t = drop(x) a^T [M, r] fp32
 backward_(dx, g, x, a, b, t, scale, p, rng, need_da, need_db) -> (da, db)        dx += drop'(dt a) in place unless None
+
+Many adapters, bank = (a, bt, r_indptr, scaling, ids):
+
+multi_add_(y, x, *bank, p, rng)        y += scale * t bt in place
+multi_backward_(dx, g, x, *bank, p, rng, need_da, need_dbt) -> (da, dbt)        dx += drop'(dt a) in place unless None
 """
 
 from __future__ import annotations
@@ -10,14 +17,28 @@ import torch
 import torch.nn.functional as F
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+SERVED = DTYPES | {torch.int32, torch.int64}  # those of rng, r_indptr and ids too
 
 
 def why_not(*args) -> str:
     """The reason why kernels of these primitives cannot serve the arguments of a LoRA op, or ""."""
     for a in args:
-        if type(a) is not float and isinstance(a, torch.Tensor) and a.dtype not in DTYPES and a.dtype != torch.int64:
+        if type(a) is not float and isinstance(a, torch.Tensor) and a.dtype not in SERVED:
             return f"no kernel for {a.dtype}"
     return ""
+
+
+def _frozen(x, w, bias):
+    """x made contiguous, and the output of the frozen linear for an update to be added into."""
+    x = x.contiguous()
+    y = F.linear(x, w, bias)
+    if y._is_view():  # of a 2-d product nobody else holds; as a view it could not be written into by a later op
+        y = torch.ops.aten._unsafe_view(y, y.shape)
+    return x, y
+
+
+def _wanted(outs, likes, needs):
+    return tuple(out if need else like.new_empty(0) for out, like, need in zip(outs, likes, needs, strict=True))
 
 
 def compose(add_, backward_):
@@ -35,19 +56,14 @@ def compose(add_, backward_):
     def gradients(dx, g, x, a, b, t, scale, p, rng, needs):
         a, b, t = a.contiguous(), b.contiguous(), t.contiguous()
         da, db = backward_(dx, g.contiguous(), x.contiguous(), a, b, t, scale, p, rng, needs[1], needs[2])
-        return tuple(
-            out if need else u.new_empty(0) for need, out, u in zip(needs, (dx, da, db), (x, a, b), strict=True)
-        )
+        return _wanted((dx, da, db), (x, a, b), needs)
 
     def lora_add_backward(g, x, a, b, t, scale, p, rng, needs):
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs[0] else None
         return gradients(dx, g, x, a, b, t, scale, p, rng, needs)
 
     def lora_linear(x, w, bias, a, b, scale, p, rng):
-        x = x.contiguous()
-        y = F.linear(x, w, bias)
-        if y._is_view():  # of a 2-d product nobody else holds; as a view it could not be written into by a later op
-            y = torch.ops.aten._unsafe_view(y, y.shape)
+        x, y = _frozen(x, w, bias)
         return y, add_(y, x, a.contiguous(), b.contiguous(), scale, p, rng)
 
     def lora_linear_backward(g, x, w, a, b, t, scale, p, rng, needs):
@@ -55,3 +71,45 @@ def compose(add_, backward_):
         return gradients(g @ w if needs[0] else None, g, x, a, b, t, scale, p, rng, needs)
 
     return lora_add, lora_add_inplace, lora_add_backward, lora_linear, lora_linear_backward
+
+
+def compose_multi(add_, backward_):
+    """The same five of multi_lora over its primitives."""
+
+    def packed(a, bt, r_indptr, scaling, ids):
+        return a.contiguous(), bt.contiguous(), r_indptr.contiguous(), scaling.float().contiguous(), ids.contiguous()
+
+    def multi_lora_add_inplace(y, x, *args):
+        if not y.is_contiguous():
+            return multi_lora_add(y, x, *args)
+        add_(y, x.contiguous(), *packed(*args[:5]), *args[5:])
+        return y
+
+    def multi_lora_add(y, *args):
+        return multi_lora_add_inplace(y.clone(memory_format=torch.contiguous_format), *args)
+
+    def gradients(dx, g, x, a, bt, *args):
+        *rest, p, rng, needs = args
+        bank = packed(a, bt, *rest)
+        da, dbt = backward_(dx, g.contiguous(), x.contiguous(), *bank, p, rng, needs[1], needs[2])
+        return _wanted((dx, da, dbt), (x, a, bt), needs)
+
+    def multi_lora_add_backward(g, x, *args):
+        dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if args[-1][0] else None
+        return gradients(dx, g, x, *args)
+
+    def multi_lora_linear(x, w, bias, *args):
+        x, y = _frozen(x, w, bias)
+        return multi_lora_add_inplace(y, x, *args)
+
+    def multi_lora_linear_backward(g, x, w, *args):
+        g = g.contiguous()
+        return gradients(g @ w if args[-1][0] else None, g, x, *args)
+
+    return (
+        multi_lora_add,
+        multi_lora_add_inplace,
+        multi_lora_add_backward,
+        multi_lora_linear,
+        multi_lora_linear_backward,
+    )

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "common/checks.h"
 #include "lora/lora_cpu.h"
@@ -11,14 +12,17 @@
 namespace pk {
 namespace {
 
-// y or g [..., n]
-LoraShape check(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b, const char* y_name) {
+// y or g [..., n]; b is [n, r] or, in a bank of many adapters, [r, n]
+LoraShape check(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b, const char* y_name,
+                bool bank = false) {
   const int64_t dims = x.dim();
-  PK_CHECK(a.dim() == 2 && b.dim() == 2 && dims >= 1 && y.dim() == dims, "a must be [r, k], b [n, r], x [..., k], ",
-           y_name, " [..., n]");
-  const LoraShape s = {x.size(dims - 1) == 0 ? 0 : x.numel() / x.size(dims - 1), a.size(1), b.size(0), a.size(0)};
-  PK_CHECK(x.size(dims - 1) == s.k && y.size(dims - 1) == s.n && b.size(1) == s.r && y.numel() == s.m * s.n,
-           "a must be [r, k], b [n, r], x [..., k], ", y_name, " [..., n]");
+  const char* expected =
+      bank ? "a must be [R, k], bt [R, n], x [..., k], " : "a must be [r, k], b [n, r], x [..., k], ";
+  PK_CHECK(a.dim() == 2 && b.dim() == 2 && dims >= 1 && y.dim() == dims, expected, y_name, " [..., n]");
+  const LoraShape s = {x.size(dims - 1) == 0 ? 0 : x.numel() / x.size(dims - 1), a.size(1), b.size(bank ? 1 : 0),
+                       a.size(0)};
+  PK_CHECK(x.size(dims - 1) == s.k && y.size(dims - 1) == s.n && b.size(bank ? 0 : 1) == s.r && y.numel() == s.m * s.n,
+           expected, y_name, " [..., n]");
   PK_CHECK(a.scalar_type() == b.scalar_type(), "a and b must have the same dtype");
   check_contiguous(y, y_name);
   check_contiguous(x, "x");
@@ -28,6 +32,12 @@ LoraShape check(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor&
   check_same_device(a, x, "a and x");
   check_same_device(b, x, "b and x");
   return s;
+}
+
+void check_dx(const std::optional<Tensor>& dx, const Tensor& x) {
+  if (!dx) return;
+  check_same_shape(*dx, x, "dx and x");
+  check_contiguous(*dx, "dx");
 }
 
 LoraDropout dropout_of(double p, const std::optional<Tensor>& rng) {
@@ -61,16 +71,85 @@ std::tuple<Tensor, Tensor> lora_backward_cpu(std::optional<Tensor> dx, const Ten
   PK_CHECK(t.dim() == 2 && t.size(0) == s.m && t.size(1) == s.r && t.scalar_type() == ScalarType::Float,
            "t must be the [m, r] float32 that lora_add_ returned");
   check_contiguous(t, "t");
-  if (dx) {
-    check_same_shape(*dx, x, "dx and x");
-    check_contiguous(*dx, "dx");
-  }
+  check_dx(dx, x);
   Tensor da = new_empty(a, {need_da ? s.r : 0, s.k}, a.scalar_type());
   Tensor db = new_empty(b, {need_db ? s.n : 0, s.r}, b.scalar_type());
   PK_DISPATCH_ISA(lora_backward, s, dx ? out(*dx, "dx") : LoraOut{}, in(g, "g"), in(x, "x"), in(a, "a"), in(b, "b"),
                   static_cast<const float*>(t.data_ptr()), static_cast<float>(scale), drop,
                   need_da ? out(da, "da") : LoraOut{}, need_db ? out(db, "db") : LoraOut{});
   return {da, db};
+}
+
+// -- many adapters --------------------------------------------------------------------------------------------------
+
+std::vector<int64_t> integers(const Tensor& t, const char* name) {
+  PK_CHECK(t.is_cpu() && t.dim() == 1, name, " must be a 1-d tensor on the CPU");
+  check_contiguous(t, name);
+  const int64_t n = t.size(0);
+  if (t.scalar_type() == ScalarType::Int) {
+    const auto* p = static_cast<const int32_t*>(t.data_ptr());
+    return {p, p + n};
+  }
+  PK_CHECK(t.scalar_type() == ScalarType::Long, name, " must be int32 or int64");
+  const auto* p = static_cast<const int64_t*>(t.data_ptr());
+  return {p, p + n};
+}
+
+// Rows by adapter, in order: a counting sort.
+struct Sorted {
+  std::vector<int64_t> rows;
+  std::vector<LoraGroup> groups;  // of rank > 0, with rows or without
+};
+
+Sorted sorted(const LoraShape& s, const Tensor& r_indptr, const Tensor& scaling, const Tensor& ids) {
+  const std::vector<int64_t> indptr = integers(r_indptr, "r_indptr"), id = integers(ids, "ids");
+  const auto adapters = static_cast<int64_t>(indptr.size()) - 1;
+  bool rising = adapters >= 0 && indptr[0] == 0 && indptr[adapters] == s.r;
+  for (int64_t l = 0; rising && l < adapters; ++l) rising = indptr[l] <= indptr[l + 1];
+  PK_CHECK(rising, "r_indptr must rise from 0 to the ", s.r, " ranks of the bank");
+  PK_CHECK(static_cast<int64_t>(id.size()) == s.m, "ids must have one number for each of the ", s.m, " rows");
+  PK_CHECK(scaling.is_cpu() && scaling.scalar_type() == ScalarType::Float && scaling.numel() == adapters,
+           "scaling must be float32 on the CPU, one number for each adapter");
+  check_contiguous(scaling, "scaling");
+  const auto served = [&](int64_t l) { return l >= 0 && l < adapters && indptr[l] < indptr[l + 1]; };
+  std::vector<int64_t> at(adapters + 1);
+  for (const int64_t l : id)
+    if (served(l)) ++at[l + 1];
+  for (int64_t l = 0; l < adapters; ++l) at[l + 1] += at[l];
+  Sorted out;
+  out.rows.resize(at[adapters]);
+  const auto* scales = static_cast<const float*>(scaling.data_ptr());
+  for (int64_t l = 0; l < adapters; ++l)
+    if (served(l))
+      out.groups.push_back(
+          {out.rows.data() + at[l], at[l + 1] - at[l], indptr[l], indptr[l + 1] - indptr[l], scales[l]});
+  for (int64_t i = 0; i < s.m; ++i)
+    if (served(id[i])) out.rows[at[id[i]]++] = i;
+  return out;
+}
+
+void multi_lora_add_cpu(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& bt, const Tensor& r_indptr,
+                        const Tensor& scaling, const Tensor& ids, double p, std::optional<Tensor> rng) {
+  const LoraShape s = check(y, x, a, bt, "y", true);
+  const LoraDropout drop = dropout_of(p, rng);
+  const Sorted by = sorted(s, r_indptr, scaling, ids);
+  PK_DISPATCH_ISA(multi_lora_add, s, by.groups, out(y, "y"), in(x, "x"), in(a, "a"), in(bt, "bt"), drop);
+}
+
+std::tuple<Tensor, Tensor> multi_lora_backward_cpu(std::optional<Tensor> dx, const Tensor& g, const Tensor& x,
+                                                   const Tensor& a, const Tensor& bt, const Tensor& r_indptr,
+                                                   const Tensor& scaling, const Tensor& ids, double p,
+                                                   std::optional<Tensor> rng, bool need_da, bool need_dbt) {
+  const LoraShape s = check(g, x, a, bt, "g", true);
+  const LoraDropout drop = dropout_of(p, rng);
+  const Sorted by = sorted(s, r_indptr, scaling, ids);
+  check_dx(dx, x);
+  Tensor da = new_empty(a, {need_da ? s.r : 0, s.k}, a.scalar_type());
+  Tensor dbt = new_empty(bt, {need_dbt ? s.r : 0, s.n}, bt.scalar_type());
+  PK_DISPATCH_ISA(multi_lora_backward, s, by.groups, dx ? out(*dx, "dx") : LoraOut{}, in(g, "g"), in(x, "x"),
+                  in(a, "a"), in(bt, "bt"), drop, need_da ? out(da, "da") : LoraOut{},
+                  need_dbt ? out(dbt, "dbt") : LoraOut{});
+  return {da, dbt};
 }
 
 }  // namespace
@@ -81,9 +160,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_peft_kernels, m) {
   m.def(
       "lora_backward_(Tensor(a!)? dx, Tensor g, Tensor x, Tensor a, Tensor b, Tensor t, float scale, float p, "
       "Tensor? rng, bool need_da, bool need_db) -> (Tensor da, Tensor db)");
+  m.def(
+      "multi_lora_add_(Tensor(a!) y, Tensor x, Tensor a, Tensor bt, Tensor r_indptr, Tensor scaling, Tensor ids, "
+      "float p, Tensor? rng) -> ()");
+  m.def(
+      "multi_lora_backward_(Tensor(a!)? dx, Tensor g, Tensor x, Tensor a, Tensor bt, Tensor r_indptr, Tensor scaling, "
+      "Tensor ids, float p, Tensor? rng, bool need_da, bool need_dbt) -> (Tensor da, Tensor dbt)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_peft_kernels, CPU, m) {
   m.impl("lora_add_", TORCH_BOX(&pk::lora_add_cpu));
   m.impl("lora_backward_", TORCH_BOX(&pk::lora_backward_cpu));
+  m.impl("multi_lora_add_", TORCH_BOX(&pk::multi_lora_add_cpu));
+  m.impl("multi_lora_backward_", TORCH_BOX(&pk::multi_lora_backward_cpu));
 }

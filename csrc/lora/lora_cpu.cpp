@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <new>
+#include <vector>
 
 #include "common/cpu.h"
 
@@ -313,101 +314,147 @@ void pack_columns(float* v, LoraIn src, bool transposed, int64_t n, int64_t r, i
 }
 
 // -- the three loops ------------------------------------------------------------------------------------------------
+// Each over `count` groups of rows. LoRA of one adapter is one group of all rows.
 
-// Columns d.. of `count` rows of x from row `from`, dropped; the rows of dst are `ld` apart.
-void fetch_rows(float* dst, int64_t ld, LoraIn x, int64_t k, int64_t from, int64_t count, int64_t d, int64_t cols,
-                int64_t ahead, const Dropout& drop) {
+// The numbers of m rows of x and y, in order.
+struct Rows {
+  const int64_t* index;  // null: 0 .. m - 1
+  int64_t m;
+  int64_t operator[](int64_t i) const { return index ? index[i] : i; }
+  int64_t ahead(int64_t i) const { return (*this)[at_most(i, m - 1)]; }
+  bool adjoining(int64_t from, int64_t count) const { return (*this)[from + count - 1] - (*this)[from] == count - 1; }
+};
+
+// The rows of one adapter, which has the ranks first .. first + r - 1 of a factor, and its t [m, r].
+struct Group {
+  Rows rows;
+  int64_t first, r;
+  float scale;  // that shrink multiplies with
+  float* t;
+};
+
+template <class Array>
+Array from(Array a, int64_t element) {
+  const int64_t size = a.type == Dtype::f32 ? 4 : 2;
+  a.data = static_cast<decltype(a.data)>((char*)a.data + element * size);
+  return a;
+}
+
+// Columns d.. of `count` rows of x from `top` on, dropped; the rows of dst are `ld` apart. Asks for what is wanted
+// next: `down` rows and `right` columns away.
+void fetch_rows(float* dst, int64_t ld, LoraIn x, int64_t k, const Rows& rows, int64_t top, int64_t count, int64_t d,
+                int64_t cols, int64_t down, int64_t right, const Dropout& drop) {
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t first = (from + i) * k + d;
-    fetch(dst + i * ld, x, first, cols);
-    prefetch(x, first + ahead, cols);
-    if (drop) drop(dst + i * ld, from + i, d, cols);
+    const int64_t row = rows[top + i];
+    fetch(dst + i * ld, x, row * k + d, cols);
+    prefetch(x, rows.ahead(top + i + down) * k + d + right, cols);
+    if (drop) drop(dst + i * ld, row, d, cols);
   }
 }
 
-// shrink for m <= kRows: the factor is most of the traffic, so threads share its rows, and each packs its own on the
-// way. The blocks of the sum depend on k alone, and are added in order.
-void shrink_few(float* t, LoraIn x, LoraIn f, bool transposed, int64_t m, int64_t k, int64_t r, float factor,
+// shrink of groups with m <= kRows: the factor is most of the traffic, so threads share its rows, and each packs its
+// own on the way. The blocks of the sum depend on k alone, and are added in order. The t of the groups adjoin.
+void shrink_few(const Group* groups, int64_t count, LoraIn x, LoraIn f, bool transposed, int64_t k, float factor,
                 const Dropout& drop) {
   const int64_t parts = blocks(k, kDepth);
-  const Buffer partial(parts * m * r);
-  parallel_for(0, parts, grain(kDepth * (m * (r + kMove) + r * kMove)), [&](int64_t begin, int64_t end) {
+  int64_t all = 0, work = 0;
+  for (int64_t g = 0; g < count; ++g) {
+    const int64_t m = groups[g].rows.m, r = groups[g].r;
+    all += m * r;
+    work += m * (r + kMove) + r * kMove;
+  }
+  const Buffer partial(parts * all);
+  parallel_for(0, count * parts, grain(kDepth * work / count), [&](int64_t begin, int64_t end) {
     alignas(64) float rows[kRows * kDepth], u[kDepth * kRanks], sums[kRows * kRanks];
-    for (int64_t part = begin; part < end; ++part) {
-      const int64_t d = part * kDepth, depth = at_most(k - d, kDepth);
-      fetch_rows(rows, kDepth, x, k, 0, m, d, depth, kDepth, drop);
+    for (int64_t task = begin; task < end; ++task) {
+      const Group& group = groups[task / parts];
+      const int64_t part = task % parts, d = part * kDepth, depth = at_most(k - d, kDepth);
+      const int64_t m = group.rows.m, r = group.r;
+      float* const own = partial.p + parts * (group.t - groups->t) + part * m * r;
+      fetch_rows(rows, kDepth, x, k, group.rows, 0, m, d, depth, 0, kDepth, drop);
       for (int64_t rank = 0; rank < r; rank += kRanks) {
         const int64_t ranks = at_most(r - rank, kRanks), ld = padded(ranks, W);
-        pack_rows(u, ld, f, transposed, k, r, d, depth, rank, ranks);
-        run({sums, kRanks, rows, kDepth, 1, u, ld, depth, factor, false}, m, ld);
-        for (int64_t i = 0; i < m; ++i) put<false>({partial.p}, (part * m + i) * r + rank, sums + i * kRanks, ranks);
+        pack_rows(u, ld, from(f, group.first * k), transposed, k, r, d, depth, rank, ranks);
+        run({sums, kRanks, rows, kDepth, 1, u, ld, depth, factor * group.scale, false}, m, ld);
+        for (int64_t i = 0; i < m; ++i) put<false>({own}, i * r + rank, sums + i * kRanks, ranks);
       }
     }
   });
-  for (int64_t i = 0; i < m * r; ++i) {
-    t[i] = partial.p[i];
-    for (int64_t part = 1; part < parts; ++part) t[i] += partial.p[part * m * r + i];
+  for (int64_t g = 0; g < count; ++g) {
+    const int64_t size = groups[g].rows.m * groups[g].r;
+    float* const t = groups[g].t;
+    const float* own = partial.p + parts * (t - groups->t);
+    for (int64_t i = 0; i < size; ++i) {
+      t[i] = own[i];
+      for (int64_t part = 1; part < parts; ++part) t[i] += own[part * size + i];
+    }
   }
 }
 
-// t [m, r] = factor * drop(x) [m, k] f [k, r]; f is stored as [r, k] if transposed.
-void shrink(float* t, LoraIn x, LoraIn f, bool transposed, int64_t m, int64_t k, int64_t r, float factor,
+// t [m, r] = factor * scale * drop(x) [m, k] f [k, r]; f is stored as [r, k] if transposed.
+void shrink(const Group* groups, int64_t count, LoraIn x, LoraIn f, bool transposed, int64_t k, float factor,
             const Dropout& drop) {
-  if (m <= kRows) return shrink_few(t, x, f, transposed, m, k, r, factor, drop);
-  const int64_t ld = padded(r, W);
+  if (groups->rows.m <= kRows) return shrink_few(groups, count, x, f, transposed, k, factor, drop);
+  const Group& group = *groups;
+  const int64_t m = group.rows.m, r = group.r, ld = padded(r, W);
   const Buffer u(k * ld);
   parallel_for(0, blocks(k, kDepth), grain(kDepth * r * kMove), [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kDepth, rows = at_most(end * kDepth, k) - first;
-    pack_rows(u.p + first * ld, ld, f, transposed, k, r, first, rows, 0, r);
+    const int64_t d = begin * kDepth, rows = at_most(end * kDepth, k) - d;
+    pack_rows(u.p + d * ld, ld, from(f, group.first * k), transposed, k, r, d, rows, 0, r);
   });
   parallel_for(0, blocks(m, kRows), grain(kRows * k * (r + kMove)), [&](int64_t begin, int64_t end) {
     alignas(64) float rows[kRows * kDepth], sums[kRows * kRanks];
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t from = task * kRows, count = at_most(m - from, kRows);
+      const int64_t top = task * kRows, count = at_most(m - top, kRows);
       for (int64_t rank = 0; rank < r; rank += kRanks) {
         const int64_t ranks = at_most(r - rank, kRanks);
         for (int64_t d = 0; d < k; d += kDepth) {
           const int64_t depth = at_most(k - d, kDepth);
-          fetch_rows(rows, kDepth, x, k, from, count, d, depth, kDepth, drop);
-          run({sums, kRanks, rows, kDepth, 1, u.p + d * ld + rank, ld, depth, factor, d > 0}, count, padded(ranks, W));
+          fetch_rows(rows, kDepth, x, k, group.rows, top, count, d, depth, 0, kDepth, drop);
+          run({sums, kRanks, rows, kDepth, 1, u.p + d * ld + rank, ld, depth, factor * group.scale, d > 0}, count,
+              padded(ranks, W));
         }
-        for (int64_t i = 0; i < count; ++i) put<false>({t}, (from + i) * r + rank, sums + i * kRanks, ranks);
+        for (int64_t i = 0; i < count; ++i) put<false>({group.t}, (top + i) * r + rank, sums + i * kRanks, ranks);
       }
     }
   });
 }
 
 // y [m, n] += factor * drop'(t [m, r] f [r, n]); f is stored as [n, r] if transposed.
-void expand(LoraOut y, const float* t, LoraIn f, bool transposed, int64_t m, int64_t n, int64_t r, float factor,
+void expand(LoraOut y, const Group* groups, int64_t count, LoraIn f, bool transposed, int64_t n, float factor,
             const Dropout& drop) {
   constexpr int64_t rows = 8;
-  const int64_t across = blocks(n, kCols);
+  const int64_t across = blocks(n, kCols), bands = blocks(groups->rows.m, kBand);
   // As in shrink: packed once for all bands or, if there is one band only, on the way.
-  const bool packed = m > kBand || r > kRanks;
-  const Buffer all(packed ? across * kCols * r : 0);
-  parallel_for(0, packed ? across : 0, grain(kCols * r * kMove), [&](int64_t begin, int64_t end) {
+  const bool packed = groups->rows.m > kBand || groups->r > kRanks;
+  const Buffer all(packed ? across * kCols * groups->r : 0);
+  parallel_for(0, packed ? across : 0, grain(kCols * groups->r * kMove), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t col = block * kCols;
-      pack_columns(all.p + col * r, f, transposed, n, r, col, at_most(n - col, kCols));
+      const int64_t col = block * kCols, r = groups->r;
+      pack_columns(all.p + col * r, from(f, groups->first * n), transposed, n, r, col, at_most(n - col, kCols));
     }
   });
-  const int64_t work = at_most(m, kBand) * (r + kMove) + (packed ? 0 : r * kMove);
-  parallel_for(0, blocks(m, kBand) * across, grain(kCols * work), [&](int64_t begin, int64_t end) {
+  int64_t work = 0;
+  for (int64_t g = 0; g < count; ++g)
+    work += at_most(groups[g].rows.m, kBand) * (groups[g].r + kMove) + (packed ? 0 : groups[g].r * kMove);
+  parallel_for(0, count * bands * across, grain(kCols * work / count), [&](int64_t begin, int64_t end) {
     alignas(64) float sums[rows * kCols], block[kRanks * kCols];
     for (int64_t task = begin; task < end; ++task) {
+      const Group& group = groups[task / across / bands];
+      const int64_t m = group.rows.m, r = group.r;
       const int64_t col = task % across * kCols, cols = at_most(n - col, kCols);
-      const int64_t top = task / across * kBand, bottom = at_most(m, top + kBand);
-      if (!packed) pack_columns(block, f, transposed, n, r, col, cols);
+      const int64_t band = task / across % bands * kBand, bottom = at_most(m, band + kBand);
+      if (!packed) pack_columns(block, from(f, group.first * n), transposed, n, r, col, cols);
       const float* v = packed ? all.p + col * r : block;
-      const bool direct = y.type == Dtype::f32 && !drop && cols % W == 0;
-      for (int64_t from = top; from < bottom; from += rows) {
-        const int64_t count = at_most(bottom - from, rows);
-        for (int64_t i = 0; i < count; ++i) prefetch(y, (from + i + rows) * n + col, cols);
-        float* const c = direct ? static_cast<float*>(y.data) + from * n + col : sums;
-        run({c, direct ? n : kCols, t + from * r, r, 1, v, kCols, r, factor, direct}, count, padded(cols, W));
-        for (int64_t i = 0; i < count && !direct; ++i) {
-          if (drop) drop(sums + i * kCols, from + i, col, cols);
-          put<true>(y, (from + i) * n + col, sums + i * kCols, cols);
+      for (int64_t top = band; top < bottom; top += rows) {
+        const int64_t some = at_most(bottom - top, rows), row = group.rows[top];
+        const bool direct = y.type == Dtype::f32 && !drop && cols % W == 0 && group.rows.adjoining(top, some);
+        for (int64_t i = 0; i < some; ++i) prefetch(y, group.rows.ahead(top + i + rows) * n + col, cols);
+        float* const c = direct ? static_cast<float*>(y.data) + row * n + col : sums;
+        run({c, direct ? n : kCols, group.t + top * r, r, 1, v, kCols, r, factor, direct}, some, padded(cols, W));
+        for (int64_t i = 0; i < some && !direct; ++i) {
+          if (drop) drop(sums + i * kCols, group.rows[top + i], col, cols);
+          put<true>(y, group.rows[top + i] * n + col, sums + i * kCols, cols);
         }
       }
     }
@@ -415,31 +462,35 @@ void expand(LoraOut y, const float* t, LoraIn f, bool transposed, int64_t m, int
 }
 
 // d [r, n] = factor * t^T [r, m] drop(u) [m, n], written as [n, r] if transposed
-void wgrad(LoraOut d, bool transposed, const float* t, LoraIn u, int64_t m, int64_t n, int64_t r, float factor,
+void wgrad(LoraOut d, bool transposed, const Group* groups, int64_t count, LoraIn u, int64_t n, float factor,
            const Dropout& drop) {
   // Columns alone are dealt out, never rows: a sum has one owner and one order.
-  const int64_t width = at_most(padded(blocks(n, 32), 96), kCols);
-  parallel_for(0, blocks(n, width), grain(m * width * (r + kMove)), [&](int64_t begin, int64_t end) {
+  const int64_t width = at_most(padded(blocks(n, 32), 96), kCols), across = blocks(n, width);
+  int64_t work = 0;
+  for (int64_t g = 0; g < count; ++g) work += groups[g].rows.m * width * (groups[g].r + kMove);
+  parallel_for(0, count * across, grain(work / count), [&](int64_t begin, int64_t end) {
     alignas(64) float rows[kSlab * kCols], sums[kRanks * kCols];
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t col = task * width, cols = at_most(n - col, width);
+      const Group& group = groups[task / across];
+      const int64_t m = group.rows.m, r = group.r, col = task % across * width, cols = at_most(n - col, width);
       for (int64_t rank = 0; rank < r; rank += kRanks) {
         const int64_t ranks = at_most(r - rank, kRanks);
         if (m == 0) std::memset(sums, 0, sizeof(sums));
-        for (int64_t from = 0; from < m; from += kSlab) {
-          const int64_t count = at_most(m - from, kSlab);
-          fetch_rows(rows, kCols, u, n, from, count, col, cols, kSlab * n, drop);
-          run({sums, kCols, t + from * r + rank, 1, r, rows, kCols, count, factor, from > 0}, ranks, padded(cols, W));
+        for (int64_t top = 0; top < m; top += kSlab) {
+          const int64_t some = at_most(m - top, kSlab);
+          fetch_rows(rows, kCols, u, n, group.rows, top, some, col, cols, kSlab, 0, drop);
+          run({sums, kCols, group.t + top * r + rank, 1, r, rows, kCols, some, factor, top > 0}, ranks,
+              padded(cols, W));
         }
         if (!transposed) {
-          for (int64_t j = 0; j < ranks; ++j) put<false>(d, (rank + j) * n + col, sums + j * kCols, cols);
+          for (int64_t j = 0; j < ranks; ++j) put<false>(d, (group.first + rank + j) * n + col, sums + j * kCols, cols);
         } else {
           // Whole blocks, because a vector that reads what scalars have just written stalls.
           const int64_t ld = padded(ranks, 4), step = kSlab * kCols / padded(ranks, W);
           for (int64_t i = 0; i < cols; i += step) {
-            const int64_t count = at_most(cols - i, step);
-            transpose(rows, ld, {sums}, i, kCols, ranks, count);
-            for (int64_t c = 0; c < count; ++c) put<false>(d, (col + i + c) * r + rank, rows + c * ld, ranks);
+            const int64_t some = at_most(cols - i, step);
+            transpose(rows, ld, {sums}, i, kCols, ranks, some);
+            for (int64_t c = 0; c < some; ++c) put<false>(d, (col + i + c) * r + rank, rows + c * ld, ranks);
           }
         }
       }
@@ -447,25 +498,91 @@ void wgrad(LoraOut d, bool transposed, const float* t, LoraIn u, int64_t m, int6
   });
 }
 
+// -- many adapters --------------------------------------------------------------------------------------------------
+
+// The groups as the loops take them: first those of few rows and ranks, which share the loops' tasks, then those that
+// fill the threads alone, then those without rows.
+class Bank {
+ public:
+  explicit Bank(const std::vector<LoraGroup>& groups) : t_(size(groups)) {
+    float* t = t_.p;
+    for (int kind = 0; kind < 3; ++kind) {
+      for (const LoraGroup& g : groups)
+        if (kind_of(g) == kind) {
+          groups_.push_back({{g.rows, g.m}, g.first, g.r, g.scale, t});
+          t += g.m * g.r;
+        }
+      ends_[kind] = static_cast<int64_t>(groups_.size());
+    }
+  }
+
+  // f(groups, count) for what goes through the loops at once.
+  template <class F>
+  void each(const F& f) const {
+    if (ends_[0]) f(groups_.data(), ends_[0]);
+    for (int64_t g = ends_[0]; g < ends_[1]; ++g) f(groups_.data() + g, 1);
+  }
+
+  template <class F>
+  void all(const F& f) const {
+    if (ends_[2]) f(groups_.data(), ends_[2]);
+  }
+
+ private:
+  static int kind_of(const LoraGroup& g) { return g.m == 0 ? 2 : g.m <= kRows && g.r <= kRanks ? 0 : 1; }
+  static int64_t size(const std::vector<LoraGroup>& groups) {
+    int64_t sum = 0;
+    for (const LoraGroup& g : groups) sum += g.m * g.r;
+    return sum;
+  }
+
+  Buffer t_;
+  std::vector<Group> groups_;
+  int64_t ends_[3];
+};
+
 }  // namespace
 
 void lora_add(const LoraShape& s, LoraOut y, LoraIn x, LoraIn a, LoraIn b, float scale, const LoraDropout& drop,
               float* t) {
   if (s.m == 0 || s.r == 0) return;
-  shrink(t, x, a, true, s.m, s.k, s.r, drop.scale(), Dropout(drop));
-  expand(y, t, b, true, s.m, s.n, s.r, scale, {});
+  const Group all = {{nullptr, s.m}, 0, s.r, 1.0f, t};
+  shrink(&all, 1, x, a, true, s.k, drop.scale(), Dropout(drop));
+  expand(y, &all, 1, b, true, s.n, scale, {});
 }
 
 void lora_backward(const LoraShape& s, LoraOut dx, LoraIn g, LoraIn x, LoraIn a, LoraIn b, const float* t, float scale,
                    const LoraDropout& drop, LoraOut da, LoraOut db) {
   if (s.r == 0) return;
-  if (db.data) wgrad(db, true, t, g, s.m, s.n, s.r, scale, {});
+  const Group all = {{nullptr, s.m}, 0, s.r, 1.0f, const_cast<float*>(t)};
+  if (db.data) wgrad(db, true, &all, 1, g, s.n, scale, {});
   if (!dx.data && !da.data) return;
   // The factor of what dropout keeps goes into dt, for both of its uses.
-  const Buffer dt(s.m * s.r);
-  shrink(dt.p, g, b, false, s.m, s.n, s.r, scale * drop.scale(), {});
-  if (da.data) wgrad(da, false, dt.p, x, s.m, s.k, s.r, 1.0f, Dropout(drop));
-  if (dx.data) expand(dx, dt.p, a, false, s.m, s.k, s.r, 1.0f, Dropout(drop));
+  const Buffer buffer(s.m * s.r);
+  const Group dt = {{nullptr, s.m}, 0, s.r, 1.0f, buffer.p};
+  if (s.m) shrink(&dt, 1, g, b, false, s.n, scale * drop.scale(), {});
+  if (da.data) wgrad(da, false, &dt, 1, x, s.k, 1.0f, Dropout(drop));
+  if (dx.data && s.m) expand(dx, &dt, 1, a, false, s.k, 1.0f, Dropout(drop));
+}
+
+void multi_lora_add(const LoraShape& s, const std::vector<LoraGroup>& groups, LoraOut y, LoraIn x, LoraIn a, LoraIn bt,
+                    const LoraDropout& drop) {
+  const Bank bank(groups);
+  bank.each([&](const Group* g, int64_t n) { shrink(g, n, x, a, true, s.k, drop.scale(), Dropout(drop)); });
+  bank.each([&](const Group* g, int64_t n) { expand(y, g, n, bt, false, s.n, 1.0f, {}); });
+}
+
+void multi_lora_backward(const LoraShape& s, const std::vector<LoraGroup>& groups, LoraOut dx, LoraIn dy, LoraIn x,
+                         LoraIn a, LoraIn bt, const LoraDropout& drop, LoraOut da, LoraOut dbt) {
+  const Bank bank(groups);
+  if (dbt.data) {
+    bank.each([&](const Group* g, int64_t n) { shrink(g, n, x, a, true, s.k, drop.scale(), Dropout(drop)); });
+    bank.all([&](const Group* g, int64_t n) { wgrad(dbt, false, g, n, dy, s.n, 1.0f, {}); });
+  }
+  if (!dx.data && !da.data) return;
+  bank.each([&](const Group* g, int64_t n) { shrink(g, n, dy, bt, true, s.n, drop.scale(), {}); });
+  if (da.data) bank.all([&](const Group* g, int64_t n) { wgrad(da, false, g, n, x, s.k, 1.0f, Dropout(drop)); });
+  if (dx.data) bank.each([&](const Group* g, int64_t n) { expand(dx, g, n, a, false, s.k, 1.0f, Dropout(drop)); });
 }
 
 }  // namespace pk::PK_ISA

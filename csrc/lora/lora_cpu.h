@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "common/isa.h"
 #include "common/switch.h"
@@ -27,6 +28,13 @@ struct LoraDropout {
   float scale() const { return threshold < 65536 ? 65536.0f / static_cast<float>(65536 - threshold) : 0.0f; }
 };
 
+// One of many adapters: m rows of x by their numbers, and its ranks first .. first + r - 1 of the bank, r >= 1.
+struct LoraGroup {
+  const int64_t* rows;
+  int64_t m, first, r;
+  float scale;
+};
+
 }  // namespace pk
 
 // t = drop(x) a^T and y += scale * t b^T.
@@ -36,3 +44,12 @@ PK_DECLARE_ISA(void lora_add(const LoraShape& s, LoraOut y, LoraIn x, LoraIn a, 
 // With dt = scale * g b: dx += drop'(dt a), da = dt^T drop(x), db = scale * g^T t; each only if its data is not null.
 PK_DECLARE_ISA(void lora_backward(const LoraShape& s, LoraOut dx, LoraIn g, LoraIn x, LoraIn a, LoraIn b,
                                   const float* t, float scale, const LoraDropout& drop, LoraOut da, LoraOut db);)
+
+// Over the rows of each group, whose factors are rows of a [R, k] and bt [R, n], b transposed: y += scale * t b^T.
+PK_DECLARE_ISA(void multi_lora_add(const LoraShape& s, const std::vector<LoraGroup>& groups, LoraOut y, LoraIn x,
+                                   LoraIn a, LoraIn bt, const LoraDropout& drop);)
+
+// As lora_backward, with da [R, k] and dbt [R, n]; the groups cover all ranks, those without rows too.
+PK_DECLARE_ISA(void multi_lora_backward(const LoraShape& s, const std::vector<LoraGroup>& groups, LoraOut dx, LoraIn g,
+                                        LoraIn x, LoraIn a, LoraIn bt, const LoraDropout& drop, LoraOut da,
+                                        LoraOut dbt);)

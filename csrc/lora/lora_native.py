@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..common.library import unavailable as unavailable
-from ._compose import compose
+from ._compose import compose, compose_multi
 from ._compose import why_not as why_not
 
 VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
@@ -19,4 +19,19 @@ def backward_(*args):
     return torch.ops._peft_kernels.lora_backward_.default(*args)
 
 
+def multi_add_(*args):
+    torch.ops._peft_kernels.multi_lora_add_.default(*args)
+
+
+def multi_backward_(*args):
+    return torch.ops._peft_kernels.multi_lora_backward_.default(*args)
+
+
 lora_add, lora_add_, lora_add_backward, lora_linear, lora_linear_backward = compose(add_, backward_)
+(
+    multi_lora_add,
+    multi_lora_add_,
+    multi_lora_add_backward,
+    multi_lora_linear,
+    multi_lora_linear_backward,
+) = compose_multi(multi_add_, multi_backward_)

@@ -106,7 +106,7 @@ def by_rows(base: Base, tuners: dict[int, Tuner], route: Routing, args: tuple, k
     The base runs once on all rows, so rows without an adapter are bit-equal to an unrouted call. In a compiled graph
     every tuner runs on all rows and a mask chooses, because shapes must not depend on the route.
     """
-    _refuse(base, args, kwargs)
+    refuse(base, args, kwargs)
     where = base.site.name or "the model"
     leading = next((t.shape[0] for t in tensors((args, kwargs)) if t.dim() > 1), None)
     if leading is None and len(set(route.numbers)) > 1:
@@ -149,7 +149,7 @@ def _is_cache(value: Any) -> bool:
     return hasattr(value, "get_seq_length")
 
 
-def _refuse(base: Base, args: tuple, kwargs: dict[str, Any]) -> None:
+def refuse(base: Base, args: tuple, kwargs: dict[str, Any]) -> None:
     """Raises where the route would be lost or fixed without a word, or rows cannot be taken."""
     refuse_cache(base.site, args, kwargs, "which has no rows to route")
     if torch.compiler.is_exporting():

@@ -345,6 +345,7 @@ class Adapters(nn.Module):
 class Many:
     """The callable of a routed module: the tuners of one class on their rows, the callable below on the others."""
 
+    innermost = False
     fresh = False
 
     def __init__(self, below: Base | Many, cls: type[Tuner], tuners: dict[int, Tuner], adapters: Adapters):

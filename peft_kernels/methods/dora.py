@@ -12,14 +12,12 @@ and its norm needs no second weight, since n_o^2 = ||W_o||^2 + 2 s <W_o, b_o A> 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import ops
 from ..engine.method import Changes, promoted
@@ -44,7 +42,6 @@ class DoRATuner(LoRATuner, method=DoRA):
         if site.weight.is_meta and not self.a.is_meta:
             raise ValueError(f"{site.name} is offloaded and DoRA needs the norms of its rows; load the whole model")
         self.m = site.param(site.n_out, init=lambda m, _: m.copy_(_root(_squares(site.weight))))  # [out]
-        self._kept: dict[str, tuple[list, Tensor]] = {}  # name -> (what it was computed from, value); in no state_dict
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         directions, bias = super().fold(weight, bias)
@@ -78,38 +75,16 @@ class DoRATuner(LoRATuner, method=DoRA):
         # Autocast would round the products to 16 bits. It does not know the meta device.
         exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
         with torch.no_grad(), exact:
-            squares = self._once("squares", lambda: _squares(weight), weight)
+            squares = self._kept.once("squares", lambda: _squares(weight), [weight])
             if moving:
                 return self._updated(squares, weight)
-            return self._once("norm", lambda: self._updated(squares, weight), weight, self.a, self.b)
+            return self._kept.once("norm", lambda: self._updated(squares, weight), [weight, self.a, self.b])
 
     def _updated(self, squares: Tensor, weight: Tensor) -> Tensor:
         dtype = torch.promote_types(squares.dtype, self.a.dtype)
         a, b = self.a.detach().to(dtype), self.b.detach().to(dtype)
         wa = torch.cat([rows @ a.T for rows in _blocks(weight, dtype)])  # [out, r]
         return _root(squares + self.scale * (b * (2 * wa + self.scale * (b @ (a @ a.T)))).sum(1))
-
-    def _once(self, name: str, compute: Callable[[], Tensor], *sources: Tensor) -> Tensor:
-        """compute(), or what it returned last where no source was replaced or written into since."""
-        transformed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-        if transformed or any(t.is_inference() for t in sources):  # the latter count no versions
-            return compute()
-        # A weak reference: the memory of a weight that is gone is neither held nor mistaken for its successor's.
-        state = [
-            (StorageWeakRef(t.untyped_storage()), t._version, t.storage_offset(), t.shape, t.stride()) for t in sources
-        ]
-        kept = self._kept.get(name)
-        if kept is None or kept[0] != state:
-            kept = self._kept[name] = state, compute()
-        return kept[1]
-
-    def train(self, mode: bool = True) -> DoRATuner:
-        if mode != self.training:
-            self._kept.clear()  # between the modes lie writes that no version counts: FSDP's, and those to `.data`
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_kept": {}}
 
 
 def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from .. import ops
 from ..engine.method import Changes, Method, Tuner
+from ..engine.rows import Routing, refuse
 from ..engine.site import Base, Site
+from ._kept import Kept
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class LoRATuner(Tuner, method=LoRA):
         super().__init__(cfg, site)
         self.scale = cfg.alpha / (math.sqrt(cfg.rank) if cfg.rslora else cfg.rank)
         self.dropout = cfg.dropout
+        self._kept = Kept()
         # An embedding reads few columns of A: with B = 0 they would hardly learn, so there A is 0 and B is drawn.
         inits: tuple[Any, Any] = ("zeros", _normal) if site.kind == "embedding" else ("kaiming", "zeros")
         self.a = site.param(cfg.rank, site.n_in, init=inits[0])  # [r, in]
@@ -111,6 +115,30 @@ class LoRATuner(Tuner, method=LoRA):
         add = ops.lora_add_ if base.fresh else ops.lora_add
         return add(base(x), x, self.a, self.b, self.scale, p=p, rng=rng)
 
+    @classmethod
+    def forward_many(cls, base: Any, tuners: dict[int, Any], route: Routing, *args: Any, **kwargs: Any) -> Any:
+        """All adapters in one op, where they are plain LoRA of a linear with one dropout."""
+        ps = {t.dropout if t.training else 0.0 for t in tuners.values()}
+        x = args[0] if len(args) == 1 and not kwargs else None
+        plain = base.site.kind == "linear" and cls.forward is LoRATuner.forward
+        if not plain or len(ps) > 1 or x is None or x.dim() < 2:
+            return super().forward_many(base, tuners, route, *args, **kwargs)
+        refuse(base, args, kwargs)
+        rows = route.rows(x.shape[0], base.site.name or "the model")
+        if x.shape[0] != rows:
+            x = x.expand(rows, *x.shape[1:])
+        keep = not (torch.is_grad_enabled() or any(t.training for t in tuners.values()))
+        if not (keep or torch.compiler.is_compiling()):
+            tuners = {number: t for number, t in tuners.items() if number in route.numbers}
+            if not tuners:
+                return base(x)
+        bank = (*_bank(tuners, keep), route.expanded(rows))
+        p, rng = next(iter(tuners.values())).draw(x)
+        # Other layouts may round otherwise than F.linear does, and rows without an adapter are to keep their bits.
+        if base.innermost and base.site.layout == "rows":
+            return ops.multi_lora_linear(x, *base.effective(), *bank, p=p, rng=rng)
+        return ops.multi_lora_add(base(x), x, *bank, p=p, rng=rng)
+
     def _elsewhere(self, base: Base, x: Tensor) -> Tensor:
         """At a convolution A is its kernel, down to r channels, and B is 1 x 1; at an embedding A is the table."""
         site, groups = base.site, getattr(base.site.module, "groups", 1)
@@ -131,6 +159,32 @@ class LoRATuner(Tuner, method=LoRA):
             self.a.copy_(a)
             self.b.copy_(b / self.scale)
 
+    def train(self, mode: bool = True) -> LoRATuner:
+        if mode != self.training:
+            self._kept.clear()  # between the modes lie writes that no version counts
+        return super().train(mode)
+
     def changes(self) -> Changes:
         rank, n_in = self.a.shape
         return Changes(weight=self.b.shape[0] * n_in, rank=rank)
+
+
+def _bank(tuners: dict[int, LoRATuner], keep: bool) -> tuple:
+    """(a, bt, r_indptr, scaling) of tuners by adapter number; the numbers between have rank 0.
+
+    keep: the factors are put together once, until one of them changes; otherwise at every call, differentiably.
+    """
+    own = [tuners[number] for number in sorted(tuners)]
+    ranks, scales = [0] * (max(tuners) + 1), [0.0] * (max(tuners) + 1)
+    for number, tuner in tuners.items():
+        ranks[number], scales[number] = tuner.a.shape[0], tuner.scale
+    a: list[Tensor] = [t.a for t in own]
+    b: list[Tensor] = [t.b for t in own]
+
+    def together() -> tuple[Tensor, Tensor]:
+        return torch.cat(a), torch.cat([f.T for f in b])
+
+    factors = own[0]._kept.once("bank", together, [*a, *b]) if keep else together()
+    device, dtype = a[0].device, torch.promote_types(a[0].dtype, torch.float32)
+    indptr = torch.tensor([0, *itertools.accumulate(ranks)], device=device)
+    return *factors, indptr, torch.tensor(scales, dtype=dtype, device=device)

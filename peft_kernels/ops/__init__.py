@@ -2,6 +2,20 @@
 
 from ._op import BackendError, all_ops, backend
 from .lora import lora_add, lora_add_, lora_linear
+from .lora_bank import lora_plan
+from .multi_lora import lora_apply_, multi_lora_add, multi_lora_linear
 from .rescale import rescale
 
-__all__ = ["BackendError", "all_ops", "backend", "lora_add", "lora_add_", "lora_linear", "rescale"]
+__all__ = [
+    "BackendError",
+    "all_ops",
+    "backend",
+    "lora_add",
+    "lora_add_",
+    "lora_apply_",
+    "lora_linear",
+    "lora_plan",
+    "multi_lora_add",
+    "multi_lora_linear",
+    "rescale",
+]

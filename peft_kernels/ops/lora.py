@@ -199,6 +199,20 @@ _linear = Op(
 )
 
 
+def dropout_of(op: str, x: Tensor, p: float, rng: Tensor | None) -> tuple[float, Tensor | None]:
+    """(p, rng) checked; without dropout there is no rng."""
+    if not p:
+        return 0.0, None
+    if not 0 <= p <= 1:
+        raise ValueError(f"{op}: p is {p}; expected a probability from 0 to 1")
+    if rng is None or rng.dtype != torch.int64 or rng.shape != (2,) or rng.device != x.device:
+        raise ValueError(
+            f"{op}: dropout p={p} needs rng, an int64[2] tensor (seed, offset) on {x.device}; draw one with "
+            "torch.randint(2**62, (2,), device=x.device)"
+        )
+    return float(p), rng
+
+
 def _checked(op: str, x: Tensor, a: Tensor, b: Tensor, scale, p: float, rng: Tensor | None):
     """The arguments shared by both ops, checked; a tensor scale moves into b, where autograd and capture follow it."""
     xs, as_, bs = x.shape, a.shape, b.shape
@@ -211,18 +225,10 @@ def _checked(op: str, x: Tensor, a: Tensor, b: Tensor, scale, p: float, rng: Ten
         raise ValueError(f"{op}: x is on {x.device}, a on {a.device}, b on {b.device}; move them to one device")
     if a.dtype != b.dtype:
         raise ValueError(f"{op}: a is {a.dtype} and b {b.dtype}; give both the same dtype")
-    if not p:
-        rng = None
-    elif not 0 <= p <= 1:
-        raise ValueError(f"{op}: p is {p}; expected a probability from 0 to 1")
-    elif rng is None or rng.dtype != torch.int64 or rng.shape != (2,) or rng.device != x.device:
-        raise ValueError(
-            f"{op}: dropout p={p} needs rng, an int64[2] tensor (seed, offset) on {x.device}; draw one with "
-            "torch.randint(2**62, (2,), device=x.device)"
-        )
+    p, rng = dropout_of(op, x, p, rng)
     if isinstance(scale, Tensor):
         b, scale = b * scale, 1.0
-    return b, float(scale), float(p), rng
+    return b, float(scale), p, rng
 
 
 def lora_add(

@@ -1,0 +1,260 @@
+"""Many LoRA adapters in one op: facts beyond the laws of test_ops.py."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import peft_kernels as pk
+from peft_kernels.ops import _philox
+
+BACKENDS = ("reference", "cpu")
+RANKS = (3, 0, 8, 1, 24, 70)
+
+
+def problem(rows=(90,), k=50, n=37, ranks=RANKS, dtype=torch.float32, seed=0):
+    """(x, w, bias, lists of a [r, k] and b [n, r], r_indptr, scaling, ids); every number from -1 on serves some row."""
+    made = torch.Generator().manual_seed(seed)
+    x, w, bias = (torch.randn(s, generator=made, dtype=dtype) for s in ((*rows, k), (n, k), (n,)))
+    a = [torch.randn(r, k, generator=made, dtype=dtype) for r in ranks]
+    b = [torch.randn(n, r, generator=made, dtype=dtype) for r in ranks]
+    ids = torch.randint(-1, len(ranks), (x[..., 0].numel(),), generator=made)
+    return x, w, bias, a, b, torch.tensor((0, *ranks)).cumsum(0), torch.linspace(-1, 2, len(ranks)), ids
+
+
+def flat(a, b):
+    return torch.cat(a), torch.cat([f.T for f in b])
+
+
+def by_hand(x, w, bias, a, b, scaling, ids, p=0.0, rng=None):
+    """One adapter after the other."""
+    y = F.linear(x, w, bias)
+    dropped = _philox.dropout(x, p, rng)
+    for l, scale in enumerate(scaling.tolist()):
+        update = scale * (dropped @ a[l].T) @ b[l].T
+        y = y + torch.where((ids == l)[:, None], update, 0)
+    return y
+
+
+@pytest.mark.parametrize("p", (0.0, 0.3))
+@pytest.mark.parametrize("name", BACKENDS)
+def test_equals_one_adapter_after_the_other(name, p):
+    x, w, bias, a, b, r_indptr, scaling, ids = problem(k=900, n=410)
+    rng = torch.tensor([5, 6])
+    leaves = [t.requires_grad_() for t in (x, *a, *b)]
+    with pk.backend(name):
+        y = pk.ops.multi_lora_linear(x, w, bias, a, b, r_indptr, scaling, ids, p=p, rng=rng)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    xd, ad, bd = exact[0], exact[1 : 1 + len(a)], exact[1 + len(a) :]
+    truth = by_hand(xd, w.double(), bias.double(), ad, bd, scaling, ids, p, rng)
+    torch.testing.assert_close(y.double(), truth, atol=2e-3, rtol=1e-5)
+    g = torch.randn_like(y)
+    ours = torch.autograd.grad(y, leaves, g)
+    for got, expected in zip(ours, torch.autograd.grad(truth, exact, g.double()), strict=True):
+        torch.testing.assert_close(got.double(), expected, atol=2e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("name", BACKENDS)
+def test_rows_without_an_adapter_keep_the_bits_of_the_linear(name, dtype):
+    """-1, rank 0 and numbers beyond the last adapter; also where x is not contiguous, and -0."""
+    x, w, bias, a, b, r_indptr, scaling, ids = problem((6, 15), dtype=dtype)
+    x, ids = x.transpose(0, 1), torch.where(ids == 2, 99, ids)
+    x[0, 0], bias[:] = 0, -0.0
+    ids[0] = -1
+    base = (ids < 0) | (ids == 1) | (ids == 99)
+    with pk.backend(name):
+        y = pk.ops.multi_lora_linear(x, w, bias, *flat(a, b), r_indptr, scaling, ids).flatten(0, 1)
+    plain = F.linear(x, w, bias).flatten(0, 1)
+    assert torch.equal(y[base], plain[base])
+    assert torch.equal(y[base].signbit(), plain[base].signbit())
+    assert (y[~base] != plain[~base]).any(1).all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_nan_stays_with_its_row_and_adapter(name):
+    x, w, _, a, b, r_indptr, scaling, ids = problem()
+    row = int((ids == 4).nonzero()[0])
+    grads = []
+    for bad in (0.0, torch.nan, torch.inf):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, *flat(a, b))]
+        with torch.no_grad():
+            leaves[0][row, 3] += bad
+        with pk.backend(name):
+            y = pk.ops.multi_lora_linear(leaves[0], w, None, *leaves[1:], r_indptr, scaling, ids)
+            grads.append((y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))))
+    own = torch.zeros(len(leaves[1]), dtype=torch.bool)
+    own[r_indptr[4] : r_indptr[5]] = True
+    for y, dx, da, dbt in grads[1:]:
+        others = torch.arange(len(x)) != row
+        assert torch.equal(y[others], grads[0][0][others])
+        assert torch.equal(dx[others], grads[0][1][others])
+        assert torch.equal(da[~own], grads[0][2][~own])
+        assert torch.equal(dbt[~own], grads[0][3][~own])
+        assert not y[row].isfinite().any()
+        assert not da[own].isfinite().all(0)[3]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_diverged_adapter_harms_its_rows_alone(name):
+    x, w, bias, a, b, r_indptr, scaling, ids = problem()
+    with pk.backend(name):
+        expected = pk.ops.multi_lora_linear(x, w, bias, a, b, r_indptr, scaling, ids)
+        a[2][0], b[2][:, 0] = torch.nan, torch.inf
+        y = pk.ops.multi_lora_linear(x, w, bias, a, b, r_indptr, scaling, ids)
+    assert torch.equal(y[ids != 2], expected[ids != 2])
+    assert y[ids == 2].isnan().all()
+
+
+def test_lists_are_the_flat_bank():
+    x, w, bias, a, b, *rest = problem()
+    lists = [t.clone().requires_grad_() for t in (*a, *b)]
+    bank = [t.requires_grad_() for t in flat(a, b)]
+    one = pk.ops.multi_lora_linear(x, w, bias, lists[: len(a)], lists[len(a) :], *rest)
+    two = pk.ops.multi_lora_linear(x, w, bias, *bank, *rest)
+    assert torch.equal(one, two)
+    da, dbt = torch.autograd.grad(two.square().sum(), bank)
+    grads = torch.autograd.grad(one.square().sum(), lists)
+    assert torch.equal(torch.cat(grads[: len(a)]), da)
+    assert torch.equal(torch.cat([g.T for g in grads[len(a) :]]), dbt)
+    none = pk.ops.multi_lora_linear(x, w, bias, [], [], torch.tensor([0]), torch.empty(0), rest[-1])
+    assert torch.equal(none, F.linear(x, w, bias))
+
+
+def test_one_number_for_each_index_of_the_leading_dim():
+    x, w, bias, a, b, r_indptr, scaling, _ = problem((5, 2, 3))
+    ids = torch.tensor([4, -1, 0, 2, 4], dtype=torch.int32)
+    bank = *flat(a, b), r_indptr, scaling
+    y = pk.ops.multi_lora_linear(x, w, bias, *bank, ids)
+    assert torch.equal(y, pk.ops.multi_lora_linear(x, w, bias, *bank, ids.repeat_interleave(6)))
+
+
+def test_threads_and_row_counts_do_not_change_a_bit():
+    """Groups of few and of many rows, dealt out to up to eight threads."""
+    x, _, _, a, b, r_indptr, scaling, ids = problem((300,), k=800, n=500, ranks=(4, 16, 70) + (8,) * 40)
+    ids[:100] = 1
+    bank, y, rng = (*flat(a, b), r_indptr, scaling, ids, 0.1), torch.randn(300, 500), torch.tensor([1, 2])
+    ops, before, outs = pk.ops.all_ops(), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 8):
+            torch.set_num_threads(threads)
+            with pk.backend("cpu"):
+                added = ops["multi_lora_add"].run(y, x, *bank, rng)
+                outs.append((added, *ops["multi_lora_add_backward"].run(y, x, *bank, rng, (True, True, True))))
+    finally:
+        torch.set_num_threads(before)
+    for other in outs[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(outs[0], other, strict=True))
+
+
+def test_one_adapter_for_all_rows_is_lora():
+    x, w, bias, (a, *_), (b, *_), *_ = problem()
+    rng, ids = torch.tensor([3, 4]), torch.zeros(len(x), dtype=torch.int64)
+    many = pk.ops.multi_lora_linear(x, w, bias, a, b.T, torch.tensor([0, 3]), torch.tensor([0.5]), ids, p=0.2, rng=rng)
+    torch.testing.assert_close(many, pk.ops.lora_linear(x, w, bias, a, b, 0.5, p=0.2, rng=rng))
+
+
+def test_one_graph_for_every_distribution_of_rows():
+    x, w, bias, a, b, r_indptr, scaling, _ = problem((64,))
+    bank = [t.requires_grad_() for t in flat(a, b)]
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def call(ids, r_indptr):
+        plan = pk.ops.lora_plan(ids, r_indptr, 16)
+        return pk.ops.multi_lora_linear(x, w, bias, *bank, r_indptr, scaling, ids, plan=plan), plan
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for seed in range(4):
+        ids = torch.randint(-1, len(RANKS), (64,), generator=torch.Generator().manual_seed(seed)).clamp(max=seed)
+        for ours, eager in zip(compiled(ids, r_indptr)[1], call(ids, r_indptr)[1], strict=True):
+            assert torch.equal(ours, eager)
+        y = compiled(ids, r_indptr)[0]
+        expected = call(ids, r_indptr)[0]
+        torch.testing.assert_close(y, expected)
+        for ours, eager in zip(
+            torch.autograd.grad(y.sum(), bank), torch.autograd.grad(expected.sum(), bank), strict=True
+        ):
+            torch.testing.assert_close(ours, eager)
+    assert counter.frame_count == 1
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    ids=st.lists(st.integers(-1, 5), max_size=40),
+    ranks=st.lists(st.sampled_from((0, 1, 8)), max_size=5),
+    block=st.sampled_from((1, 4, 16)),
+)
+def test_a_plan_has_every_row_of_an_adapter_once(ids, ranks, block):
+    plan = pk.ops.lora_plan(torch.tensor(ids, dtype=torch.int32), torch.tensor([0, *ranks]).cumsum(0), block)
+    m, adapters = len(ids), len(ranks)
+    assert sorted(plan.perm.tolist()) == list(range(m))
+    assert len(plan.tile_len) == -(-m // block) + min(adapters, m)
+    rows = []
+    for adapter, start, length in zip(*(t.tolist() for t in plan[1:]), strict=True):
+        own = plan.perm[start : start + length].tolist()
+        assert own == sorted(own)
+        assert {ids[i] for i in own} == ({adapter} if adapter >= 0 else set())
+        assert length <= block
+        rows += own
+    served = [i for i in range(m) if 0 <= ids[i] < adapters and ranks[ids[i]]]
+    assert rows == sorted(served, key=lambda i: ids[i])
+
+
+def test_apply_writes_into_y_and_has_no_gradient():
+    x, _, _, a, b, *rest = problem()
+    y = torch.randn(90, 37)
+    bank = flat(a, b)
+    expected = pk.ops.multi_lora_add(y, x, *bank, *rest)
+    for out in (y.clone(), y.T.contiguous().T):
+        assert pk.ops.lora_apply_(out, x, *bank, *rest) is None
+        assert torch.equal(out, expected)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        pk.ops.lora_apply_(y, x.requires_grad_(), *bank, *rest)
+    with torch.no_grad():
+        pk.ops.lora_apply_(y, x, *bank, *rest)
+    assert torch.equal(y, expected)
+
+
+def test_trainable_base_weights_are_trained_and_scaling_is_not():
+    x, w, bias, a, b, r_indptr, scaling, ids = problem()
+    w.requires_grad_(), bias.requires_grad_()
+    y = pk.ops.multi_lora_linear(x, w, bias, a, b, r_indptr, scaling, ids)
+    dw, dbias = torch.autograd.grad(y.sum(), (w, bias))
+    torch.testing.assert_close(dw, x.sum(0).expand_as(w))
+    torch.testing.assert_close(dbias, torch.full_like(bias, len(x)))
+    y = pk.ops.multi_lora_linear(x, w, bias, a, b, r_indptr, scaling.requires_grad_(), ids)
+    with pytest.raises(RuntimeError, match="scaling are frozen"):
+        y.sum().backward()
+
+
+BAD = {
+    "bank": (dict(a_flat=torch.ones(3, 49)), r"expected \[R, 50\]"),
+    "lists": (dict(a_flat=[torch.ones(106, 50)], bt_flat=[torch.ones(37, 106)]), "1 adapters are listed"),
+    "dtypes": (dict(a_flat=torch.ones(106, 50).double()), "same dtype"),
+    "indptr": (dict(r_indptr=torch.zeros(7)), "expected int32 or int64"),
+    "scaling": (dict(scaling=torch.ones(5)), r"expected \[L\], \[L \+ 1\]"),
+    "ids": (dict(ids=torch.zeros(89, dtype=torch.int64)), "90 rows"),
+    "plan": (dict(plan=pk.ops.lora_plan(torch.zeros(4, dtype=torch.int64), torch.tensor([0, 2]))), "4 rows, x has 90"),
+    "w": (dict(w=torch.ones(37, 51)), r"expected \[out, 50\]"),
+    "device": (dict(scaling=torch.ones(6, device="meta")), "move the bank"),
+    "p": (dict(p=0.5), "needs rng"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_are_named(case):
+    x, w, bias, a, b, r_indptr, scaling, ids = problem()
+    a_flat, bt_flat = flat(a, b)
+    good = dict(x=x, w=w, bias=bias, a_flat=a_flat, bt_flat=bt_flat, r_indptr=r_indptr, scaling=scaling, ids=ids)
+    bad, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        pk.ops.multi_lora_linear(**{**good, **bad})
+
+
+def test_a_bank_shorter_than_its_ranks_is_refused():
+    x, w, bias, a, b, r_indptr, scaling, ids = problem()
+    with pytest.raises(RuntimeError, match="rise from 0 to the 105 ranks"):
+        pk.ops.multi_lora_linear(x, w, bias, *(t[1:] for t in flat(a, b)), r_indptr, scaling, ids)
