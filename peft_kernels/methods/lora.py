@@ -132,7 +132,7 @@ class LoRATuner(Tuner, method=LoRA):
             tuners = {number: t for number, t in tuners.items() if number in route.numbers}
             if not tuners:
                 return base(x)
-        bank = (*_bank(tuners, keep), route.expanded(rows))
+        bank = (*_bank(tuners, keep), route.expanded(rows).to(x.device))
         p, rng = next(iter(tuners.values())).draw(x)
         # Other layouts may round otherwise than F.linear does, and rows without an adapter are to keep their bits.
         if base.innermost and base.site.layout == "rows":
