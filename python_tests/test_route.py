@@ -203,6 +203,23 @@ def test_routes_that_end_out_of_order_leave_none_behind():
     close(case.call(case.model), b)
 
 
+def test_an_offloaded_base_is_routed():
+    from accelerate import cpu_offload
+
+    case = make("mlp")
+    cpu_offload(case.model, torch.device("cpu"))
+    assert {p.device.type for p in case.model.parameters()} == {"meta"}
+    for seed, name in enumerate(("a", "b")):
+        pk.attach(case.model, pk.LoRA(rank=2), ("first",), name=name, seed=seed)
+        perturb(case.model, name)
+    single = {name: alone(case, name) for name in ("a", "b", None)}
+    names = ["b", "a", None, "a", "b"]
+    with pk.route(case.model, names):
+        out = case.call(case.model)
+    for i, name in enumerate(names):
+        close(out[i], single[name][i])
+
+
 def test_two_models_and_a_copy_have_their_own_routes():
     case, twin = two("lora", "mlp"), two("ia3", "mlp")
     other = copy.deepcopy(case.model)

@@ -7,9 +7,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
-from .attach import names_of, state_of
+from .attach import all_adapters, names_of, state_of
 from .rows import Routing, keeping, routed, routes
-from .site import base_parameters
 
 
 @contextmanager
@@ -31,7 +30,7 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     if state.merged:
         raise RuntimeError(f"{', '.join(state.merged)} is merged; pk.unmerge(model) before routing")
     order = list(state.adapters)
-    device = next(p.device for _, p in base_parameters(model))
+    device = next(p.device for _, a in all_adapters(model) for p in a.parameters())  # the base may be offloaded
     routing = Routing([-1 if n is None else order.index(n) for n in names], device)
     with routed({**(routes() or {}), state.key.number: routing}):
         yield model
