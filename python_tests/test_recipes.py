@@ -76,6 +76,24 @@ def test_a_union_equals_its_members_attached_one_by_one():
     assert pk.counts(case.model).trainable == pk.counts(single).trainable
 
 
+def test_methods_on_a_trained_head():
+    """The stack of both replaces the head, like a trained head alone: several such adapters may be attached."""
+    case = make("bert", torch.float64)
+    recipe, single = pk.Union(pk.Head(), pk.at("head", pk.LoRA(rank=2))), []
+    for name in ("a", "b"):
+        pk.attach(case.model, recipe, name=name)
+        perturb(case.model, name)
+        pk.set_active(case.model, [name])
+        single.append(case.call(case.model))
+    assert paths(case.model, "a") == {"classifier": "Stack"}
+    with pk.route(case.model, ["a", "b"]):
+        out = case.call(case.model)
+    close(out[0], single[0][0], torch.float64)
+    close(out[1], single[1][1], torch.float64)
+    pk.merge(case.model, "b")
+    close(case.call(case.model), single[1], torch.float64)
+
+
 def test_by_layer():
     model = make("llama").model
     pk.attach(model, pk.ByLayer({0: pk.LoRA(rank=2), (-1,): pk.at("up", pk.LoRA(rank=1))}))

@@ -172,12 +172,52 @@ def test_checkpointed_and_routed(where):
         close(checkpointed[n], g)
 
 
-def test_reentrant_checkpointing_is_refused():
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{"use_reentrant": True}, {"use_reentrant": False}])
+def test_checkpointing_that_would_lose_the_route_is_refused(options, training):
     case = two("lora", "mlp")
     x = torch.randn(2, 12, requires_grad=True)
-    case.model.train()
-    with pk.route(case.model, ["a", None]), pytest.raises(RuntimeError, match="use_reentrant=False"):
-        checkpoint(case.model, x, use_reentrant=True)
+    case.model.train(training)
+    with pk.route(case.model, ["a", None]), pytest.raises(RuntimeError, match="context_fn=pk.checkpoint_context"):
+        checkpoint(case.model, x, **options)
+    assert checkpoint(case.model, x, **options).requires_grad
+
+
+def test_routes_that_end_out_of_order_leave_none_behind():
+    case = two("lora", "mlp")
+    pk.set_active(case.model, ["a"])
+    a, b = case.call(case.model), alone(case, "b")
+    pk.set_active(case.model, ["a"])
+
+    def routed(name):
+        with pk.route(case.model, [name, name]):
+            yield case.call(case.model)
+
+    first, second = routed("a"), routed("b")
+    close(next(first), a)
+    close(next(second), b)
+    first.close()
+    close(case.call(case.model), b)
+    second.close()
+    pk.set_active(case.model, ["b"])
+    close(case.call(case.model), b)
+
+
+def test_an_offloaded_base_is_routed():
+    from accelerate import cpu_offload
+
+    case = make("mlp")
+    cpu_offload(case.model, torch.device("cpu"))
+    assert {p.device.type for p in case.model.parameters()} == {"meta"}
+    for seed, name in enumerate(("a", "b")):
+        pk.attach(case.model, pk.LoRA(rank=2), ("first",), name=name, seed=seed)
+        perturb(case.model, name)
+    single = {name: alone(case, name) for name in ("a", "b", None)}
+    names = ["b", "a", None, "a", "b"]
+    with pk.route(case.model, names):
+        out = case.call(case.model)
+    for i, name in enumerate(names):
+        close(out[i], single[name][i])
 
 
 def test_two_models_and_a_copy_have_their_own_routes():

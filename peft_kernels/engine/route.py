@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
-from .attach import names_of, state_of
-from .rows import Routing, routed, routes
-from .site import base_parameters
+from .attach import all_adapters, names_of, state_of
+from .rows import Routing, keeping, routed, routes
 
 
 @contextmanager
@@ -18,10 +17,10 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
 
     A call with n * len(names) rows repeats each name n times, as beam search lays its beams out. Adapters of different
     methods may share a batch; forward, backward and torch.compile work, and a compiled graph serves every route. The
-    route belongs to this thread. With gradient checkpointing pass `use_reentrant=False` and
-    `context_fn=pk.checkpoint_context`.
+    route belongs to this thread: neither yield nor await inside. With gradient checkpointing pass `use_reentrant=False`
+    and `context_fn=pk.checkpoint_context`.
     ValueError for an unknown name and, in the call, for a batch whose rows are no multiple of the names; RuntimeError
-    while merged, under torch.export, and in training under reentrant checkpointing, which would lose the route.
+    while merged, under torch.export, and under any other checkpointing, which would lose the route.
     """
     state = state_of(model)
     if isinstance(names, str) or not len(names):
@@ -31,7 +30,7 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     if state.merged:
         raise RuntimeError(f"{', '.join(state.merged)} is merged; pk.unmerge(model) before routing")
     order = list(state.adapters)
-    device = next(p.device for _, p in base_parameters(model))
+    device = next(p.device for _, a in all_adapters(model) for p in a.parameters())  # the base may be offloaded
     routing = Routing([-1 if n is None else order.index(n) for n in names], device)
     with routed({**(routes() or {}), state.key.number: routing}):
         yield model
@@ -42,4 +41,4 @@ def checkpoint_context() -> tuple[AbstractContextManager, AbstractContextManager
 
     Backward may then run outside the `with pk.route(...)`, and in another thread, as it does on CUDA.
     """
-    return nullcontext(), routed(routes())
+    return keeping(), routed(routes())

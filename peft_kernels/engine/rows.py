@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 if TYPE_CHECKING:
     from .method import Tuner
@@ -69,8 +69,10 @@ class Key:
 
 
 class _Local(threading.local):
-    # Class-level default: another thread sees an unrouted model. By model, so that two routed models do not mix.
+    # Class-level defaults: another thread sees an unrouted model. By model, so that two routed models do not mix.
     routes: dict[int, Routing] | None = None
+    entered: tuple[routed, ...] = ()
+    kept = False  # a checkpoint's recomputation will take the routes of now
 
 
 _local = _Local()
@@ -83,16 +85,31 @@ def routing(key: Key) -> Routing | None:
 
 
 class routed:
-    """Within the `with`, this thread has exactly these routes (key of a model -> Routing)."""
+    """Within the `with`, this thread has exactly these routes (key of a model -> Routing).
+
+    Blocks that end out of order, as those of suspended generators do, leave no route behind.
+    """
 
     def __init__(self, routes: dict[int, Routing] | None):
         self.routes = routes
 
     def __enter__(self) -> None:
-        self.before, _local.routes = _local.routes, self.routes
+        _local.entered = (*_local.entered, self)
+        _local.routes = self.routes
 
     def __exit__(self, *_: object) -> None:
-        _local.routes = self.before
+        _local.entered = tuple(other for other in _local.entered if other is not self)
+        _local.routes = _local.entered[-1].routes if _local.entered else None
+
+
+class keeping:
+    """Within the `with`, routed calls may be checkpointed: their recomputation takes the routes of now."""
+
+    def __enter__(self) -> None:
+        self.before, _local.kept = _local.kept, True
+
+    def __exit__(self, *_: object) -> None:
+        _local.kept = self.before
 
 
 def routes() -> dict[int, Routing] | None:
@@ -154,16 +171,19 @@ def refuse(base: Base, args: tuple, kwargs: dict[str, Any]) -> None:
     refuse_cache(base.site, args, kwargs, "which has no rows to route")
     if torch.compiler.is_exporting():
         raise RuntimeError("torch.export would fix the route of this call for ever; export outside pk.route")
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not base.site.module.training:
+    if torch.compiler.is_compiling():
         return
-    frame, code = inspect.currentframe(), CheckpointFunction.forward.__code__
+    frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code is code:
+        if frame.f_code is _REENTRANT or frame.f_code is _CHECKPOINT and torch.is_grad_enabled() and not _local.kept:
             raise RuntimeError(
-                "routed under reentrant checkpointing, whose recomputation would lose the route; checkpoint with "
+                "routed under checkpointing, whose recomputation would lose the route; checkpoint with "
                 "use_reentrant=False, context_fn=pk.checkpoint_context"
             )
         frame = frame.f_back
+
+
+_REENTRANT, _CHECKPOINT = CheckpointFunction.forward.__code__, inspect.unwrap(checkpoint).__code__
 
 
 class _Once:

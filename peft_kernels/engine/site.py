@@ -336,10 +336,12 @@ class Adapters(nn.Module):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The module with its tuners: what the swapped class's forward calls."""
         chain = self.chain if routing(self.key) is None else self.many
-        out = chain(*args, **kwargs)
-        if self.seen:
+        if not self.seen:
+            return chain(*args, **kwargs)
+        try:
+            return chain(*args, **kwargs)
+        finally:  # a recomputation ends with an exception as soon as it has what backward needs
             forget(self.seen)
-        return out
 
 
 class Many:

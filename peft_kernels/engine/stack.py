@@ -51,6 +51,10 @@ class Stack(Tuner):
         return self.members()[-1].fresh
 
     @property
+    def opaque(self) -> bool:  # type: ignore[override]
+        return any(tuner.opaque for tuner in self.members())
+
+    @property
     def mergeable(self) -> bool:
         return all(tuner.mergeable for tuner in self.members())
 

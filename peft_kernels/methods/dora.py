@@ -50,7 +50,7 @@ class DoRATuner(LoRATuner, method=DoRA):
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         weight, bias = base.effective()
-        g = self.m / self._norm(weight.detach())
+        g = self.m / self._norm(weight)
         if base.innermost:
             p, rng = self.draw(x)
             y = ops.lora_linear(x, weight, None, self.a, self.b, self.scale, p=p, rng=rng)
@@ -71,12 +71,15 @@ class DoRATuner(LoRATuner, method=DoRA):
 
     def _norm(self, weight: Tensor) -> Tensor:
         """||W + s B A|| of every row, [out], a constant."""
+        weight, trained = weight.detach(), weight.requires_grad
         device, moving = weight.device.type, self.training or torch.is_grad_enabled()
         # Autocast would round the products to 16 bits. It does not know the meta device.
         exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
         with torch.no_grad(), exact:
-            squares = self._kept.once("squares", lambda: _squares(weight), [weight])
+            # A version does not tell of a fused optimizer's step.
+            squares = _squares(weight) if trained else self._kept.once("squares", lambda: _squares(weight), [weight])
             if moving:
+                self._kept.pop("norm", None)
                 return self._updated(squares, weight)
             return self._kept.once("norm", lambda: self._updated(squares, weight), [weight, self.a, self.b])
 

@@ -245,6 +245,12 @@ def writes(model, tuner):
     tuner.b.data.mul_(3)  # no version counts this
     model.eval()
     yield
+    fused = torch.optim.AdamW([tuner.a, tuner.b], lr=0.1, fused=True)  # nor this
+    for _ in range(2):
+        with torch.inference_mode(False), torch.enable_grad():
+            model(torch.ones(1, tuner.a.shape[1], dtype=torch.float64)).sum().backward()
+            fused.step()
+        yield
     pk.merge(model)
     pk.unmerge(model)
     yield
@@ -260,6 +266,20 @@ def test_what_was_kept_is_never_stale(mode):
             y = model(x)
         weight = updated(tuner, model[0].weight) * (tuner.m / norms(tuner, model[0].weight))[:, None]
         close(y, x @ weight.T + model[0].bias, torch.float64)
+
+
+def test_a_weight_that_is_trained_below_is_measured_anew():
+    model = nn.Sequential(nn.Linear(6, 5)).double()
+    pk.attach(model, pk.Union(pk.at("0", pk.Head()), pk.at("0", pk.DoRA(rank=2))))
+    perturb(model).train()
+    fused = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    for _ in range(3):
+        y = model(x)
+        y.square().sum().backward()
+        head, tuner = model[0].peft.tuners["default"].members()
+        close(y, nn.functional.linear(x, *tuner.fold(head.copy.weight, head.copy.bias)), torch.float64)
+        fused.step()
 
 
 def test_memory_that_is_used_again_is_not_mistaken():
