@@ -121,7 +121,7 @@ def copy_rate(device: str) -> float:
 @functools.cache
 def gemm_rate(device: str, dtype: torch.dtype) -> float:
     """Floating point operations per second of torch's own square matrix product."""
-    n = 8192 if device == "cuda" else 1024
+    n = 8192 if device == "cuda" else 512
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / _best(lambda: a @ b, device)
 
