@@ -163,7 +163,7 @@ def _checked(
     if row["backend"] is None:
         if row["rival"] == FROZEN or not problem.same:
             return "", None
-        error = _error(evaluate(run, problem.g, case.mode)[0], truth[0])
+        error = _error(evaluate(run, problem.g, "forward")[0], truth[0])
         return ("" if error <= LOOSE else f"off by {error:.2g} of the largest number"), None
     found = evaluate(run, problem.g, case.mode)
     law = [compare(*tensors) for tensors in zip(found, plain, truth, strict=True)]
