@@ -1,6 +1,6 @@
 """What is timed: the named shapes, and for each op its inputs, our call, the rivals, and the truth they are held to.
 
-A new op appears by itself with the first of its samples: what one call costs. Named shapes are a generator in FAMILIES.
+A new op appears by itself, on the first of its samples. Named shapes are a generator in FAMILIES.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ LLAMA = {
     "70b up": (8192, 28672),
     "70b down": (28672, 8192),
 }
+CALL = {"tiny": (64, 64)}  # what a call itself costs
 MINILM = {"minilm qkvo": (384, 384), "minilm up": (384, 1536), "minilm down": (1536, 384)}
 DECODE = (1, 16, 64, 256)
 MODES = ("forward", "recorded", "backward", "full")  # without gradients, with them, backward alone, both ways
@@ -91,6 +92,7 @@ class Case:
     rank: int = 0
     p: float = 0.0
     popularity: str = ""  # which adapter serves which row
+    cold: bool = False  # decoding reads each weight once per token: from a cache it would be measured too fast
 
     @property
     def name(self) -> str:
@@ -108,11 +110,6 @@ class Case:
         weights = self.n_in * self.n_out if self.rank else 0
         held = weights + self.rows * (self.n_in + self.n_out)
         return Cost(2 * self.rows * weights * ways, held * self.torch_dtype.itemsize * ways)
-
-    @property
-    def cold(self) -> bool:
-        """Decoding reads each weight once per token: in a cache it would be measured too fast."""
-        return bool(self.rank) and self.rows <= max(DECODE) and self.mode == "forward"
 
 
 def evaluate(run: Run, g: Tensor, mode: str) -> list[Tensor]:
@@ -177,7 +174,7 @@ def _of_reference(
     return results, lambda: results(torch.float64)
 
 
-# -- what one call costs ----------------------------------------------------------------------------------------------
+# -- every op on a sample ---------------------------------------------------------------------------------------------
 
 
 def _sample_cases(device: str) -> Iterator[Case]:
@@ -186,9 +183,8 @@ def _sample_cases(device: str) -> Iterator[Case]:
         first = sample.args[0]
         width = first.shape[-1]
         for mode in ("forward", "recorded", "full") if op.gradient else ("forward",):
-            selection = "quick" if op.name == "lora_add" else "default"
             shape = f"sample {sample.id}"
-            yield Case(op.name, shape, mode, "float32", first.numel() // width, width, 0, selection, _sample)
+            yield Case(op.name, shape, mode, "float32", first.numel() // width, width, 0, "default", _sample)
 
 
 def _sample(case: Case, device: str, stack: ExitStack) -> Problem:
@@ -196,11 +192,10 @@ def _sample(case: Case, device: str, stack: ExitStack) -> Problem:
     sample = next(iter(op.samples(case.torch_dtype, device)))
     args, leaves = with_leaves(sample)
     g = torch.randn_like(outputs(op.reference(*args))[0])
-    plain = Run(lambda: outputs(op.reference(*args))[0], tuple(leaves))
     return Problem(
-        "plain torch",
+        "reference",  # not plain torch: nobody would write it so
         [Run(lambda: outputs(op(*args))[0], tuple(leaves))],
-        {"plain torch": [plain]},
+        {"reference": [Run(lambda: outputs(op.reference(*args))[0], tuple(leaves))]},
         g,
         *_of_reference(op, sample.args, sample.differentiable, g, case.mode),
         forward=[op.cost(*args)],
@@ -214,9 +209,10 @@ def _lora_cases(device: str) -> Iterator[Case]:
     low = "bfloat16" if device == "cuda" else "float32"
 
     def case(shape, mode, rows, selection, r=16, p=0.0, dtype=low, op="lora_linear", build=_lora_linear):
-        return Case(op, shape, mode, dtype, rows, *sizes[shape], selection, build, r, p)
+        cold = shape in LLAMA and mode == "forward" and rows in DECODE
+        return Case(op, shape, mode, dtype, rows, *sizes[shape], selection, build, r, p, cold=cold)
 
-    sizes = {**LLAMA, **MINILM}
+    sizes = {**LLAMA, **MINILM, **CALL}
     for shape in LLAMA:
         main = shape == "7b qkvo"
         for rows in DECODE:
@@ -234,9 +230,10 @@ def _lora_cases(device: str) -> Iterator[Case]:
     for dtype, shape, p in itertools.product(("float32", "bfloat16"), MINILM, (0.0, 0.05)):
         shown = "quick" if dtype == "float32" and shape != "minilm down" else "default"
         yield case(shape, "full", 512, shown, r=8, p=p, dtype=dtype)
-    for dtype in {low, "float32"}:
-        for mode, rows in (("forward", 16), ("full", 512)):
-            yield case("7b qkvo", mode, rows, "default", dtype=dtype, op="lora_add", build=_lora_add)
+    for mode, rows in (("forward", 16), ("full", 512)):
+        yield case("7b qkvo", mode, rows, "default", op="lora_add", build=_lora_add)
+    for mode in ("forward", "recorded", "full"):
+        yield case("tiny", mode, 4, "quick", r=8, dtype="float32", op="lora_add", build=_lora_add)
 
 
 def _lora_linear(case: Case, device: str, stack: ExitStack) -> Problem:
@@ -323,7 +320,8 @@ def _route_cases(device: str) -> Iterator[Case]:
         main = shape == "7b qkvo"
         quick = main and rows == 64 and popularity in ("distinct", "uniform")
         shown = "quick" if quick else "default" if main else "all"
-        yield Case("route", shape, "forward", low, rows, *LLAMA[shape], shown, _route, 16, popularity=popularity)
+        sizes = LLAMA[shape]
+        yield Case("route", shape, "forward", low, rows, *sizes, shown, _route, 16, popularity=popularity, cold=True)
     for popularity in rivals.POPULARITY:
         shown = "default" if popularity == "uniform" else "all"
         yield Case("route", "7b qkvo", "full", low, 512, 4096, 4096, shown, _route, 16, popularity=popularity)
