@@ -32,12 +32,18 @@ def install(source: Path, target: Path) -> None:
     subprocess.run([*pip, "--target", str(target), str(source)], check=True)
 
 
-def checkout(ref: str, target: Path) -> Path:
-    """The files of a commit; git archive leaves no worktree behind."""
-    packed = subprocess.run(["git", "-C", str(ROOT), "archive", ref], capture_output=True, check=False)
-    if packed.returncode:
-        raise SystemExit(f"--base {ref}: {packed.stderr.decode().strip()}")
-    with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as files:
+def git(*words: str) -> bytes:
+    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"git {' '.join(words)}: {done.stderr.decode().strip()}")
+    return done.stdout
+
+
+def checkout(ref: str, where: Path) -> Path:
+    """The files of a commit in a directory of its own, where its build stays; git archive leaves no worktree behind."""
+    commit = git("rev-parse", "--verify", f"{ref}^{{commit}}").decode().strip()
+    target = where / commit
+    with tarfile.open(fileobj=io.BytesIO(git("archive", commit))) as files:
         files.extractall(target, filter="data")
     if not (target / "peft_kernels" / "bench").is_dir():
         raise SystemExit(f"--base {ref} has no peft-kernels bench; choose a later commit")
@@ -76,8 +82,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="processes of each side; default %(default)s")
     options, passed = parser.parse_known_args()
     where = ROOT / "build" / "compare"
-    source = checkout(options.base, where / "source")
-    install(source, where / "base")
+    install(checkout(options.base, where), where / "base")
     install(ROOT, where / "head")
     turns: dict[str, list[list[dict[str, Any]]]] = {side: [] for side in SIDES}
     for turn in range(options.turns):

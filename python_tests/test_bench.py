@@ -163,6 +163,15 @@ def test_a_wrong_kernel_is_refused(monkeypatch):
     assert "FAILED" in results.line(ours)
 
 
+def test_a_kernel_that_raises_costs_the_others_nothing(monkeypatch):
+    def broken(*args, **kwargs):
+        raise IndexError("out of\nbounds")
+
+    monkeypatch.setattr(cases, "lora_linear", broken)
+    rows = {row["rival"]: row for row in rows_of(lora_case())}
+    assert rows["ours (cpu)"]["failed"] == "IndexError: out of bounds" and "wall_p50" in rows["frozen"]
+
+
 def test_a_rival_that_computes_something_else_is_refused(monkeypatch):
     right = rivals.lora
     monkeypatch.setattr(rivals, "lora", lambda *args: right(*args) * 1.1)
@@ -282,5 +291,5 @@ def test_a_comparison_of_two_versions_is_of_medians_over_turns(tmp_path):
     ]
     gone = list(compare.compared({"base": base, "head": [rows[:1] for rows in head]}))[1]
     assert gone[-1] == "only in some of the runs"
-    with pytest.raises(SystemExit, match="--base no-such-ref"):
+    with pytest.raises(SystemExit, match="no-such-ref"):
         compare.checkout("no-such-ref", tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import platform
 import subprocess
@@ -77,13 +78,8 @@ def run(chosen: Sequence[Case], options: Options) -> Iterator[dict[str, Any]]:
 
 
 def _described(case: Case) -> dict[str, Any]:
-    return {
-        "case": case.name,
-        **{
-            name: getattr(case, name) for name in ("op", "shape", "mode", "dtype", "rows", "n_in", "n_out", "rank", "p")
-        },
-        **{"popularity": case.popularity, "selection": case.selection, "cold": case.cold},
-    }
+    fields = {f.name: getattr(case, f.name) for f in dataclasses.fields(case) if f.name != "build"}
+    return {"case": case.name, **fields}
 
 
 def _rows(case: Case, options: Options, rates: tuple[float, float]) -> Iterator[dict[str, Any]]:
@@ -106,12 +102,14 @@ def _rows(case: Case, options: Options, rates: tuple[float, float]) -> Iterator[
             except BackendError as error:
                 row["missing"] = str(error)
                 continue
+            except Exception as error:  # whatever a broken kernel raises must not cost the other cases their rows
+                wrong = f"{type(error).__name__}: {' '.join(str(error).split())}"
             if wrong:
                 row["failed"] = wrong
             else:
                 calls[name] = own_calls
         del expected
-        times = measure.measure(calls, options.seconds, options.device)
+        times = measure.measure(calls, options.seconds, options.device) if calls else {}
         costs = {"backward": problem.backward, "full": problem.forward + problem.backward}
         for row in rows:
             if own_times := times.get(name := row["rival"]):
