@@ -9,11 +9,11 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -nam
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all build lint format bench docs gpu wheel clean
+.PHONY: help demo test test-all build lint format bench bench-quick bench-table docs gpu wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r t d; do printf '  make %-10s %s\n' "$$t" "$$d"; done
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r t d; do printf '  make %-11s %s\n' "$$t" "$$d"; done
 
 # The set-up in three stamps, so that a second run does only what a change asks for: tools and torch, then the editable
 # install (its dependencies are in pyproject.toml), then the binaries alone.
@@ -62,8 +62,14 @@ format: build ## ruff and clang-format, in place
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
-bench: build ## time the kernels against plain torch
-	$(BIN)/python benchmarks/run.py
+bench: build ## time the kernels against their rivals, about ten minutes
+	$(BIN)/python -m peft_kernels bench --json build/bench.jsonl --plot build/bench.png
+
+bench-quick: build ## a few of the same calls under pytest-benchmark
+	@$(BIN)/pytest -q --benchmark-max-time=0.5 --benchmark-columns=min,median,iqr,rounds benchmarks/test_quick.py
+
+bench-table: build ## write the README's table of times from benchmarks/results
+	$(BIN)/python benchmarks/table.py
 
 docs: $(VENV)/docs ## build the documentation site into build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -76,7 +82,7 @@ gpu: ## build with CUDA for $(PYTHON)'s torch, run the GPU tests and the benchma
 	export PYTHONPATH=$$($(PYTHON) -c 'import sys; print(":".join(sys.path[1:]))') PEFT_KERNELS_BUILD=cuda PEFT_KERNELS_UNVERIFIED=1; set -e; \
 	build/gpu-env/bin/python -m pip install -q --no-deps --no-build-isolation -e .; \
 	build/gpu-env/bin/python -m pytest -q -m gpu; \
-	build/gpu-env/bin/python benchmarks/run.py --json $(OUT)/results.json
+	build/gpu-env/bin/python -m peft_kernels bench --json $(OUT)/results.jsonl
 
 # Only the sources that Python imports may be in the wheel; it must work far from this folder.
 wheel: build ## build a wheel for the torch of .venv and try it in a new environment

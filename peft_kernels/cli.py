@@ -10,7 +10,7 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. 0: done; 1: `check` found a fault; 2: bad input, one line on stderr; 130: interrupted."""
+    """Runs one command.
+
+    0: done; 1: `check` or `bench` found a wrong result; 2: bad input, one line on stderr; 130: interrupted.
+    """
     args = _parser().parse_args(argv)
     try:
         return args.run(args) or 0
@@ -56,9 +59,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int | None], text: str, json_lines: bool = False
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        sub.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+        if json_lines:
+            kept = "also write the rows as JSON lines; without FILE, print them instead of a table"
+            sub.add_argument("--json", nargs="?", const="-", metavar="FILE", help=kept)
+        else:
+            sub.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
         sub.set_defaults(run=run)
         return sub
 
@@ -83,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     check = command("check", _check, "compare every backend that runs here with the fp64 reference of its op")
     check.add_argument("--op", nargs="+", metavar="NAME", help="default every op")
     check.add_argument("--backend", nargs="+", metavar="NAME", help="default every backend")
+    _add_bench(command("bench", _bench, "time the kernels against their rivals, checking every result", True))
     command("methods", _methods, "list the methods with their fields and defaults")
     command("info", _info, "show the environment, and which backends each op has here or why not")
     return parser
@@ -135,6 +145,21 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
     tune.add_argument(
         "--split-column", metavar="NAME", help="holds train and test; default split; without one a fifth is held out"
     )
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    size = bench.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="the headline cases, about a minute")
+    size.add_argument("--all", action="store_true", help="every case; default those that take ten minutes on a CPU")
+    bench.add_argument("--filter", nargs="+", default=[], metavar="WORD", help="cases with all of these in their name")
+    bench.add_argument("--list", action="store_true", help="only print the names of the cases")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default cuda if there is one")
+    bench.add_argument("--backend", nargs="+", metavar="NAME", help="of ours; default every one that is here")
+    bench.add_argument("--seconds", type=float, help="for each case; default 4, with --quick 1")
+    bench.add_argument("--no-rivals", action="store_true", help="time ours and the yardstick alone")
+    bench.add_argument("--compile", action="store_true", help="HF PEFT and ours under torch.compile too; slow")
+    bench.add_argument("--from", dest="source", metavar="FILE", help="show the rows of an earlier --json FILE instead")
+    bench.add_argument("--plot", metavar="PNG", help="draw time and memory against the number of rows")
 
 
 def _add_method(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -356,6 +381,61 @@ def _check(args: argparse.Namespace) -> int:
     results = [result for op in bar for result in check(op, args.backend)]
     _print(args, [dataclasses.asdict(r) for r in results], lambda: f"{columns(rows(results))}\n\n{verdict(results)}")
     return int(any(r.state == "failed" for r in results))
+
+
+def _bench(args: argparse.Namespace) -> int:
+    import torch
+
+    from .bench import results, runner
+    from .ops._op import NAMES
+
+    if unknown := [name for name in args.backend or () if name not in NAMES]:
+        raise ValueError(f"--backend {unknown[0]}; expected one of {', '.join(NAMES)}")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no CUDA device")
+    options = runner.Options(
+        selection="quick" if args.quick else "all" if args.all else "default",
+        words=tuple(args.filter),
+        device=device,
+        backends=tuple(args.backend) if args.backend else None,
+        seconds=args.seconds or (1.0 if args.quick else 4.0),
+        rivals=not args.no_rivals,
+        compiled=args.compile,
+    )
+    if args.source:
+        found = [row for row in results.read(args.source) if all(word in row["case"] for word in args.filter)]
+        source: Iterable[dict[str, Any]] = found
+    else:
+        chosen = runner.selected(options)
+        if args.list:
+            print("\n".join(case.name for case in chosen))
+            return 0
+        source = runner.run(chosen, options)
+    rows: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(args.json, "w")) if args.json not in (None, "-") else None
+        for row in source:
+            if args.json == "-":
+                print(results.dumps(row), flush=True)
+            else:
+                _show(row, rows[-1] if rows else None)
+            if file and "failed" not in row:
+                print(results.dumps(row), file=file, flush=True)
+            rows.append(row)
+    if args.plot:
+        results.plot(rows, args.plot)
+    return int(any("failed" in row for row in rows))
+
+
+def _show(row: dict[str, Any], before: dict[str, Any] | None) -> None:
+    from .bench import results
+
+    if before is None:
+        print(results.heading(row))
+    if before is None or before["case"] != row["case"]:
+        print(f"\n{row['case']}")
+    print(results.line(row), flush=True)
 
 
 def _methods(args: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ import argparse
 import ast
 import dataclasses
 import importlib.util
-import json
 import re
 import shlex
 import textwrap
@@ -19,6 +18,7 @@ from models import make
 
 import peft_kernels as pk
 from peft_kernels import cli, tasks
+from peft_kernels.bench import results
 from peft_kernels.engine import method as registry
 from peft_kernels.engine.roles import FAMILIES
 
@@ -90,24 +90,8 @@ def test_the_table_of_tasks_is_the_registry():
     assert section("tasks") == tasks_table()
 
 
-def bench_table():
-    """Wall and CPU time over the yardstick's, from the committed run."""
-    rows = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "cpu-avx2.jsonl").read_text().splitlines()]
-    cases = {}
-    for row in rows[1:]:
-        cases.setdefault((row["op"], row["case"], row["over"]), {})[row["rival"]] = row
-    lines = [
-        "| op | case (forward and backward unless it says otherwise) | over | ours: wall (CPU) | torch: wall (CPU) |",
-        "|---|---|---|---|---|",
-    ]
-    for (op, case, over), rivals in cases.items():
-        ours, plain = (f"{rivals[r]['ratio']:.2f} ({rivals[r]['ratio_cpu']:.2f})" for r in ("ours", "plain torch"))
-        lines.append(f"| {op} | {case} | {over} | {ours} | {plain} |")
-    return "\n".join(lines) + "\n"
-
-
 def test_the_table_of_times_is_the_committed_run():
-    assert section("bench") == bench_table()
+    assert section("bench") == results.table(results.read(ROOT / "benchmarks" / "results" / "cpu-avx2.jsonl"))
 
 
 def test_the_demo_shown_is_what_tune_prints():

@@ -1,0 +1,1 @@
+"""The benchmark: every op on every backend against its rivals, on named shapes. `peft-kernels bench` runs it."""

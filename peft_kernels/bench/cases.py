@@ -1,0 +1,429 @@
+"""What is timed: the named shapes, and for each op its inputs, our call, the rivals, and the truth they are held to.
+
+A new op appears by itself, on the first of its samples. Named shapes are a generator in FAMILIES.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..check import double, outputs, with_leaves
+from ..engine.attach import attach
+from ..engine.route import route
+from ..engine.site import adapters_of
+from ..methods.lora import LoRA
+from ..ops import all_ops, backend, lora_add, lora_linear, rescale
+from ..ops._op import Cost, Op, Sample
+from . import rivals
+from .measure import cache_bytes
+
+# name: (in, out)
+LLAMA = {
+    "7b qkvo": (4096, 4096),
+    "7b up": (4096, 11008),
+    "7b down": (11008, 4096),
+    "13b qkvo": (5120, 5120),
+    "13b up": (5120, 13824),
+    "13b down": (13824, 5120),
+    "70b qo": (8192, 8192),
+    "70b kv": (8192, 1024),
+    "70b up": (8192, 28672),
+    "70b down": (28672, 8192),
+}
+CALL = {"tiny": (64, 64)}  # what a call itself costs
+MINILM = {"minilm qkvo": (384, 384), "minilm up": (384, 1536), "minilm down": (1536, 384)}
+DECODE = (1, 16, 64, 256)
+MODES = ("forward", "recorded", "backward", "full")  # without gradients, with them, backward alone, both ways
+SELECTIONS = ("quick", "default", "all")  # each holds those before it
+SCALE = 2.0  # alpha / rank, as by default
+
+
+class Run(NamedTuple):
+    """The same work on one piece of memory, and what is differentiated in it."""
+
+    call: Callable[[], Tensor]
+    leaves: tuple[Tensor, ...]
+
+
+@dataclass
+class Problem:
+    """A case on a device. Each list of runs goes over a pool of weights, so that they come from memory.
+
+    rivals: a list of runs, or why there is none.   over: which of them is the yardstick.
+    plain, truth: the result (and gradients of `ours[0].leaves`) of plain torch, and in fp64.
+    forward, backward: what the ops cost at the least.   same: every rival but a frozen yardstick gives our result.
+    """
+
+    over: str
+    ours: list[Run]
+    rivals: dict[str, list[Run] | str]
+    g: Tensor
+    plain: Callable[[], list[Tensor]]
+    truth: Callable[[], list[Tensor]]
+    forward: list[Cost]
+    backward: list[Cost] = field(default_factory=list)
+    same: bool = True
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the benchmark. rows x n_in is the input, n_out the width of the result."""
+
+    op: str
+    shape: str
+    mode: str
+    dtype: str
+    rows: int
+    n_in: int
+    n_out: int
+    selection: str
+    build: Callable[[Case, str, ExitStack], Problem]  # the stack holds what must be on while the case is timed
+    rank: int = 0
+    p: float = 0.0
+    popularity: str = ""  # which adapter serves which row
+    cold: bool = False  # decoding reads each weight once per token: from a cache it would be measured too fast
+
+    @property
+    def name(self) -> str:
+        words = [self.op, self.shape, self.mode, self.dtype, f"rows={self.rows}"]
+        words += [f"r={self.rank}"] * bool(self.rank) + [f"p={self.p}"] * bool(self.p)
+        return " ".join([*words, self.popularity]).rstrip()
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def work(self) -> Cost:
+        """Roughly what one call of any rival costs, known without making the tensors."""
+        ways = {"backward": 1, "full": 2}.get(self.mode, 1)
+        weights = self.n_in * self.n_out if self.rank else 0
+        held = weights + self.rows * (self.n_in + self.n_out)
+        return Cost(2 * self.rows * weights * ways, held * self.torch_dtype.itemsize * ways)
+
+
+def evaluate(run: Run, g: Tensor, mode: str) -> list[Tensor]:
+    """The result, and unless the mode is forward the gradients of the leaves for the cotangent g."""
+    if mode == "forward":
+        with torch.no_grad():
+            return [run.call()]
+    out = run.call()
+    return [out.detach(), *torch.autograd.grad(out, run.leaves, g.to(out.dtype))]
+
+
+def timed(run: Run, g: Tensor, mode: str) -> Callable[[], object]:
+    """What is timed of a run."""
+    if mode == "forward":
+        return torch.no_grad()(run.call)
+    if mode == "recorded":
+        return run.call
+    if mode == "full":
+        return lambda: torch.autograd.grad(run.call(), run.leaves, g)
+    out = run.call()
+    return lambda: torch.autograd.grad(out, run.leaves, g, retain_graph=True)
+
+
+def _pool(case: Case, device: str, make: Callable[[], Any]) -> list[Any]:
+    """Results of `make`, nested tensors: so many that together they fill the last-level cache four times."""
+    first = make()
+    held = sum(t.numel() * t.element_size() for t in rivals.tensors(first))
+    count = min(256, -(-4 * cache_bytes(device) // held)) if case.cold else 1
+    return [first, *(make() for _ in range(count - 1))]
+
+
+def _randn(*shape: int, like: Case, device: str, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.randn(shape, device=device).mul_(scale).to(dtype or like.torch_dtype)
+
+
+def _layer(case: Case, device: str, adapters: int = 1) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """W, bias and (A, B) of each adapter; these are fp32 beside a 16-bit W, as they are trained."""
+    k, n, r = case.n_in, case.n_out, case.rank
+    factors = [
+        (
+            _randn(r, k, like=case, device=device, scale=k**-0.5, dtype=torch.float32),
+            _randn(n, r, like=case, device=device, scale=0.1, dtype=torch.float32),
+        )
+        for _ in range(adapters)
+    ]
+    return (
+        _randn(n, k, like=case, device=device, scale=k**-0.5),
+        _randn(n, like=case, device=device),
+        [(a.requires_grad_(), b.requires_grad_()) for a, b in factors],
+    )
+
+
+def _of_reference(
+    op: Op, args: tuple, leaves: tuple[int, ...], g: Tensor, mode: str
+) -> tuple[Callable[[], list[Tensor]], Callable[[], list[Tensor]]]:
+    """(plain, truth) of a Problem whose call is one op on these arguments."""
+
+    def results(dtype: torch.dtype | None = None) -> list[Tensor]:
+        own, made = with_leaves(Sample("", args, leaves), dtype)
+        return evaluate(Run(lambda: outputs(op.reference(*own))[0], tuple(made)), g, mode)
+
+    return results, lambda: results(torch.float64)
+
+
+# -- every op on a sample ---------------------------------------------------------------------------------------------
+
+
+def _sample_cases(device: str) -> Iterator[Case]:
+    for op in all_ops().values():
+        sample = next(iter(op.samples(torch.float32, "cpu")))
+        first = sample.args[0]
+        width = first.shape[-1]
+        for mode in ("forward", "recorded", "full") if op.gradient else ("forward",):
+            shape = f"sample {sample.id}"
+            yield Case(op.name, shape, mode, "float32", first.numel() // width, width, 0, "default", _sample)
+
+
+def _sample(case: Case, device: str, stack: ExitStack) -> Problem:
+    op = all_ops()[case.op]
+    sample = next(iter(op.samples(case.torch_dtype, device)))
+    args, leaves = with_leaves(sample)
+    g = torch.randn_like(outputs(op.reference(*args))[0])
+    return Problem(
+        "reference",  # not plain torch: nobody would write it so
+        [Run(lambda: outputs(op(*args))[0], tuple(leaves))],
+        {"reference": [Run(lambda: outputs(op.reference(*args))[0], tuple(leaves))]},
+        g,
+        *_of_reference(op, sample.args, sample.differentiable, g, case.mode),
+        forward=[op.cost(*args)],
+    )
+
+
+# -- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+def _lora_cases(device: str) -> Iterator[Case]:
+    low = "bfloat16" if device == "cuda" else "float32"
+
+    def case(shape, mode, rows, selection, r=16, p=0.0, dtype=low, op="lora_linear", build=_lora_linear):
+        cold = shape in LLAMA and mode == "forward" and rows in DECODE
+        return Case(op, shape, mode, dtype, rows, *sizes[shape], selection, build, r, p, cold=cold)
+
+    sizes = {**LLAMA, **MINILM, **CALL}
+    for shape in LLAMA:
+        main = shape == "7b qkvo"
+        for rows in DECODE:
+            quick = main and rows in (1, 16)
+            yield case(shape, "forward", rows, "quick" if quick else "default" if main or rows == 16 else "all")
+        for rows in (2048, 8192):
+            yield case(shape, "forward", rows, "default" if main and rows == 2048 else "all")
+        for rows, p in itertools.product((512, 2048, 8192), (0.0, 0.05)):
+            shown = "quick" if main else "default" if rows == 512 and p else "all"
+            yield case(shape, "full", rows, "all" if rows == 8192 else shown, p=p)
+    for mode in ("recorded", "backward"):
+        yield case("7b qkvo", mode, 512, "default", p=0.05)
+    for rank in (8, 64, 128):
+        yield case("7b qkvo", "full", 512, "default", r=rank)
+    for dtype, shape, p in itertools.product(("float32", "bfloat16"), MINILM, (0.0, 0.05)):
+        shown = "quick" if dtype == "float32" and shape != "minilm down" else "default"
+        yield case(shape, "full", 512, shown, r=8, p=p, dtype=dtype)
+    for mode, rows in (("forward", 16), ("full", 512)):
+        yield case("7b qkvo", mode, rows, "default", op="lora_add", build=_lora_add)
+    for mode in ("forward", "recorded", "full"):
+        yield case("tiny", mode, 4, "quick", r=8, dtype="float32", op="lora_add", build=_lora_add)
+
+
+def _lora_linear(case: Case, device: str, stack: ExitStack) -> Problem:
+    ops = all_ops()
+    x = _randn(case.rows, case.n_in, like=case, device=device).requires_grad_()
+    g = _randn(case.rows, case.n_out, like=case, device=device)
+    rng = torch.tensor([1, 2], device=device) if case.p else None
+    layers = _pool(case, device, lambda: _layer(case, device))
+
+    def ours(w, bias, a, b):
+        return Run(lambda: lora_linear(x, w, bias, a, b, SCALE, p=case.p, rng=rng), (x, a, b))
+
+    def plain(w, bias, a, b):
+        return Run(lambda: rivals.lora(x, w, bias, a, b, SCALE, case.p), (x, a, b))
+
+    flat = [(w, bias, *factors[0]) for w, bias, factors in layers]
+    args = (x, *flat[0], SCALE, case.p, rng)
+    return Problem(
+        "frozen",
+        [ours(*layer) for layer in flat],
+        {
+            "frozen": _frozen(x, layers),
+            "plain torch": [plain(*layer) for layer in flat],
+            **_peft(case, x, layers),
+        },
+        g,
+        *_of_reference(ops["lora_linear"], args, (0, 3, 4), g, case.mode),
+        forward=[ops["lora_linear"].cost(*args)],
+        backward=[ops["lora_linear_backward"].cost(g, x, *flat[0][:1], *flat[0][2:])],
+        same=not case.p,
+    )
+
+
+def _lora_add(case: Case, device: str, stack: ExitStack) -> Problem:
+    ops = all_ops()
+    x = _randn(case.rows, case.n_in, like=case, device=device).requires_grad_()
+    y = _randn(case.rows, case.n_out, like=case, device=device).requires_grad_()
+    g = torch.randn_like(y)
+    pool = _pool(case, device, lambda: _layer(case, device)[2][0])
+
+    def plain(a, b):
+        return Run(lambda: y + rivals.delta(x, a, b, SCALE), (y, x, a, b))
+
+    args = (y, x, *pool[0], SCALE, 0.0, None)
+    return Problem(
+        "plain torch",
+        [Run(functools.partial(lora_add, y, x, a, b, SCALE), (y, x, a, b)) for a, b in pool],
+        {"plain torch": [plain(*factors) for factors in pool]},
+        g,
+        *_of_reference(ops["lora_add"], args, (0, 1, 2, 3), g, case.mode),
+        forward=[ops["lora_add"].cost(*args)],
+        backward=[ops["lora_add_backward"].cost(g, x, *pool[0])],
+    )
+
+
+def _frozen(x: Tensor, layers: Sequence[tuple]) -> list[Run]:
+    return [Run(functools.partial(F.linear, x, w, bias), (x,)) for w, bias, _ in layers]
+
+
+def _peft(case: Case, x: Tensor, layers: Sequence[tuple], names: Sequence[int] | None = None) -> dict[str, Any]:
+    """HF PEFT on the same weights: with fp32 adapters, its default, and beside a 16-bit W with adapters like W.
+
+    names: the adapter of each row; None where there is one for all.
+    """
+    dtypes = {"HF PEFT": torch.float32}
+    if case.torch_dtype != torch.float32:
+        dtypes = {"HF PEFT, fp32 adapters": torch.float32, f"HF PEFT, {case.dtype} adapters": case.torch_dtype}
+    if missing := rivals.missing("peft"):
+        return {name: missing for name in dtypes}
+    out = {}
+    for name, dtype in dtypes.items():
+        made = rivals.peft_layers(layers, SCALE, case.p, dtype)
+        kept = {} if names is None else {"adapter_names": [f"a{i}" for i in names]}
+        out[name] = [Run(functools.partial(layer, x, **kept), (x, *rivals.trainable(layer))) for layer in made]
+    return out
+
+
+# -- mixed batches ----------------------------------------------------------------------------------------------------
+
+
+def _route_cases(device: str) -> Iterator[Case]:
+    low = "bfloat16" if device == "cuda" else "float32"
+    for shape, rows, popularity in itertools.product(LLAMA, (8, 64), rivals.POPULARITY):
+        main = shape == "7b qkvo"
+        quick = main and rows == 64 and popularity in ("distinct", "uniform")
+        shown = "quick" if quick else "default" if main else "all"
+        sizes = LLAMA[shape]
+        yield Case("route", shape, "forward", low, rows, *sizes, shown, _route, 16, popularity=popularity, cold=True)
+    for popularity in rivals.POPULARITY:
+        shown = "default" if popularity == "uniform" else "all"
+        yield Case("route", "7b qkvo", "full", low, 512, 4096, 4096, shown, _route, 16, popularity=popularity)
+
+
+def _route(case: Case, device: str, stack: ExitStack) -> Problem:
+    """rows are batch rows of one token in decoding (forward), of 32 tokens otherwise."""
+    tokens = 1 if case.mode == "forward" else 32
+    numbers = rivals.POPULARITY[case.popularity](case.rows // tokens)
+    random.Random(0).shuffle(numbers)
+    count = max(numbers) + 1
+    x = _randn(len(numbers), tokens, case.n_in, like=case, device=device).requires_grad_()
+    g = _randn(len(numbers), tokens, case.n_out, like=case, device=device)
+    layers = _pool(case, device, lambda: _layer(case, device, count))
+    model, names = _routed(case, layers), [f"a{i}" for i in numbers]
+    stack.enter_context(route(model, names))
+
+    def results(model: nn.ModuleList, x: Tensor) -> list[Tensor]:
+        with backend("reference"), route(model, names):
+            return evaluate(_routed_run(model[0], x, count), g, case.mode)
+
+    def truth() -> list[Tensor]:
+        return results(copy.deepcopy(model).double(), *double((x,)))
+
+    m, k, n, r = case.rows, case.n_in, case.n_out, case.rank
+    moved = sum(t.numel() * t.element_size() for t in (x, g, layers[0][0])) + 4 * count * r * (k + n)
+    one_way = Cost(2 * m * k * n + 2 * m * r * (k + n), moved)
+    other_way = Cost(2 * m * k * n + 4 * m * r * (k + n), moved + x.numel() * x.element_size())
+    return Problem(
+        "frozen",
+        [_routed_run(layer, x, count) for layer in model],
+        {
+            "frozen": _frozen(x, layers),
+            **{name: [Run(*run) for run in runs] for name, runs in rivals.mixed(x, layers, numbers, SCALE).items()},
+            **_peft(case, x, layers, numbers),
+        },
+        g,
+        lambda: results(model, x),
+        truth,
+        forward=[one_way],
+        backward=[other_way],
+    )
+
+
+def _routed(case: Case, layers: Sequence[tuple]) -> nn.ModuleList:
+    model = nn.ModuleList(rivals.linear(w, bias) for w, bias, _ in layers)
+    for i in range(len(layers[0][2])):
+        attach(model, LoRA(rank=case.rank, alpha=SCALE * case.rank), "*", name=f"a{i}")
+    with torch.no_grad():
+        for layer, (_, _, factors) in zip(model, layers, strict=True):
+            for i, (a, b) in enumerate(factors):
+                for own, value in zip(_factors(layer, i), (a, b), strict=True):
+                    own.copy_(value)
+    return model
+
+
+def _factors(layer: nn.Module, adapter: int) -> tuple[Tensor, Tensor]:
+    tuner: Any = adapters_of(layer).tuners[f"a{adapter}"]  # type: ignore[union-attr]  # attached in _routed
+    return tuner.a, tuner.b
+
+
+def _routed_run(layer: nn.Module, x: Tensor, count: int) -> Run:
+    return Run(functools.partial(layer, x), (x, *(factor for i in range(count) for factor in _factors(layer, i))))
+
+
+# -- rescaling --------------------------------------------------------------------------------------------------------
+
+
+def _rescale_cases(device: str) -> Iterator[Case]:
+    for mode, dtype, shape, rows in itertools.product(
+        ("forward", "full"), ("float32", "bfloat16"), ("7b qkvo", "minilm qkvo"), (16, 512, 2048)
+    ):
+        width = {**LLAMA, **MINILM}[shape][0]
+        main = shape == "7b qkvo" and rows == 2048 and mode == "full"
+        shown = "quick" if main else "default" if (rows, mode) in ((16, "forward"), (512, "full")) else "all"
+        yield Case("rescale", shape, mode, dtype, rows, width, width, shown, _rescale)
+
+
+def _rescale(case: Case, device: str, stack: ExitStack) -> Problem:
+    ops = all_ops()
+    x = _randn(case.rows, case.n_in, like=case, device=device).requires_grad_()
+    l = _randn(case.n_in, like=case, device=device, dtype=torch.float32).requires_grad_()
+    g = torch.randn_like(x)
+    return Problem(
+        "plain torch",
+        [Run(lambda: rescale(x, l), (x, l))],
+        {"plain torch": [Run(lambda: (x * l).to(x.dtype), (x, l))]},
+        g,
+        *_of_reference(ops["rescale"], (x, l), (0, 1), g, case.mode),
+        forward=[ops["rescale"].cost(x, l)],
+        backward=[ops["rescale_backward"].cost(g, x, l, (True, True))],
+    )
+
+
+FAMILIES = (_sample_cases, _rescale_cases, _lora_cases, _route_cases)
+
+
+def cases(device: str) -> list[Case]:
+    """Every case of a device, in the order in which they run."""
+    return [case for family in FAMILIES for case in family(device)]
+
+
+def roofline(costs: Sequence[Cost], flops: float, byterate: float) -> float:
+    """The least seconds that kernels of these costs take, one after the other."""
+    return sum(max(cost.flops / flops, cost.bytes / byterate) for cost in costs)

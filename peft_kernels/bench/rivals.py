@@ -1,0 +1,134 @@
+"""What the kernels are compared with: LoRA in plain torch, mixed batches in three ways, and HF PEFT."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Factors = Sequence[tuple[Tensor, Tensor]]  # (A [r, in], B [out, r]) of each adapter
+Layer = tuple[Tensor, Tensor, Factors]  # W [out, in], bias [out]
+
+
+def missing(package: str) -> str:
+    """ "", or that a package is not installed."""
+    return "" if importlib.util.find_spec(package) else f"{package} is not installed"
+
+
+def tensors(nested: Any) -> Iterator[Tensor]:
+    if isinstance(nested, Tensor):
+        yield nested
+    else:
+        for item in nested:
+            yield from tensors(item)
+
+
+def linear(w: Tensor, bias: Tensor) -> nn.Linear:
+    """A frozen layer on these very tensors."""
+    layer = nn.Linear(w.shape[1], w.shape[0], device="meta")
+    layer.weight, layer.bias = (nn.Parameter(t, requires_grad=False) for t in (w, bias))
+    return layer
+
+
+# -- plain torch ------------------------------------------------------------------------------------------------------
+
+
+def delta(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
+
+
+def lora(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
+    """LoRA as anybody would write it."""
+    return F.linear(x, w, bias) + delta(F.dropout(x, p) if p else x, a, b, scale)
+
+
+# -- mixed batches ----------------------------------------------------------------------------------------------------
+
+
+def _skewed(rows: int) -> list[int]:
+    """Each adapter has half as many rows again as the one before."""
+    out: list[int] = []
+    length = 1.0
+    while len(out) < rows:
+        out += [out[-1] + 1 if out else 0] * math.ceil(length)
+        length *= 1.5
+    return out[:rows]
+
+
+# The adapter of each row of a batch, as in Punica's benchmark. Chen et al. 2023, arXiv:2310.18547.
+POPULARITY: dict[str, Callable[[int], list[int]]] = {
+    "distinct": lambda rows: list(range(rows)),
+    "uniform": lambda rows: [i % math.ceil(math.sqrt(rows)) for i in range(rows)],
+    "skewed": _skewed,
+    "identical": lambda rows: [0] * rows,
+}
+
+
+def mixed(x: Tensor, layers: Sequence[Layer], numbers: list[int], scale: float) -> dict[str, list[tuple]]:
+    """name -> (call, leaves) per layer, for x [rows, tokens, in] whose row i has the adapter numbers[i].
+
+    What follows from the numbers alone is made here, before the clock runs; one step has many layers.
+    """
+    ids = torch.tensor(numbers, device=x.device)
+    groups = [(ids == i).nonzero().flatten() for i in range(max(numbers) + 1)]
+    longest = max(map(len, groups))
+    slots = torch.empty_like(ids)  # where a row lies when each adapter has room for the longest group
+    for i, rows in enumerate(groups):
+        slots[rows] = i * longest + torch.arange(len(rows), device=x.device)
+
+    def loop(w, bias, a, b):
+        y = F.linear(x, w, bias)
+        for i, rows in enumerate(groups):
+            y = y.index_add(0, rows, delta(x[rows], a[i], b[i], scale))
+        return y
+
+    def gathered(w, bias, a, b):
+        t = torch.bmm(x, a[ids].to(x.dtype).mT)
+        return F.linear(x, w, bias) + torch.bmm(t, b[ids].to(x.dtype).mT) * scale
+
+    def padded(w, bias, a, b):
+        room = x.new_zeros(len(groups) * longest, *x.shape[1:]).index_copy(0, slots, x)
+        t = torch.bmm(room.view(len(groups), -1, x.shape[-1]), a.to(x.dtype).mT)
+        added = torch.bmm(t, b.to(x.dtype).mT).view(len(room), x.shape[1], -1)
+        return F.linear(x, w, bias) + added[slots] * scale
+
+    def runs(call):
+        return [(lambda layer=layer: call(*layer), (x, *layer[2:])) for layer in stacked]
+
+    stacked = [
+        (w, bias, *(torch.stack([pair[i] for pair in factors]).detach().requires_grad_() for i in range(2)))
+        for w, bias, factors in layers
+    ]
+    return {"loop over adapters": runs(loop), "gathered bmm": runs(gathered), "padded bmm": runs(padded)}
+
+
+# -- HF PEFT ----------------------------------------------------------------------------------------------------------
+
+
+def peft_layers(layers: Sequence[Layer], scale: float, p: float, dtype: torch.dtype) -> list[nn.Module]:
+    """HF PEFT's LoRA layers on the same weights and values, adapters named "a0", "a1", ... and held in `dtype`."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = nn.ModuleDict({f"site{i}": linear(w, bias) for i, (w, bias, _) in enumerate(layers)})
+    for number, (a, _) in enumerate(layers[0][2]):
+        rank = a.shape[0]
+        config = LoraConfig(r=rank, lora_alpha=round(scale * rank), lora_dropout=p, target_modules=list(model))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of several adapters, which are meant
+            inject_adapter_in_model(config, model, adapter_name=f"a{number}")
+    made: list[Any] = list(model.train().values())
+    for layer, (_, _, factors) in zip(made, layers, strict=True):
+        for number, (a, b) in enumerate(factors):
+            layer.lora_A[f"a{number}"].weight = nn.Parameter(a.detach().to(dtype))
+            layer.lora_B[f"a{number}"].weight = nn.Parameter(b.detach().to(dtype))
+    return made
+
+
+def trainable(module: nn.Module) -> list[Tensor]:
+    return [p for p in module.parameters() if p.requires_grad]
