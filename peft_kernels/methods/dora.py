@@ -71,17 +71,15 @@ class DoRATuner(LoRATuner, method=DoRA):
 
     def _norm(self, weight: Tensor) -> Tensor:
         """||W + s B A|| of every row, [out], a constant."""
-        weight, trained = weight.detach(), weight.requires_grad
+        source, weight = weight, weight.detach()
         device, moving = weight.device.type, self.training or torch.is_grad_enabled()
         # Autocast would round the products to 16 bits. It does not know the meta device.
         exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
         with torch.no_grad(), exact:
-            # A version does not tell of a fused optimizer's step.
-            squares = _squares(weight) if trained else self._kept.once("squares", lambda: _squares(weight), [weight])
+            squares = self._kept.once("squares", lambda: _squares(weight), [source])
             if moving:
-                self._kept.pop("norm", None)
                 return self._updated(squares, weight)
-            return self._kept.once("norm", lambda: self._updated(squares, weight), [weight, self.a, self.b])
+            return self._kept.once("norm", lambda: self._updated(squares, weight), [source, self.a, self.b])
 
     def _updated(self, squares: Tensor, weight: Tensor) -> Tensor:
         dtype = torch.promote_types(squares.dtype, self.a.dtype)
