@@ -375,7 +375,7 @@ def _routed(case: Case, layers: Sequence[tuple]) -> nn.ModuleList:
             for i, (a, b) in enumerate(factors):
                 for own, value in zip(_factors(layer, i), (a, b), strict=True):
                     own.copy_(value)
-    return model
+    return model.train(case.mode != "forward")
 
 
 def _factors(layer: nn.Module, adapter: int) -> tuple[Tensor, Tensor]:
