@@ -24,7 +24,7 @@ class Recipe(Method):
 
     def parts(self) -> tuple[Part, ...]:
         """The parts, bottom first where several meet at one module. Empty targets are the part's own."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say its parts")
 
     def expand(self, part: Part) -> list[Part]:
         """Every part under the targets, excludes and layers given at attach; what a part says itself comes first."""

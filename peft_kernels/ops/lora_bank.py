@@ -28,7 +28,7 @@ class Plan(NamedTuple):
 
 
 def lora_plan(ids: Tensor, r_indptr: Tensor, block_m: int = 64) -> Plan:
-    """What a GPU kernel needs to give every block of threads rows of one adapter: a stable sort, made on the device.
+    """Rows in tiles of one adapter each, as a GPU kernel takes them (none does yet): a stable sort, made on the device.
 
     ids int [M]   r_indptr int [L + 1]; sizes follow from shapes alone: T = ceil(M / block_m) + min(L, M). One plan
     serves all layers of a step. Adapters of rank 0 get no tiles.

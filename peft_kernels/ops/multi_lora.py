@@ -227,7 +227,8 @@ def multi_lora_linear(
     r_indptr int [L + 1]: the bank's rows of adapter l are r_indptr[l] to r_indptr[l + 1], none where they are equal
     scaling float [L]   ids int [rows], or one for each index of x's leading dim; a number that is no adapter's, such as
         -1, leaves the row bit-identical to F.linear, and so does rank 0.
-    p, rng: as in `lora_linear`, one p for all.   plan: of lora_plan, for GPU kernels; the CPU sorts rows by itself.
+    p, rng: as in `lora_linear`, one p for all.   plan: of lora_plan; checked, and read by no kernel yet, as
+        the CPU sorts rows by itself.
     Differentiable in x and the bank; trainable w or bias are served by F.linear and multi_lora's sum. Never waits for
     the device. Raises ValueError on shapes, dtypes or devices that do not fit.
     """
