@@ -15,6 +15,7 @@ namespace pk::PK_ISA {
 namespace {
 
 constexpr int64_t kDepth = 384;      // columns of x that shrink holds in L1
+constexpr int64_t kSum = 96;         // of them, those that shrink sums before it adds: 384 in a row would round worse
 constexpr int64_t kRows = 24;        // rows of x beside them: whole tiles of 4, 6 and 8
 constexpr int64_t kCols = 384;       // widest column block of expand and wgrad: whole tiles, whole dropout steps
 constexpr int64_t kBand = 64;        // rows of one expand task
@@ -257,6 +258,17 @@ void run(const Product& p, int64_t rows, int64_t cols) {
   }
 }
 
+// As run, over a long depth.
+void run_deep(Product p, int64_t rows, int64_t cols) {
+  for (int64_t left = p.depth; left > 0; left -= kSum) {
+    p.depth = at_most(left, kSum);
+    run(p, rows, cols);
+    p.a += kSum * p.next;
+    p.b += kSum * p.ldb;
+    p.add = true;
+  }
+}
+
 // -- packed factors -------------------------------------------------------------------------------------------------
 
 class Buffer {
@@ -375,7 +387,7 @@ void shrink_few(const Group* groups, int64_t count, LoraIn x, LoraIn f, bool tra
       for (int64_t rank = 0; rank < r; rank += kRanks) {
         const int64_t ranks = at_most(r - rank, kRanks), ld = padded(ranks, W);
         pack_rows(u, ld, from(f, group.first * k), transposed, k, r, d, depth, rank, ranks);
-        run({sums, kRanks, rows, kDepth, 1, u, ld, depth, factor * group.scale, false}, m, ld);
+        run_deep({sums, kRanks, rows, kDepth, 1, u, ld, depth, factor * group.scale, false}, m, ld);
         for (int64_t i = 0; i < m; ++i) put<false>({own}, i * r + rank, sums + i * kRanks, ranks);
       }
     }
@@ -411,8 +423,8 @@ void shrink(const Group* groups, int64_t count, LoraIn x, LoraIn f, bool transpo
         for (int64_t d = 0; d < k; d += kDepth) {
           const int64_t depth = at_most(k - d, kDepth);
           fetch_rows(rows, kDepth, x, k, group.rows, top, count, d, depth, 0, kDepth, drop);
-          run({sums, kRanks, rows, kDepth, 1, u.p + d * ld + rank, ld, depth, factor * group.scale, d > 0}, count,
-              padded(ranks, W));
+          run_deep({sums, kRanks, rows, kDepth, 1, u.p + d * ld + rank, ld, depth, factor * group.scale, d > 0}, count,
+                   padded(ranks, W));
         }
         for (int64_t i = 0; i < count; ++i) put<false>({group.t}, (top + i) * r + rank, sums + i * kRanks, ranks);
       }
