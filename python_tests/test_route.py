@@ -92,8 +92,9 @@ def test_rows_without_an_adapter_are_bit_equal_to_the_base():
         assert not torch.equal(out[0], plain[0])
 
 
-def test_one_graph_under_changing_routes():
-    case = two("lora", "llama", "ia3")
+@pytest.mark.parametrize(("key", "other"), [("lora", "ia3"), ("dora", "dora"), ("lora", "dora")])
+def test_one_graph_under_changing_routes(key, other):
+    case = two(key, "llama", other)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(case.model, fullgraph=True, backend=counter)
@@ -427,7 +428,7 @@ def test_a_leading_one_serves_every_row():
 
 
 def test_the_tuners_are_called_on_their_rows_alone():
-    case = two("dora", "mlp")
+    case = two("ia3", "mlp")
     seen = {}
     for name in ("a", "b"):
         (_, tuner), *_ = tuners(case.model, name)
