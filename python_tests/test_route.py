@@ -151,15 +151,15 @@ def test_threads_do_not_mix(compiled):
 @given(
     widths=st.tuples(*[st.integers(3, 19)] * 3),
     tokens=st.integers(1, 4),
-    ranks=st.lists(st.integers(1, 3), min_size=1, max_size=5),
+    adapters=st.lists(st.tuples(st.sampled_from((pk.LoRA, pk.DoRA)), st.integers(1, 3)), min_size=1, max_size=5),
     dtype=st.sampled_from((torch.float32, torch.float64)),
     data=st.data(),
 )
-def test_any_route_over_any_shapes(widths, tokens, ranks, dtype, data):
+def test_any_route_over_any_shapes(widths, tokens, adapters, dtype, data):
     model = torch.nn.Sequential(torch.nn.Linear(*widths[:2]), torch.nn.Tanh(), torch.nn.Linear(*widths[1:])).to(dtype)
-    names = [f"a{i}" for i in range(len(ranks))]
-    for seed, (name, rank) in enumerate(zip(names, ranks, strict=True)):
-        pk.attach(model, pk.LoRA(rank=rank, alpha=2.0 - seed), ("0", "2"), name=name, seed=seed)
+    names = [f"a{i}" for i in range(len(adapters))]
+    for seed, (name, (method, rank)) in enumerate(zip(names, adapters, strict=True)):
+        pk.attach(model, method(rank=rank, alpha=2.0 - seed), ("0", "2"), name=name, seed=seed)
         perturb(model, name)
     route = data.draw(st.lists(st.sampled_from([None, *names]), min_size=1, max_size=9))
     x = torch.randn(len(route), tokens, widths[0], dtype=dtype)
@@ -187,9 +187,9 @@ def test_beams_repeat_each_name():
     assert torch.equal(both[1, :length], alone_b[0])
 
 
-@pytest.mark.parametrize("where", ["here", "another thread"])
-def test_checkpointed_and_routed(where):
-    case = two("lora", "llama", "ia3")
+@pytest.mark.parametrize(("key", "where"), [("lora", "here"), ("lora", "another thread"), ("dora", "here")])
+def test_checkpointed_and_routed(key, where):
+    case = two(key, "llama", "ia3")
     case.model.train()
 
     def gradients():
