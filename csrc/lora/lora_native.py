@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..common.library import unavailable as unavailable
-from ._compose import compose, compose_multi
+from ._compose import compose, compose_multi, compose_slices, one_by_one
 from ._compose import why_not as why_not
 
 VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
@@ -35,3 +35,4 @@ lora_add, lora_add_, lora_add_backward, lora_linear, lora_linear_backward = comp
     multi_lora_linear,
     multi_lora_linear_backward,
 ) = compose_multi(multi_add_, multi_backward_)
+lora_linear_slices, lora_linear_slices_backward = compose_slices(*one_by_one(add_, backward_))
