@@ -164,7 +164,9 @@ def one_by_one(add_, backward_):
     def slices_backward_(dx, gs, x, a, bs, scales, t, *rest):
         ranks = [b.shape[1] for b in bs]
         every = zip(gs, a.split(ranks), bs, t.split(ranks, 1), scales, strict=True)
-        das, dbs = zip(*(backward_(dx, g, x, own, b, u.contiguous(), s, *rest) for g, own, b, u, s in every))
+        das, dbs = zip(
+            *(backward_(dx, g, x, own, b, u.contiguous(), s, *rest) for g, own, b, u, s in every), strict=True
+        )
         return None if das[0] is None else torch.cat(das), dbs
 
     return slices_add_, slices_backward_
