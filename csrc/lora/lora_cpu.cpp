@@ -650,18 +650,15 @@ class Bank {
 
 // -- several linears ------------------------------------------------------------------------------------------------
 
-// Columns first .. first + r - 1 of the t of all slices, which is [m, all].
-Group columns(int64_t m, float* t, int64_t all, int64_t first, int64_t r) {
-  return {{nullptr, m}, 0, r, 1.0f, t + first, all};
-}
+// r columns of the t of all slices, whose rows are ld apart.
+Group columns(int64_t m, float* t, int64_t r, int64_t ld) { return {{nullptr, m}, 0, r, 1.0f, t, ld}; }
 
 // f(slice, its columns of t) for the slices of some rank.
 template <class F>
 void each(const std::vector<LoraSlice>& slices, const LoraShape& s, float* t, const F& f) {
-  int64_t first = 0;
   for (const LoraSlice& slice : slices) {
-    if (slice.r) f(slice, columns(s.m, t, s.r, first, slice.r));
-    first += slice.r;
+    if (slice.r) f(slice, columns(s.m, t, slice.r, s.r));
+    t += slice.r;
   }
 }
 
@@ -670,25 +667,23 @@ void each(const std::vector<LoraSlice>& slices, const LoraShape& s, float* t, co
 void lora_add(const LoraShape& s, const std::vector<LoraSlice>& slices, LoraIn x, LoraIn a, const LoraDropout& drop,
               float* t) {
   if (s.m == 0 || s.r == 0) return;
-  const Group all = columns(s.m, t, s.r, 0, s.r);
+  const Group all = columns(s.m, t, s.r, s.r);
   shrink(&all, 1, x, a, true, s.k, drop.scale(), Dropout(drop));
-  each(slices, s, t, [&](const LoraSlice& slice, const Group& own) {
-    expand(slice.out, &own, 1, slice.b, true, slice.n, slice.scale, {});
-  });
+  each(slices, s, t,
+       [&](const LoraSlice& own, const Group& u) { expand(own.out, &u, 1, own.b, true, own.n, own.scale, {}); });
 }
 
 void lora_backward(const LoraShape& s, const std::vector<LoraSlice>& slices, LoraOut dx, LoraIn x, LoraIn a,
                    const float* t, const LoraDropout& drop, LoraOut da) {
-  if (s.r == 0) return;
-  each(slices, s, const_cast<float*>(t), [&](const LoraSlice& slice, const Group& own) {
-    if (slice.out.data) wgrad(slice.out, true, &own, 1, slice.g, slice.n, slice.scale, {});
+  each(slices, s, const_cast<float*>(t), [&](const LoraSlice& own, const Group& u) {
+    if (own.out.data) wgrad(own.out, true, &u, 1, own.g, own.n, own.scale, {});
   });
-  if (!dx.data && !da.data) return;
+  if (s.r == 0 || (!dx.data && !da.data)) return;
   const Buffer buffer(s.m * s.r);
-  const Group dt = columns(s.m, buffer.p, s.r, 0, s.r);
+  const Group dt = columns(s.m, buffer.p, s.r, s.r);
   // The factor of what dropout keeps goes into dt, for both of its uses.
-  each(slices, s, buffer.p, [&](const LoraSlice& slice, const Group& own) {
-    if (s.m) shrink(&own, 1, slice.g, slice.b, false, slice.n, slice.scale * drop.scale(), {});
+  each(slices, s, buffer.p, [&](const LoraSlice& own, const Group& u) {
+    if (s.m) shrink(&u, 1, own.g, own.b, false, own.n, own.scale * drop.scale(), {});
   });
   if (da.data) wgrad(da, false, &dt, 1, x, s.k, 1.0f, Dropout(drop));
   if (dx.data && s.m) expand(dx, &dt, 1, a, false, s.k, 1.0f, Dropout(drop));
