@@ -413,12 +413,13 @@ struct Rows {
   bool adjoining(int64_t from, int64_t count) const { return (*this)[from + count - 1] - (*this)[from] == count - 1; }
 };
 
-// The rows of one adapter, which has the ranks first .. first + r - 1 of a factor, and its t [m, r].
+// The rows of one adapter, which has the ranks first .. first + r - 1 of a factor, and its t [m, r], rows ld apart.
 struct Group {
   Rows rows;
   int64_t first, r;
   float scale;  // that shrink multiplies with
   float* t;
+  int64_t ld;
 };
 
 template <class Array>
@@ -480,12 +481,12 @@ void shrink_few(const Group* groups, int64_t count, LoraIn x, LoraIn f, bool tra
     }
   });
   for (int64_t g = 0; g < count; ++g) {
-    const int64_t size = groups[g].rows.m * groups[g].r;
-    float* const t = groups[g].t;
-    const float* own = partial.p + parts * (t - groups->t);
+    const int64_t r = groups[g].r, size = groups[g].rows.m * r;
+    const float* own = partial.p + parts * (groups[g].t - groups->t);
     for (int64_t i = 0; i < size; ++i) {
-      t[i] = own[i];
-      for (int64_t part = 1; part < parts; ++part) t[i] += own[part * size + i];
+      float& t = groups[g].t[i / r * groups[g].ld + i % r];
+      t = own[i];
+      for (int64_t part = 1; part < parts; ++part) t += own[part * size + i];
     }
   }
 }
@@ -513,7 +514,8 @@ void shrink(const Group* groups, int64_t count, LoraIn x, LoraIn f, bool transpo
           run_deep({sums, kRanks, rows, kDepth, 1, u.p + d * ld + rank, ld, depth, factor * group.scale, d > 0}, count,
                    padded(ranks, W));
         }
-        for (int64_t i = 0; i < count; ++i) put<false>({group.t}, (top + i) * r + rank, sums + i * kRanks, ranks);
+        for (int64_t i = 0; i < count; ++i)
+          put<false>({group.t}, (top + i) * group.ld + rank, sums + i * kRanks, ranks);
       }
     }
   });
@@ -554,8 +556,9 @@ void expand(LoraOut y, const Group* groups, int64_t count, LoraIn f, bool transp
         const bool direct = y.type == Dtype::f32 && !drop && cols % W == 0 && group.rows.adjoining(top, some);
         for (int64_t i = 0; i < some; ++i) prefetch(y, group.rows.ahead(top + i + rows) * n + col, cols);
         float* const c = direct ? static_cast<float*>(y.data) + row * n + col : sums;
-        run({c, direct ? n : kCols, group.t + top * r, r, 1, v, as_it_lies ? n : kCols, r, factor, direct}, some,
-            padded(cols, W));
+        run({c, direct ? n : kCols, group.t + top * group.ld, group.ld, 1, v, as_it_lies ? n : kCols, r, factor,
+             direct},
+            some, padded(cols, W));
         for (int64_t i = 0; i < some && !direct; ++i) {
           if (drop) drop(sums + i * kCols, group.rows[top + i], col, cols);
           put<true>(y, group.rows[top + i] * n + col, sums + i * kCols, cols);
@@ -583,7 +586,7 @@ void wgrad(LoraOut d, bool transposed, const Group* groups, int64_t count, LoraI
         for (int64_t top = 0; top < m; top += kSlab) {
           const int64_t some = at_most(m - top, kSlab);
           fetch_rows(rows, kCols, u, n, group.rows, top, some, col, cols, kSlab, 0, drop);
-          run({sums, kCols, group.t + top * r + rank, 1, r, rows, kCols, some, factor, top > 0}, ranks,
+          run({sums, kCols, group.t + top * group.ld + rank, 1, group.ld, rows, kCols, some, factor, top > 0}, ranks,
               padded(cols, W));
         }
         if (!transposed) {
@@ -613,7 +616,7 @@ class Bank {
     for (int kind = 0; kind < 3; ++kind) {
       for (const LoraGroup& g : groups)
         if (kind_of(g) == kind) {
-          groups_.push_back({{g.rows, g.m}, g.first, g.r, g.scale, t});
+          groups_.push_back({{g.rows, g.m}, g.first, g.r, g.scale, t, g.r});
           t += g.m * g.r;
         }
       ends_[kind] = static_cast<int64_t>(groups_.size());
@@ -645,26 +648,43 @@ class Bank {
   int64_t ends_[3];
 };
 
-}  // namespace
+// -- several linears ------------------------------------------------------------------------------------------------
 
-void lora_add(const LoraShape& s, LoraOut y, LoraIn x, LoraIn a, LoraIn b, float scale, const LoraDropout& drop,
-              float* t) {
-  if (s.m == 0 || s.r == 0) return;
-  const Group all = {{nullptr, s.m}, 0, s.r, 1.0f, t};
-  shrink(&all, 1, x, a, true, s.k, drop.scale(), Dropout(drop));
-  expand(y, &all, 1, b, true, s.n, scale, {});
+// r columns of the t of all slices, whose rows are ld apart.
+Group columns(int64_t m, float* t, int64_t r, int64_t ld) { return {{nullptr, m}, 0, r, 1.0f, t, ld}; }
+
+// f(slice, its columns of t) for the slices of some rank.
+template <class F>
+void each(const std::vector<LoraSlice>& slices, const LoraShape& s, float* t, const F& f) {
+  for (const LoraSlice& slice : slices) {
+    if (slice.r) f(slice, columns(s.m, t, slice.r, s.r));
+    t += slice.r;
+  }
 }
 
-void lora_backward(const LoraShape& s, LoraOut dx, LoraIn g, LoraIn x, LoraIn a, LoraIn b, const float* t, float scale,
-                   const LoraDropout& drop, LoraOut da, LoraOut db) {
-  if (s.r == 0) return;
-  const Group all = {{nullptr, s.m}, 0, s.r, 1.0f, const_cast<float*>(t)};
-  if (db.data) wgrad(db, true, &all, 1, g, s.n, scale, {});
-  if (!dx.data && !da.data) return;
-  // The factor of what dropout keeps goes into dt, for both of its uses.
+}  // namespace
+
+void lora_add(const LoraShape& s, const std::vector<LoraSlice>& slices, LoraIn x, LoraIn a, const LoraDropout& drop,
+              float* t) {
+  if (s.m == 0 || s.r == 0) return;
+  const Group all = columns(s.m, t, s.r, s.r);
+  shrink(&all, 1, x, a, true, s.k, drop.scale(), Dropout(drop));
+  each(slices, s, t,
+       [&](const LoraSlice& own, const Group& u) { expand(own.out, &u, 1, own.b, true, own.n, own.scale, {}); });
+}
+
+void lora_backward(const LoraShape& s, const std::vector<LoraSlice>& slices, LoraOut dx, LoraIn x, LoraIn a,
+                   const float* t, const LoraDropout& drop, LoraOut da) {
+  each(slices, s, const_cast<float*>(t), [&](const LoraSlice& own, const Group& u) {
+    if (own.out.data) wgrad(own.out, true, &u, 1, own.g, own.n, own.scale, {});
+  });
+  if (s.r == 0 || (!dx.data && !da.data)) return;
   const Buffer buffer(s.m * s.r);
-  const Group dt = {{nullptr, s.m}, 0, s.r, 1.0f, buffer.p};
-  if (s.m) shrink(&dt, 1, g, b, false, s.n, scale * drop.scale(), {});
+  const Group dt = columns(s.m, buffer.p, s.r, s.r);
+  // The factor of what dropout keeps goes into dt, for both of its uses.
+  each(slices, s, buffer.p, [&](const LoraSlice& own, const Group& u) {
+    if (s.m) shrink(&u, 1, own.g, own.b, false, own.n, own.scale * drop.scale(), {});
+  });
   if (da.data) wgrad(da, false, &dt, 1, x, s.k, 1.0f, Dropout(drop));
   if (dx.data && s.m) expand(dx, &dt, 1, a, false, s.k, 1.0f, Dropout(drop));
 }

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.triton_util import cast, dot, interpreting, keep_mask, split, tile
-from ._compose import compose
+from ._compose import compose, compose_slices, one_by_one
 from ._compose import why_not as why_not
 
 VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
@@ -239,3 +239,4 @@ def backward_(
 
 
 lora_add, lora_add_, lora_add_backward, lora_linear, lora_linear_backward = compose(add_, backward_)
+lora_linear_slices, lora_linear_slices_backward = compose_slices(*one_by_one(add_, backward_))

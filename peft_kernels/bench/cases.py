@@ -11,7 +11,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from ..engine.attach import attach
 from ..engine.route import route
 from ..engine.site import adapters_of
 from ..methods.lora import LoRA
-from ..ops import all_ops, backend, lora_add, lora_linear, rescale
+from ..ops import all_ops, backend, lora_add, lora_linear, lora_linear_slices, rescale
 from ..ops._op import Cost, Op, Sample
 from . import rivals
 from .measure import cache_bytes
@@ -43,6 +43,7 @@ LLAMA = {
 }
 CALL = {"tiny": (64, 64)}  # what a call itself costs
 MINILM = {"minilm qkvo": (384, 384), "minilm up": (384, 1536), "minilm down": (1536, 384)}
+SLICES = {"7b qkv": (4096, 3, 4096), "7b gate up": (4096, 2, 11008), "minilm qkv": (384, 3, 384)}  # in, how many, out
 DECODE = (1, 16, 64, 256)
 MODES = ("forward", "recorded", "backward", "full")  # without gradients, with them, backward alone, both ways
 SELECTIONS = ("quick", "default", "all")  # each holds those before it
@@ -50,9 +51,9 @@ SCALE = 2.0  # alpha / rank, as by default
 
 
 class Run(NamedTuple):
-    """The same work on one piece of memory, and what is differentiated in it."""
+    """The same work on one piece of memory, and what is differentiated in it. Several results come as a list."""
 
-    call: Callable[[], Tensor]
+    call: Callable[[], Any]
     leaves: tuple[Tensor, ...]
 
 
@@ -68,7 +69,7 @@ class Problem:
     over: str
     ours: list[Run]
     rivals: dict[str, list[Run] | str]
-    g: Tensor
+    g: Tensor | list[Tensor]
     plain: Callable[[], list[Tensor]]
     truth: Callable[[], list[Tensor]]
     forward: list[Cost]
@@ -116,16 +117,16 @@ class Case:
         return Cost(2 * self.rows * weights * ways, held * self.torch_dtype.itemsize * ways)
 
 
-def evaluate(run: Run, g: Tensor, mode: str) -> list[Tensor]:
+def evaluate(run: Run, g: Tensor | list[Tensor], mode: str) -> list[Tensor]:
     """The result, and unless the mode is forward the gradients of the leaves for the cotangent g."""
     if mode == "forward":
         with torch.no_grad():
-            return [run.call()]
-    out = run.call()
-    return [out.detach(), *torch.autograd.grad(out, run.leaves, g.to(out.dtype))]
+            return outputs(run.call())[:1]
+    out = outputs(run.call())[0]
+    return [out.detach(), *torch.autograd.grad(out, run.leaves, outputs(g)[0].to(out.dtype))]
 
 
-def timed(run: Run, g: Tensor, mode: str) -> Callable[[], object]:
+def timed(run: Run, g: Tensor | list[Tensor], mode: str) -> Callable[[], object]:
     """What is timed of a run."""
     if mode == "forward":
         return torch.no_grad()(run.call)
@@ -167,7 +168,7 @@ def _layer(case: Case, device: str, adapters: int = 1) -> tuple[Tensor, Tensor, 
 
 
 def _of_reference(
-    op: Op, args: tuple, leaves: tuple[int, ...], g: Tensor, mode: str
+    op: Op, args: tuple, leaves: tuple[int, ...], g: Tensor | list[Tensor], mode: str
 ) -> tuple[Callable[[], list[Tensor]], Callable[[], list[Tensor]]]:
     """(plain, truth) of a Problem whose call is one op on these arguments."""
 
@@ -320,6 +321,86 @@ def _peft(case: Case, x: Tensor, layers: Sequence[tuple], names: Sequence[int] |
     return out
 
 
+# -- several linears of one input -------------------------------------------------------------------------------------
+
+
+def _slices_cases(device: str) -> Iterator[Case]:
+    low = "bfloat16" if device == "cuda" else "float32"
+
+    def case(shape, mode, rows, selection, dtype=low, p=0.0):
+        n_in, count, n_out = SLICES[shape]
+        r, cold = (8 if shape == "minilm qkv" else 16), mode == "forward"
+        build = functools.partial(_slices, count=count)
+        return Case(
+            "lora_linear_slices", shape, mode, dtype, rows, n_in, count * n_out, selection, build, r, p, cold=cold
+        )
+
+    for dtype, p in itertools.product(("float32", "bfloat16"), (0.0, 0.05)):
+        yield case("minilm qkv", "full", 512, "quick" if dtype == "float32" else "default", dtype, p)
+    for shape in ("7b qkv", "7b gate up"):
+        for rows in (1, 16):
+            yield case(shape, "forward", rows, "default")
+        for rows, p in itertools.product((128, 2048), (0.0, 0.05)):
+            yield case(shape, "full", rows, "default" if rows == 128 else "all", p=p)
+
+
+def _slices(case: Case, device: str, stack: ExitStack, count: int) -> Problem:
+    """n_out is the width of all linears together."""
+    ops, scales = all_ops(), [SCALE] * count
+    widths = [case.n_out // count] * (count - 1)
+    parts = [replace(case, n_out=n) for n in (*widths, case.n_out - sum(widths))]
+    x = _randn(case.rows, case.n_in, like=case, device=device).requires_grad_()
+    gs = [_randn(case.rows, part.n_out, like=case, device=device) for part in parts]
+    rng = torch.tensor([1, 2], device=device) if case.p else None
+    pool = _pool(case, device, lambda: [_layer(part, device) for part in parts])
+    layers = list(itertools.chain.from_iterable(pool))
+    flat = [(w, bias, *factors[0]) for w, bias, factors in layers]
+
+    def ours(members):
+        ws, biases, as_, bs = map(list, zip(*((w, bias, *factors[0]) for w, bias, factors in members), strict=True))
+        call = functools.partial(lora_linear_slices, x, ws, biases, as_, bs, scales, p=case.p, rng=rng)
+        return Run(call, (x, *as_, *bs)), (ws, biases, as_, bs)
+
+    def each(w, bias, a, b):
+        return Run(lambda: lora_linear(x, w, bias, a, b, SCALE, p=case.p, rng=rng), (x, a, b))
+
+    def plain(w, bias, a, b):
+        return Run(lambda: rivals.lora(x, w, bias, a, b, SCALE, case.p), (x, a, b))
+
+    runs, lists = zip(*map(ours, pool), strict=True)
+    ws, biases, as_, bs = lists[0]
+    args = (x, scales, case.p, rng, *ws, *biases, *as_, *bs)
+    t = x.new_empty(case.rows, case.rank * count)
+    apart = {
+        "frozen": _frozen(x, layers),
+        "lora_linear each": [each(*layer) for layer in flat],
+        "plain torch": [plain(*layer) for layer in flat],
+        **_peft(case, x, layers),
+    }
+    leaves = (0, *range(4 + 2 * count, 4 + 4 * count))
+    back = (x, t, scales, case.p, rng, (True, True, True), *gs, *ws, *as_, *bs)
+    return Problem(
+        "frozen",
+        list(runs),
+        {name: own if isinstance(own, str) else _together(own, count) for name, own in apart.items()},
+        gs,
+        *_of_reference(ops["lora_linear_slices"], args, leaves, gs, case.mode),
+        forward=[ops["lora_linear_slices"].cost(*args)],
+        backward=[ops["lora_linear_slices_backward"].cost(*back)],
+        same=not case.p,
+    )
+
+
+def _together(runs: list[Run], count: int) -> list[Run]:
+    """Every `count` of the runs as one, with as many results."""
+
+    def one(members: list[Run]) -> Run:
+        leaves = dict.fromkeys(leaf for run in members for leaf in run.leaves)  # the x of all once
+        return Run(lambda: [run.call() for run in members], tuple(leaves))
+
+    return [one(runs[i : i + count]) for i in range(0, len(runs), count)]
+
+
 # -- mixed batches ----------------------------------------------------------------------------------------------------
 
 
@@ -433,7 +514,7 @@ def _rescale(case: Case, device: str, stack: ExitStack) -> Problem:
     )
 
 
-FAMILIES = (_sample_cases, _rescale_cases, _lora_cases, _route_cases)
+FAMILIES = (_sample_cases, _rescale_cases, _lora_cases, _slices_cases, _route_cases)
 
 
 def cases(device: str) -> list[Case]:
