@@ -206,7 +206,7 @@ def test_opcheck(op):
         checks = ["test_schema", "test_faketensor"]
         if op.gradient is not None:
             checks += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
-        torch.library.opcheck(op.dispatch, tuple(args), test_utils=checks)
+        torch.library.opcheck(op.dispatch, op.grouped(tuple(args)), test_utils=checks)
 
 
 @every_differentiable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..common.library import unavailable as unavailable
-from ._compose import compose, compose_multi
+from ._compose import compose, compose_multi, compose_slices, one_by_one
 from ._compose import why_not as why_not
 
 VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
@@ -17,6 +17,21 @@ def add_(*args):
 
 def backward_(*args):
     return torch.ops._peft_kernels.lora_backward_.default(*args)
+
+
+_one_by_one = one_by_one(add_, backward_)
+
+
+def slices_add_(ys, x, *args):
+    if x.is_cpu:
+        return torch.ops._peft_kernels.lora_slices_add_.default(ys, x, *args)
+    return _one_by_one[0](ys, x, *args)
+
+
+def slices_backward_(dx, gs, x, *args):
+    if x.is_cpu:
+        return torch.ops._peft_kernels.lora_slices_backward_.default(dx, gs, x, *args)
+    return _one_by_one[1](dx, gs, x, *args)
 
 
 def multi_add_(*args):
@@ -35,3 +50,4 @@ lora_add, lora_add_, lora_add_backward, lora_linear, lora_linear_backward = comp
     multi_lora_linear,
     multi_lora_linear_backward,
 ) = compose_multi(multi_add_, multi_backward_)
+lora_linear_slices, lora_linear_slices_backward = compose_slices(slices_add_, slices_backward_)

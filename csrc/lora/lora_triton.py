@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.triton_util import cast, dot, interpreting, keep_mask, split, tile
-from ._compose import compose, compose_multi
+from ._compose import compose, compose_multi, compose_slices, one_by_one
 from ._compose import why_not as why_not
 from .plan import plan as make_plan
 
@@ -458,3 +458,4 @@ lora_add, lora_add_, lora_add_backward, lora_linear, lora_linear_backward = comp
     multi_lora_linear,
     multi_lora_linear_backward,
 ) = compose_multi(multi_add_, multi_backward_)
+lora_linear_slices, lora_linear_slices_backward = compose_slices(*one_by_one(add_, backward_))
