@@ -24,26 +24,27 @@ _Factors = tuple[Tensor, Tensor, float]  # a [r, in], bt [r, out], scale
 
 
 class AdapterBank:
-    """Room for LoRA adapters of any ranks on one model, which `pk.route` then takes by name, a row at a time.
+    """Room for LoRA adapters of any rank on one model, which `pk.route` then takes by name, row by row.
 
-    bank = pk.AdapterBank(model, slots=16, max_rank=16)
-    bank.load("alice", "directory")          # saved by pk.save or Hugging Face PEFT
-    with torch.no_grad(), pk.route(model, ["alice", None, "bob"]):
-        model(**x)
+        bank = pk.AdapterBank(model, slots=16, max_rank=16)
+        bank.load("alice", "directory")  # saved by pk.save or Hugging Face PEFT
+        with torch.no_grad(), pk.route(model, ["alice", None, "bob"]):
+            model(**x)
 
     slots: how many adapters; one slot more is kept, so that a full bank can swap one for its next version.
     max_rank: of an adapter. A linear of which several targets are parts (GPT-2's fused q, k, v) has as many times that.
     targets, exclude, layers: the linear layers, as in `pk.attach`. An adapter may tune some of them, not others.
     dtype: of the factors; None: the one in which `pk.load` holds them, fp32 or wider.
 
-    All memory is taken here: (slots + 1) * max_rank * (in + out) numbers per layer, and nothing moves afterwards. A
-    graph of torch.compile made in a route serves all later ones, whatever is loaded, swapped for another rank or
-    evicted meanwhile; the op does the work of each row's own rank, without padding. Any thread may call anything: a
-    route keeps the versions that it began with until it ends, and their slots are written by nobody.
+    All memory is taken here, (slots + 1) * max_rank * (in + out) numbers per layer, and stays where it is. A graph that
+    torch.compile made inside a route serves later ones of as many rows, whatever is loaded, swapped for another rank or
+    evicted in between, and in the kernels each row costs its own adapter's rank, without padding. Any thread may call
+    anything: a route keeps the versions that it began with until it ends, and no slot in use is written.
 
-    The model runs as before outside of routes, beside adapters attached to it too. Banked adapters have no dropout and
-    no gradients. One bank per model; it is not saved with the model's adapters, and a copy of the model has a copy.
-    ValueError for bad values and targets, and what `pk.attach` raises.
+    `bank.names`, `len(bank)` and `name in bank` tell what is in it, `bank.free` how many new names there is room for,
+    `print(bank)` the sizes. Outside of routes the model runs as before, with what else is attached to it. Banked
+    adapters have no dropout and no gradients, and are not saved with the model's. A model has one bank, and a copy of
+    the model a copy of it. ValueError for bad values and targets, and what `pk.attach` raises.
     """
 
     name = "bank"  # its tuners are an adapter of the model, in none of its lists of active ones
@@ -64,6 +65,8 @@ class AdapterBank:
                 raise ValueError(f"AdapterBank {what} = {value!r}; expected at least 1")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"AdapterBank dtype = {dtype}; expected a floating point type")
+        if is_attached(model) and state_of(model).bank is not None:
+            raise ValueError(f"{type(model).__name__} has a bank already; close that one, or use AdapterBank.of(model)")
         self.targets = words(targets)
         found = resolve(model, self.targets, exclude=words(exclude), layers=numbers(layers))
         ranks: dict[str, int] = {}

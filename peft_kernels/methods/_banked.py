@@ -79,7 +79,7 @@ class BankedTuner(Tuner, method=Banked):
     @classmethod
     def forward_many(cls, base: Any, tuners: dict[int, Any], route: Routing, *args: Any, **kwargs: Any) -> Any:
         """The rows of banked adapters in one op; the others are those of `base`."""
-        if route.slots is None or not (route.banked or torch.compiler.is_compiling()):
+        if route.slots is None or not (torch.compiler.is_compiling() or route.banked):
             return base(*args, **kwargs)
         (tuner,), (x,) = tuners.values(), args
         refuse(base, args, kwargs)

@@ -36,8 +36,9 @@ def updates(model: nn.Module, name: str, source: Any, config: Mapping[str, Any] 
         known = [n for n in state.adapters if state.bank is None or n != state.bank.name]
         chosen = name if name in known else known[0] if len(known) == 1 else None
         if chosen is None:
+            some = ", ".join(known) or "none"
             raise ValueError(
-                f"load: the model has no adapter {name!r}, and of {', '.join(known) or 'none'} not just one"
+                f"load {name!r}: the model has the adapters {some}; expected one of that name, or a single one"
             )
         where = f"adapter {chosen!r} of the {type(source).__name__}"
         return list(_ours(model, state.adapters[chosen], tensors(source, chosen), where)), where
