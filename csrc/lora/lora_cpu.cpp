@@ -15,9 +15,12 @@ namespace pk::PK_ISA {
 namespace {
 
 constexpr int64_t kDepth = 384;      // columns of x that shrink holds in L1
+constexpr int64_t kSum = 96;         // of them, those that shrink sums before it adds: 384 in a row would round worse
+constexpr int64_t kDots = 1024;      // columns of x that few rows are multiplied at a time: a page of the factor
 constexpr int64_t kRows = 24;        // rows of x beside them: whole tiles of 4, 6 and 8
 constexpr int64_t kCols = 384;       // widest column block of expand and wgrad: whole tiles, whole dropout steps
 constexpr int64_t kBand = 64;        // rows of one expand task
+constexpr int64_t kBare = 8;         // rows up to which expand reads its factor where it lies
 constexpr int64_t kSlab = 32;        // rows that wgrad sums before it goes to the next columns of the tile
 constexpr int64_t kRanks = 64;       // ranks of one pass over x or g
 constexpr int64_t kMove = 16;        // multiply-adds in the time of moving one element
@@ -257,6 +260,92 @@ void run(const Product& p, int64_t rows, int64_t cols) {
   }
 }
 
+// As run, over a long depth.
+void run_deep(Product p, int64_t rows, int64_t cols) {
+  for (int64_t left = p.depth; left > 0; left -= kSum) {
+    p.depth = at_most(left, kSum);
+    run(p, rows, cols);
+    p.a += kSum * p.next;
+    p.b += kSum * p.ldb;
+    p.add = true;
+  }
+}
+
+// -- products with rows of a factor as they lie -----------------------------------------------------------------------
+
+typedef float quad __attribute__((vector_size(16)));
+
+// The sum of each of four vectors.
+PK_INLINE quad sums_of(const vec (&v)[4]) {
+  quad q[4];
+  for (int c = 0; c < 4; ++c) {
+    quad part[W / 4];
+    std::memcpy(part, &v[c], sizeof(part));
+    for (int half = W / 8; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) part[i] += part[i + half];
+    q[c] = part[0];
+  }
+#ifdef __SSE2__
+  __m128 lane[4];
+  std::memcpy(lane, q, sizeof(lane));
+  _MM_TRANSPOSE4_PS(lane[0], lane[1], lane[2], lane[3]);
+  return (quad)((lane[0] + lane[2]) + (lane[1] + lane[3]));
+#else
+  quad sum;
+  for (int c = 0; c < 4; ++c) sum[c] = (q[c][0] + q[c][2]) + (q[c][1] + q[c][3]);
+  return sum;
+#endif
+}
+
+// out[i][c] = x[i][0..depth) . f[c][0..depth) for R rows of x and four of f, `ahead` elements behind which lies what
+// is wanted next.
+template <int R, class F>
+PK_INLINE void dot_tile(const float* const* x, const F* const* f, int64_t depth, int64_t ahead, quad* out) {
+  vec sum[R][4] = {};
+  const auto step = [&](const auto& element) {
+    vec right[4];
+    for (int c = 0; c < 4; ++c) right[c] = element(f[c]);
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) {
+      const vec left = element(x[i]);
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) sum[i][c] = fma(left, right[c], sum[i][c]);
+    }
+  };
+  int64_t d = 0;
+  for (; d + W <= depth; d += W) {
+    for (int c = 0; c < 4; ++c) __builtin_prefetch(f[c] + d + ahead);
+    step([&](const auto* p) { return load(p + d); });
+  }
+  if (d < depth) step([&](const auto* p) { return load_n(p + d, static_cast<int>(depth - d)); });
+  for (int i = 0; i < R; ++i) out[i] = sums_of(sum[i]);
+}
+
+// out [m, r] (rows ldo apart) = factor * x [m, depth] f^T, where f [r, depth] has rows ldf apart.
+template <class F>
+void dots(float* out, int64_t ldo, const float* const* x, int64_t m, const F* f, int64_t ldf, int64_t r, int64_t depth,
+          float factor) {
+  constexpr int R = W == 16 ? 4 : 2;  // 16 sums and what they are made of fill the registers of AVX-512
+  for (int64_t rank = 0; rank < r; rank += 4) {
+    const F* four[4];  // of a last tile that is not full some twice
+    for (int64_t c = 0; c < 4; ++c) four[c] = f + at_most(rank + c, r - 1) * ldf;
+    const int64_t ranks = at_most(r - rank, 4), ahead = rank + 8 <= r ? 4 * ldf : 0;
+    quad sums[R];
+    for (int64_t i = 0; i < m;) {
+      const int64_t rows = m - i >= R ? R : 1;
+      if (rows == R)
+        dot_tile<R>(x + i, four, depth, i ? 0 : ahead, sums);
+      else
+        dot_tile<1>(x + i, four, depth, i ? 0 : ahead, sums);
+      for (int64_t q = 0; q < rows; ++q) {
+        const quad scaled = sums[q] * factor;
+        std::memcpy(out + (i + q) * ldo + rank, &scaled, ranks * sizeof(float));
+      }
+      i += rows;
+    }
+  }
+}
+
 // -- packed factors -------------------------------------------------------------------------------------------------
 
 class Buffer {
@@ -271,7 +360,6 @@ class Buffer {
 
 // dst[c][i] = src[first + i * ld + c] for i < rows, which are padded to a multiple of 4 with zeros.
 void transpose(float* dst, int64_t ldd, LoraIn src, int64_t first, int64_t ld, int64_t rows, int64_t cols) {
-  typedef float quad __attribute__((vector_size(16)));
   constexpr int64_t chunk = 256;
   alignas(64) float line[4][chunk];
   for (int64_t c = 0; c < cols; c += chunk)
@@ -352,11 +440,11 @@ void fetch_rows(float* dst, int64_t ld, LoraIn x, int64_t k, const Rows& rows, i
   }
 }
 
-// shrink of groups with m <= kRows: the factor is most of the traffic, so threads share its rows, and each packs its
-// own on the way. The blocks of the sum depend on k alone, and are added in order. The t of the groups adjoin.
+// shrink of groups with m <= kRows: the factor is most of the traffic, so threads share its rows. The blocks of the sum
+// depend on k alone, and are added in order. The t of the groups adjoin.
 void shrink_few(const Group* groups, int64_t count, LoraIn x, LoraIn f, bool transposed, int64_t k, float factor,
                 const Dropout& drop) {
-  const int64_t parts = blocks(k, kDepth);
+  const int64_t block = transposed ? kDots : kDepth, parts = blocks(k, block);
   int64_t all = 0, work = 0;
   for (int64_t g = 0; g < count; ++g) {
     const int64_t m = groups[g].rows.m, r = groups[g].r;
@@ -364,18 +452,29 @@ void shrink_few(const Group* groups, int64_t count, LoraIn x, LoraIn f, bool tra
     work += m * (r + kMove) + r * kMove;
   }
   const Buffer partial(parts * all);
-  parallel_for(0, count * parts, grain(kDepth * work / count), [&](int64_t begin, int64_t end) {
-    alignas(64) float rows[kRows * kDepth], u[kDepth * kRanks], sums[kRows * kRanks];
+  parallel_for(0, count * parts, grain(block * work / count), [&](int64_t begin, int64_t end) {
+    alignas(64) float rows[kRows * kDots], u[kDepth * kRanks], sums[kRows * kRanks];
+    const float* row[kRows];
     for (int64_t task = begin; task < end; ++task) {
       const Group& group = groups[task / parts];
-      const int64_t part = task % parts, d = part * kDepth, depth = at_most(k - d, kDepth);
+      const int64_t part = task % parts, d = part * block, depth = at_most(k - d, block);
       const int64_t m = group.rows.m, r = group.r;
       float* const own = partial.p + parts * (group.t - groups->t) + part * m * r;
-      fetch_rows(rows, kDepth, x, k, group.rows, 0, m, d, depth, 0, kDepth, drop);
+      const bool as_it_lies = transposed && x.type == Dtype::f32 && !drop;
+      if (!as_it_lies) fetch_rows(rows, block, x, k, group.rows, 0, m, d, depth, 0, block, drop);
+      if (transposed) {
+        for (int64_t i = 0; i < m; ++i)
+          row[i] = as_it_lies ? static_cast<const float*>(x.data) + group.rows[i] * k + d : rows + i * block;
+        switch_dtype(f.type, [&](auto element) {
+          const auto* first = static_cast<const decltype(element)*>(f.data) + group.first * k + d;
+          dots(own, r, row, m, first, k, r, depth, factor * group.scale);
+        });
+        continue;
+      }
       for (int64_t rank = 0; rank < r; rank += kRanks) {
         const int64_t ranks = at_most(r - rank, kRanks), ld = padded(ranks, W);
-        pack_rows(u, ld, from(f, group.first * k), transposed, k, r, d, depth, rank, ranks);
-        run({sums, kRanks, rows, kDepth, 1, u, ld, depth, factor * group.scale, false}, m, ld);
+        pack_rows(u, ld, from(f, group.first * k), false, k, r, d, depth, rank, ranks);
+        run_deep({sums, kRanks, rows, block, 1, u, ld, depth, factor * group.scale, false}, m, ld);
         for (int64_t i = 0; i < m; ++i) put<false>({own}, i * r + rank, sums + i * kRanks, ranks);
       }
     }
@@ -411,8 +510,8 @@ void shrink(const Group* groups, int64_t count, LoraIn x, LoraIn f, bool transpo
         for (int64_t d = 0; d < k; d += kDepth) {
           const int64_t depth = at_most(k - d, kDepth);
           fetch_rows(rows, kDepth, x, k, group.rows, top, count, d, depth, 0, kDepth, drop);
-          run({sums, kRanks, rows, kDepth, 1, u.p + d * ld + rank, ld, depth, factor * group.scale, d > 0}, count,
-              padded(ranks, W));
+          run_deep({sums, kRanks, rows, kDepth, 1, u.p + d * ld + rank, ld, depth, factor * group.scale, d > 0}, count,
+                   padded(ranks, W));
         }
         for (int64_t i = 0; i < count; ++i) put<false>({group.t}, (top + i) * r + rank, sums + i * kRanks, ranks);
       }
@@ -444,14 +543,19 @@ void expand(LoraOut y, const Group* groups, int64_t count, LoraIn f, bool transp
       const int64_t m = group.rows.m, r = group.r;
       const int64_t col = task % across * kCols, cols = at_most(n - col, kCols);
       const int64_t band = task / across % bands * kBand, bottom = at_most(m, band + kBand);
-      if (!packed) pack_columns(block, from(f, group.first * n), transposed, n, r, col, cols);
-      const float* v = packed ? all.p + col * r : block;
+      // With very few rows, packing would cost more than the conflicts in the cache that it avoids.
+      const bool as_it_lies = !packed && !transposed && f.type == Dtype::f32 && m <= kBare && cols % W == 0;
+      if (!packed && !as_it_lies) pack_columns(block, from(f, group.first * n), transposed, n, r, col, cols);
+      const float* v = packed       ? all.p + col * r
+                       : as_it_lies ? static_cast<const float*>(f.data) + group.first * n + col
+                                    : block;
       for (int64_t top = band; top < bottom; top += rows) {
         const int64_t some = at_most(bottom - top, rows), row = group.rows[top];
         const bool direct = y.type == Dtype::f32 && !drop && cols % W == 0 && group.rows.adjoining(top, some);
         for (int64_t i = 0; i < some; ++i) prefetch(y, group.rows.ahead(top + i + rows) * n + col, cols);
         float* const c = direct ? static_cast<float*>(y.data) + row * n + col : sums;
-        run({c, direct ? n : kCols, group.t + top * r, r, 1, v, kCols, r, factor, direct}, some, padded(cols, W));
+        run({c, direct ? n : kCols, group.t + top * r, r, 1, v, as_it_lies ? n : kCols, r, factor, direct}, some,
+            padded(cols, W));
         for (int64_t i = 0; i < some && !direct; ++i) {
           if (drop) drop(sums + i * kCols, group.rows[top + i], col, cols);
           put<true>(y, group.rows[top + i] * n + col, sums + i * kCols, cols);

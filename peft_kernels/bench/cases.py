@@ -89,7 +89,7 @@ class Case:
     n_out: int
     selection: str
     build: Callable[[Case, str, ExitStack], Problem]  # the stack holds what must be on while the case is timed
-    rank: int = 0
+    rank: int | tuple[int, ...] = 0  # of many adapters each its own, in turn
     p: float = 0.0
     popularity: str = ""  # which adapter serves which row
     cold: bool = False  # decoding reads each weight once per token: from a cache it would be measured too fast
@@ -97,8 +97,12 @@ class Case:
     @property
     def name(self) -> str:
         words = [self.op, self.shape, self.mode, self.dtype, f"rows={self.rows}"]
-        words += [f"r={self.rank}"] * bool(self.rank) + [f"p={self.p}"] * bool(self.p)
+        words += [f"r={'/'.join(map(str, self.ranks))}"] * bool(self.rank) + [f"p={self.p}"] * bool(self.p)
         return " ".join([*words, self.popularity]).rstrip()
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return self.rank if isinstance(self.rank, tuple) else (self.rank,)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -147,13 +151,13 @@ def _randn(*shape: int, like: Case, device: str, scale: float = 1.0, dtype: torc
 
 def _layer(case: Case, device: str, adapters: int = 1) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
     """W, bias and (A, B) of each adapter; these are fp32 beside a 16-bit W, as they are trained."""
-    k, n, r = case.n_in, case.n_out, case.rank
+    k, n = case.n_in, case.n_out
     factors = [
         (
             _randn(r, k, like=case, device=device, scale=k**-0.5, dtype=torch.float32),
             _randn(n, r, like=case, device=device, scale=0.1, dtype=torch.float32),
         )
-        for _ in range(adapters)
+        for r in itertools.islice(itertools.cycle(case.ranks), adapters)
     ]
     return (
         _randn(n, k, like=case, device=device, scale=k**-0.5),
@@ -230,6 +234,11 @@ def _lora_cases(device: str) -> Iterator[Case]:
     for dtype, shape, p in itertools.product(("float32", "bfloat16"), MINILM, (0.0, 0.05)):
         shown = "quick" if dtype == "float32" and shape != "minilm down" else "default"
         yield case(shape, "full", 512, shown, r=8, p=p, dtype=dtype)
+    if device == "cpu" and torch.cpu._is_avx512_bf16_supported():  # elsewhere torch's own bf16 product takes minutes
+        for rows, p in itertools.product((512, 2048), (0.0, 0.05)):
+            yield case("7b qkvo", "full", rows, "quick", p=p, dtype="bfloat16")
+        for rows in (1, 16):
+            yield case("7b qkvo", "forward", rows, "default", dtype="bfloat16")
     for mode, rows in (("forward", 16), ("full", 512)):
         yield case("7b qkvo", mode, rows, "default", op="lora_add", build=_lora_add)
     for mode in ("forward", "recorded", "full"):
@@ -306,7 +315,7 @@ def _peft(case: Case, x: Tensor, layers: Sequence[tuple], names: Sequence[int] |
     out = {}
     for name, dtype in dtypes.items():
         made = rivals.peft_layers(layers, SCALE, case.p, dtype)
-        kept = {} if names is None else {"adapter_names": [f"a{i}" for i in names]}
+        kept = {} if names is None else {"adapter_names": [f"a{i}" if i >= 0 else "__base__" for i in names]}
         out[name] = [Run(functools.partial(layer, x, **kept), (x, *rivals.trainable(layer))) for layer in made]
     return out
 
@@ -322,6 +331,12 @@ def _route_cases(device: str) -> Iterator[Case]:
         shown = "quick" if quick else "default" if main else "all"
         sizes = LLAMA[shape]
         yield Case("route", shape, "forward", low, rows, *sizes, shown, _route, 16, popularity=popularity, cold=True)
+    mixed = (8, 16, 32, 64)
+    for popularity in ("distinct", "uniform", "uniform, a fifth base"):
+        sizes = LLAMA["7b qkvo"]
+        yield Case(
+            "route", "7b qkvo", "forward", low, 32, *sizes, "default", _route, mixed, popularity=popularity, cold=True
+        )
     for popularity in rivals.POPULARITY:
         shown = "default" if popularity == "uniform" else "all"
         yield Case("route", "7b qkvo", "full", low, 512, 4096, 4096, shown, _route, 16, popularity=popularity)
@@ -336,7 +351,7 @@ def _route(case: Case, device: str, stack: ExitStack) -> Problem:
     x = _randn(len(numbers), tokens, case.n_in, like=case, device=device).requires_grad_()
     g = _randn(len(numbers), tokens, case.n_out, like=case, device=device)
     layers = _pool(case, device, lambda: _layer(case, device, count))
-    model, names = _routed(case, layers), [f"a{i}" for i in numbers]
+    model, names = _routed(case, layers), [f"a{i}" if i >= 0 else None for i in numbers]
     stack.enter_context(route(model, names))
 
     def results(model: nn.ModuleList, x: Tensor) -> list[Tensor]:
@@ -346,10 +361,12 @@ def _route(case: Case, device: str, stack: ExitStack) -> Problem:
     def truth() -> list[Tensor]:
         return results(copy.deepcopy(model).double(), *double((x,)))
 
-    m, k, n, r = case.rows, case.n_in, case.n_out, case.rank
-    moved = sum(t.numel() * t.element_size() for t in (x, g, layers[0][0])) + 4 * count * r * (k + n)
-    one_way = Cost(2 * m * k * n + 2 * m * r * (k + n), moved)
-    other_way = Cost(2 * m * k * n + 4 * m * r * (k + n), moved + x.numel() * x.element_size())
+    m, k, n = case.rows, case.n_in, case.n_out
+    ranks = [len(a) for a, _ in layers[0][2]]
+    products = 2 * tokens * sum(ranks[i] for i in numbers if i >= 0) * (k + n)
+    moved = sum(t.numel() * t.element_size() for t in (x, g, layers[0][0])) + 4 * sum(ranks) * (k + n)
+    one_way = Cost(2 * m * k * n + products, moved)
+    other_way = Cost(2 * m * k * n + 2 * products, moved + x.numel() * x.element_size())
     return Problem(
         "frozen",
         [_routed_run(layer, x, count) for layer in model],
@@ -368,8 +385,8 @@ def _route(case: Case, device: str, stack: ExitStack) -> Problem:
 
 def _routed(case: Case, layers: Sequence[tuple]) -> nn.ModuleList:
     model = nn.ModuleList(rivals.linear(w, bias) for w, bias, _ in layers)
-    for i in range(len(layers[0][2])):
-        attach(model, LoRA(rank=case.rank, alpha=SCALE * case.rank), "*", name=f"a{i}")
+    for i, (a, _) in enumerate(layers[0][2]):
+        attach(model, LoRA(rank=len(a), alpha=SCALE * len(a)), "*", name=f"a{i}")
     with torch.no_grad():
         for layer, (_, _, factors) in zip(model, layers, strict=True):
             for i, (a, b) in enumerate(factors):
