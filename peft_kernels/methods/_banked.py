@@ -50,12 +50,11 @@ class BankedTuner(Tuner, method=Banked):
         if reference.is_meta:
             raise ValueError(f"{site.name} is on the meta device; load its values before making a bank")
         device, dtype, rows = reference.device, cfg.dtype or reference.dtype, cfg.slots * cfg.ranks
-        ends = torch.arange(2 * cfg.slots + 1, device=device).add_(1).div_(2, rounding_mode="floor") * cfg.ranks
-        ends[1::2] -= cfg.ranks
+        starts = torch.arange(cfg.slots + 1, dtype=torch.int32, device=device) * cfg.ranks
         for name, value in {
             "a": torch.zeros(rows, site.n_in, dtype=dtype, device=device),
             "bt": torch.zeros(rows, site.n_out, dtype=dtype, device=device),
-            "r_indptr": ends.int(),
+            "r_indptr": starts.repeat_interleave(2)[:-1].contiguous(),
             "scaling": torch.zeros(2 * cfg.slots, device=device),
         }.items():
             self.register_buffer(name, value, persistent=False)
@@ -102,8 +101,9 @@ class BankedTuner(Tuner, method=Banked):
         return ops.multi_lora_add(base(x), x, *bank)
 
     def _apply(self, fn: Any, recurse: bool = True) -> BankedTuner:
+        exact = self.scaling
         super()._apply(fn, recurse)
-        self.scaling = self.scaling.float()  # model.half() is about the factors
+        self.scaling = exact.to(self.scaling.device)  # model.half() is about the factors
         return self
 
     def extra_repr(self) -> str:
