@@ -60,6 +60,8 @@ class AdapterBank:
         layers: Sequence[int] | int | None = None,
         dtype: torch.dtype | None = None,
     ):
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"AdapterBank got a {type(model).__name__}; expected a torch.nn.Module")
         for what, value in (("slots", slots), ("max_rank", max_rank)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"AdapterBank {what} = {value!r}; expected at least 1")
@@ -170,6 +172,8 @@ class AdapterBank:
 
     def _fitted(self, found: list[Update], where: str) -> dict[str, _Factors]:
         """The factors by module path, those of several rows or parts of a module put together; ValueError."""
+        if not found:
+            raise ValueError(f"{where} holds no LoRA of any layer; expected tensors of one")
         modules = dict(base_modules(self.model))
         own = dict(self._tuners())
         outside = sorted({u.path for u in found} - own.keys())

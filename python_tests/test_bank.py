@@ -612,6 +612,7 @@ def test_peft_adapters_that_do_not_fit_are_refused(tmp_path):
     refused(
         bank, "which the model has not", {k.replace("model.layers.0", "layers.7"): v for k, v in pair.items()}, good
     )
+    refused(bank, "holds no LoRA", {}, good)
     refused(bank, "torch.int8", {k: v.to(torch.int8) for k, v in pair.items()}, good)
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "adapter_config.json").write_text(json.dumps(good))
@@ -637,6 +638,7 @@ def test_bad_names_and_values():
         (lambda: pk.rename(case.model, "bank", "other"), "keeps its name"),
         (lambda: bank.evict("z"), "no adapter 'z' in the bank; it holds a, b"),
         (lambda: pk.AdapterBank(case.model), "has a bank already"),
+        (lambda: pk.AdapterBank("bert"), "got a str"),
         (lambda: pk.AdapterBank(make("bert").model, 0), "slots = 0"),
         (lambda: pk.AdapterBank(make("bert").model, max_rank=1.5), "max_rank = 1.5"),
         (lambda: pk.AdapterBank(make("bert").model, dtype=torch.int8), "floating point"),
