@@ -1,4 +1,7 @@
-"""Builds CUDA C++ for the CPU (csrc/emulate) with the host compiler alone, into build/emulated."""
+"""Builds CUDA C++ for the CPU (csrc/emulate) with the host compiler alone, into build/emulated.
+
+EMULATED_FLAGS: more options for the compiler and the linker, such as -fsanitize=address.
+"""
 
 import fcntl
 import hashlib

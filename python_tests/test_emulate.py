@@ -1,11 +1,17 @@
 """CUDA kernels on the CPU: each primitive of the emulation does what the device does, and faults are seen."""
 
 import ctypes
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import emulation
 import pytest
 import torch
+
+import peft_kernels as pk
+from peft_kernels.ops._op import recording
 
 if not emulation.compiler():
     pytest.skip("no C++ compiler on this machine", allow_module_level=True)
@@ -119,3 +125,33 @@ def test_a_fault_is_an_error_that_names_the_thread(cuda, name):
 def test_a_launch_that_no_device_takes(cuda, launch, said):
     with pytest.raises(RuntimeError, match=said):
         cuda("grid", *launch)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
+def test_a_cuda_kernel_serves_cpu_tensors_when_asked_for_by_name():
+    args = (torch.randn(5, 3), torch.randn(3))
+    with pk.backend("cuda"), recording() as record:
+        assert torch.equal(pk.ops.rescale(*args), args[0] * args[1])
+    assert [row["backend"] for row in record] == ["cuda"]
+    assert pk.ops.all_ops()["rescale"].explain(*args)["backend"] == "cpu"
+
+
+@pytest.mark.slow
+def test_no_access_outside_of_tensors():
+    """The laws of every CUDA kernel once more under AddressSanitizer, which ends the process at the first such access."""
+    found = [
+        subprocess.run(
+            [*emulation.compiler(), f"-print-file-name={name}"], capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    if not all(map(os.path.isabs, found)):
+        pytest.skip("the compiler has no AddressSanitizer")
+    environment = {name: value for name, value in os.environ.items() if name != "PEFT_KERNELS_EMULATED"} | {
+        "EMULATED_FLAGS": "-fsanitize=address --param asan-stack=0",
+        "LD_PRELOAD": " ".join(found),
+        "ASAN_OPTIONS": "detect_leaks=0:use_sigaltstack=0",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-s", Path(__file__).with_name("test_ops.py"), "-k", "cuda-cpu"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
