@@ -138,7 +138,7 @@ def test_a_cuda_kernel_serves_cpu_tensors_when_asked_for_by_name():
 
 @pytest.mark.slow
 def test_no_access_outside_of_tensors():
-    """The laws of every CUDA kernel once more under AddressSanitizer, which ends the process at the first such access."""
+    """The laws of every CUDA kernel once more under AddressSanitizer, which ends the process at the first fault."""
     found = [
         subprocess.run(
             [*emulation.compiler(), f"-print-file-name={name}"], capture_output=True, text=True
