@@ -9,14 +9,17 @@ from ._compose import compose, compose_multi, compose_slices, one_by_one
 from ._compose import why_not as why_not
 
 VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
+ON_CUDA: frozenset[str] = frozenset()  # the ops with CUDA launchers; all have CPU ones
+
+_ops = torch.ops._peft_kernels
 
 
 def add_(*args):
-    return torch.ops._peft_kernels.lora_add_.default(*args)
+    return _ops.lora_add_.default(*args)
 
 
 def backward_(*args):
-    return torch.ops._peft_kernels.lora_backward_.default(*args)
+    return _ops.lora_backward_.default(*args)
 
 
 _one_by_one = one_by_one(add_, backward_)
@@ -35,11 +38,11 @@ def slices_backward_(dx, gs, x, *args):
 
 
 def multi_add_(*args):
-    torch.ops._peft_kernels.multi_lora_add_.default(*args)
+    _ops.multi_lora_add_.default(*args)
 
 
 def multi_backward_(*args):
-    return torch.ops._peft_kernels.multi_lora_backward_.default(*args)
+    return _ops.multi_lora_backward_.default(*args)
 
 
 lora_add, lora_add_, lora_add_backward, lora_linear, lora_linear_backward = compose(add_, backward_)

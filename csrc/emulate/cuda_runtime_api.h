@@ -1,0 +1,13 @@
+// Stands in for the CUDA toolkit's header of this name where kernels run on the CPU: the types that launchers show.
+#pragma once
+
+enum cudaError_t { cudaSuccess = 0 };  // a launch that fails here throws, with more to say than a number
+using cudaStream_t = struct CUstream_st*;
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
