@@ -5,10 +5,11 @@ One adapter:
 add_(y, x, a, b, scale, p, rng) -> t        y += scale * t b^T in place, t = drop(x) a^T [M, r] fp32
 backward_(dx, g, x, a, b, t, scale, p, rng, need_da, need_db) -> (da, db)        dx += drop'(dt a) in place unless None
 
-Many adapters, bank = (a, bt, r_indptr, scaling, ids):
+Many adapters, bank = (a, bt, r_indptr, scaling, ids), plan as plan.py makes it or None, no adapter wider than r_max:
 
-multi_add_(y, x, *bank, p, rng)        y += scale * t bt in place
-multi_backward_(dx, g, x, *bank, p, rng, need_da, need_dbt) -> (da, dbt)        dx += drop'(dt a) in place unless None
+multi_add_(y, x, *bank, plan, r_max, p, rng)        y += scale * t bt in place
+multi_backward_(dx, g, x, *bank, plan, r_max, p, rng, need_da, need_dbt) -> (da, dbt)
+    dx += drop'(dt a) in place unless None
 """
 
 from __future__ import annotations
@@ -89,9 +90,9 @@ def compose_multi(add_, backward_):
         return multi_lora_add_inplace(y.clone(memory_format=torch.contiguous_format), *args)
 
     def gradients(dx, g, x, a, bt, *args):
-        *rest, p, rng, needs = args
-        bank = packed(a, bt, *rest)
-        da, dbt = backward_(dx, g.contiguous(), x.contiguous(), *bank, p, rng, needs[1], needs[2])
+        *args, needs = args
+        bank = packed(a, bt, *args[:3])
+        da, dbt = backward_(dx, g.contiguous(), x.contiguous(), *bank, *args[3:], needs[1], needs[2])
         return _wanted((dx, da, dbt), (x, a, bt), needs)
 
     def multi_lora_add_backward(g, x, *args):

@@ -128,8 +128,10 @@ Sorted sorted(const LoraShape& s, const Tensor& r_indptr, const Tensor& scaling,
   return out;
 }
 
+// The rows are sorted here, on the CPU: the plan and the widest rank are for GPU kernels.
 void multi_lora_add_cpu(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& bt, const Tensor& r_indptr,
-                        const Tensor& scaling, const Tensor& ids, double p, std::optional<Tensor> rng) {
+                        const Tensor& scaling, const Tensor& ids, std::optional<Tensor> /*plan*/, int64_t /*r_max*/,
+                        double p, std::optional<Tensor> rng) {
   const LoraShape s = check(y, x, a, bt, "y", true);
   const LoraDropout drop = dropout_of(p, rng);
   const Sorted by = sorted(s, r_indptr, scaling, ids);
@@ -138,7 +140,8 @@ void multi_lora_add_cpu(const Tensor& y, const Tensor& x, const Tensor& a, const
 
 std::tuple<Tensor, Tensor> multi_lora_backward_cpu(std::optional<Tensor> dx, const Tensor& g, const Tensor& x,
                                                    const Tensor& a, const Tensor& bt, const Tensor& r_indptr,
-                                                   const Tensor& scaling, const Tensor& ids, double p,
+                                                   const Tensor& scaling, const Tensor& ids,
+                                                   std::optional<Tensor> /*plan*/, int64_t /*r_max*/, double p,
                                                    std::optional<Tensor> rng, bool need_da, bool need_dbt) {
   const LoraShape s = check(g, x, a, bt, "g", true);
   const LoraDropout drop = dropout_of(p, rng);
@@ -162,10 +165,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_peft_kernels, m) {
       "Tensor? rng, bool need_da, bool need_db) -> (Tensor da, Tensor db)");
   m.def(
       "multi_lora_add_(Tensor(a!) y, Tensor x, Tensor a, Tensor bt, Tensor r_indptr, Tensor scaling, Tensor ids, "
-      "float p, Tensor? rng) -> ()");
+      "Tensor? plan, int r_max, float p, Tensor? rng) -> ()");
   m.def(
       "multi_lora_backward_(Tensor(a!)? dx, Tensor g, Tensor x, Tensor a, Tensor bt, Tensor r_indptr, Tensor scaling, "
-      "Tensor ids, float p, Tensor? rng, bool need_da, bool need_dbt) -> (Tensor da, Tensor dbt)");
+      "Tensor ids, Tensor? plan, int r_max, float p, Tensor? rng, bool need_da, bool need_dbt) -> (Tensor da, Tensor "
+      "dbt)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_peft_kernels, CPU, m) {

@@ -133,11 +133,12 @@ class LoRATuner(Tuner, method=LoRA):
             if not tuners:
                 return base(x)
         bank = (*_bank(tuners, keep), route.expanded(rows).to(x.device))
+        r_max = max(t.a.shape[0] for t in tuners.values())
         p, rng = next(iter(tuners.values())).draw(x)
         # Other layouts may round otherwise than F.linear does, and rows without an adapter are to keep their bits.
         if base.innermost and base.site.layout == "rows":
-            return ops.multi_lora_linear(x, *base.effective(), *bank, p=p, rng=rng)
-        return ops.multi_lora_add(base(x), x, *bank, p=p, rng=rng)
+            return ops.multi_lora_linear(x, *base.effective(), *bank, p=p, rng=rng, r_max=r_max)
+        return ops.multi_lora_add(base(x), x, *bank, p=p, rng=rng, r_max=r_max)
 
     def _elsewhere(self, base: Base, x: Tensor) -> Tensor:
         """At a convolution A is its kernel, down to r channels, and B is 1 x 1; at an embedding A is the table."""
