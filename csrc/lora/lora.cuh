@@ -1,6 +1,6 @@
-// The CUDA kernels of LoRA as the glue calls them: raw device pointers to contiguous, row-major arrays. A factor has the
-// dtype of the array that streams past it (u or y), or fp32. Counts of parts follow from shapes alone, so that the order
-// of every sum does too. All launchers are asynchronous.
+// The CUDA kernels of LoRA as the glue calls them: raw device pointers to contiguous, row-major arrays. A factor has
+// the dtype of the array that streams past it (u or y), or fp32. Counts of parts follow from shapes alone, so that the
+// order of every sum does too. All launchers are asynchronous.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,9 +13,9 @@ namespace pk {
 
 // Which rows are whose. A slot is a place in a tile of block_m rows; v (t or dt) has a row for each slot.
 struct LoraRows {
-  const int32_t* plan;    // [tiles, 1 + block_m] of README.md, or null: one adapter, slot i is row i
-  const void* r_indptr;   // [adapters + 1], int64 if indptr64, else int32; with a plan
-  const float* scaling;   // [adapters]; with a plan
+  const int32_t* plan;   // [tiles, 1 + block_m] of README.md, or null: one adapter, slot i is row i
+  const void* r_indptr;  // [adapters + 1], int64 if indptr64, else int32; with a plan
+  const float* scaling;  // [adapters]; with a plan
   bool indptr64;
   int m, tiles, block_m;  // rows of x; tiles * block_m slots with a plan, else m
   int adapters, r_max;    // no adapter has more ranks than r_max, which is the width of v
@@ -40,8 +40,8 @@ struct LoraRng {
   uint32_t threshold = 0;        // of 65536; 0 keeps everything
 };
 
-// Which blocks suit this many rows over this many adapters.
-int lora_block_m(int64_t m, int64_t adapters);
+// Which tiles suit this many rows of one adapter.
+int lora_block_m(int64_t m);
 
 // parts [splits, slots, r_max] = scale * scaling * drop(u) f^T, to be added up.
 int lora_shrink_splits(const LoraRows& rows, const LoraStream& u);
@@ -59,8 +59,7 @@ cudaError_t lora_wgrad_cuda(const LoraRows& rows, const LoraStream& u, const flo
                             cudaStream_t stream);
 
 // out [size] = the sum of parts [splits, size].
-cudaError_t lora_sum_cuda(const float* parts, int splits, int64_t size, void* out, Dtype out_type,
-                          cudaStream_t stream);
+cudaError_t lora_sum_cuda(const float* parts, int splits, int64_t size, void* out, Dtype out_type, cudaStream_t stream);
 
 // shrink and expand in one launch, for few rows on a GPU with clusters; t [slots, r_max] or null.
 bool lora_can_decode(const LoraRows& rows, const LoraStream& x, const LoraStream& y, Dtype factors);

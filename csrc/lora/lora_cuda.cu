@@ -7,8 +7,8 @@
 namespace pk {
 namespace {
 
-constexpr int warps = 4;            // of a block, but for decode's
-constexpr int cluster = 8;          // blocks of decode's; more would not be portable
+constexpr int warps = 4;    // of a block, but for decode's
+constexpr int cluster = 8;  // blocks of decode's; more would not be portable
 constexpr int decode_warps = 8;
 constexpr int wgrad_pitch = 65;     // of 64 columns in shared memory, against bank conflicts
 constexpr int blocks_wanted = 264;  // two for each SM of an H100
@@ -35,6 +35,8 @@ struct Adapter {
   float scale;
 };
 
+__device__ inline int least(int a, int b) { return a < b ? a : b; }
+
 __device__ inline Adapter adapter_of(const LoraRows& rows, int l) {
   if (rows.plan == nullptr) return {0, rows.r_max, 1.0f};
   if (l < 0 || l >= rows.adapters) return {0, 0, 0.0f};
@@ -46,7 +48,7 @@ __device__ inline Adapter adapter_of(const LoraRows& rows, int l) {
     const auto* at = static_cast<const int32_t*>(rows.r_indptr) + l;
     first = at[0], last = at[1];
   }
-  return {first, min(last - first, rows.r_max), rows.scaling[l]};
+  return {first, least(last - first, rows.r_max), rows.scaling[l]};
 }
 
 __device__ inline Adapter adapter_of_tile(const LoraRows& rows, int tile) {
@@ -79,7 +81,7 @@ __device__ inline int first_tile(const LoraRows& rows, int l, int lane) {
     const bool below = at < high && rows.plan[static_cast<int64_t>(at) * (1 + rows.block_m)] < l;
     const int count = static_cast<int>(warp_sum(below ? 1.0f : 0.0f));
     if (count == 0) return low;
-    high = min(high, low + step * count);
+    high = least(high, low + step * count);
     low += step * (count - 1) + 1;
   }
   return low;
@@ -129,8 +131,8 @@ struct ShrinkArgs {
   int rank_blocks, row_blocks;
 };
 
-// A block is 16 MT rows of a tile, 8 NT ranks and a chunk of columns, which its warps take in turn. Blocks that read the
-// same u are neighbours, so that all but the first find it in L2.
+// A block is 16 MT rows of a tile, 8 NT ranks and a chunk of columns, which its warps take in turn. Blocks that read
+// the same u are neighbours, so that all but the first find it in L2.
 template <class U, class F, int MT, int NT>
 __global__ void __launch_bounds__(32 * warps) lora_shrink_kernel(ShrinkArgs args) {
   const LoraRows& rows = args.rows;
@@ -148,7 +150,7 @@ __global__ void __launch_bounds__(32 * warps) lora_shrink_kernel(ShrinkArgs args
   int mine[MT][2];
   rows_of(rows, tile, first_row, lane, mine);
   const Factor<F> f = factor_of<F>(args.f, adapter, first_rank, args.u.columns);
-  const int begin = part * args.chunk, end = min(begin + args.chunk, args.u.columns);
+  const int begin = part * args.chunk, end = least(begin + args.chunk, args.u.columns);
   float c[MT][NT][4] = {};
   shrink_warp(c, static_cast<const U*>(args.u.data), args.u.columns, args.u.wide, mine, f,
               mask_of(args.drop.rng, args.drop.threshold), begin + 32 * warp, end, 32 * warps, lane);
@@ -249,8 +251,8 @@ __global__ void __launch_bounds__(32 * warps) lora_wgrad_kernel(WgradArgs args) 
   }
   constexpr int stride = 16 * warps;
   const int steps = (end - begin + stride - 1) / stride, chunk = (steps + args.splits - 1) / args.splits * stride;
-  begin = min(begin + part * chunk, end);
-  end = min(begin + chunk, end);
+  begin = least(begin + part * chunk, end);
+  end = least(begin + chunk, end);
 
   const auto* u = static_cast<const U*>(args.u.data);
   const LoraMask mask = mask_of(args.drop.rng, args.drop.threshold);
@@ -303,8 +305,8 @@ __global__ void __launch_bounds__(32 * warps) lora_wgrad_kernel(WgradArgs args) 
   }
 }
 
-__global__ void __launch_bounds__(256) lora_sum_kernel(const float* parts, int splits, int64_t size, void* out,
-                                                       Dtype out_type) {
+__global__ void __launch_bounds__(256)
+    lora_sum_kernel(const float* parts, int splits, int64_t size, void* out, Dtype out_type) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   if (i >= size) return;
   float sum = 0;
@@ -341,7 +343,7 @@ __global__ void __launch_bounds__(32 * decode_warps) lora_decode_kernel(DecodeAr
   int mine[1][2];
   rows_of(rows, tile, 0, lane, mine);
   const LoraMask mask = mask_of(args.drop.rng, args.drop.threshold);
-  const int begin = block * args.chunk, end = min(begin + args.chunk, args.x.columns);
+  const int begin = block * args.chunk, end = least(begin + args.chunk, args.x.columns);
   for (int rank = 0; rank < adapter.ranks; rank += 16) {
     float c[1][2][4] = {};
     shrink_warp(c, static_cast<const X*>(args.x.data), args.x.columns, args.x.wide, mine,
@@ -412,16 +414,12 @@ int expand_rows(const LoraRows& rows) { return rows.block_m <= 16 ? 16 : 32; }
 int shrink_ranks(const LoraRows& rows) { return rows.r_max <= 16 ? 16 : 32; }
 int wgrad_ranks(const LoraRows& rows) { return rows.r_max <= 16 ? 16 : 32; }
 
-int64_t slots_of(const LoraRows& rows) {
-  return rows.plan == nullptr ? rows.m : static_cast<int64_t>(rows.tiles) * rows.block_m;
-}
-
 // All grids have one dimension.
 template <class... P, class Args>
 cudaError_t launch_blocks(void (*kernel)(P...), int64_t blocks, size_t shared_floats, cudaStream_t stream,
                           const Args& args) {
   if (blocks == 0) return cudaSuccess;
-  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
+  if (blocks > INT_MAX) return cudaErrorInvalidValue;
   return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(32 * warps), shared_floats * sizeof(float), stream,
                 args);
 }
@@ -432,7 +430,7 @@ cudaError_t launch_shrink(const ShrinkArgs& args, cudaStream_t stream) {
   return launch_blocks(lora_shrink_kernel<U, F, MT, NT>, blocks, warps * 16 * MT * 8 * NT, stream, args);
 }
 
-// Few rows over many adapters: smaller tiles waste fewer rows, and clusters make one launch of two.
+// Of one adapter: smaller tiles waste fewer rows, and clusters make one launch of two.
 constexpr int64_t few_rows = 64;
 constexpr int max_decode_rows = 1024, max_decode_ranks = 256;  // t and its share in 48 KB of shared memory
 
@@ -449,7 +447,7 @@ auto switch_decode(Dtype x, Dtype factor, Call&& call) {
 
 }  // namespace
 
-int lora_block_m(int64_t m, int64_t adapters) { return m <= std::max(few_rows, 16 * adapters) ? 16 : 64; }
+int lora_block_m(int64_t m) { return m <= few_rows ? 16 : 64; }
 
 int lora_shrink_splits(const LoraRows& rows, const LoraStream& u) {
   const int64_t blocks = static_cast<int64_t>(rows.tiles) * ceil_div(rows.block_m, shrink_rows(rows, u.type)) *
@@ -485,8 +483,9 @@ cudaError_t lora_shrink_cuda(const LoraRows& rows, const LoraStream& u, const Lo
 cudaError_t lora_expand_cuda(const LoraRows& rows, const LoraStream& y, const LoraFactor<const void>& f, float scale,
                              const LoraRng& drop, const float* parts, int splits, float* sum, cudaStream_t stream) {
   const int column_blocks = ceil_div(y.columns, 64 * warps), row_blocks = ceil_div(rows.block_m, expand_rows(rows));
-  const ExpandArgs args = {rows,  stream_args(y), factor_args(f, y.columns, rows.r_max), drop,         scale, parts,
-                           sum,   splits,         column_blocks,                         row_blocks};
+  const ExpandArgs args = {
+      rows,          stream_args(y), factor_args(f, y.columns, rows.r_max), drop, scale, parts, sum, splits,
+      column_blocks, row_blocks};
   const int64_t blocks = static_cast<int64_t>(rows.tiles) * row_blocks * column_blocks;
   return switch_types(y.type, f.type, [&](auto yt, auto ft) {
     using Y = decltype(yt);

@@ -7,24 +7,40 @@ import torch
 from ..common.library import unavailable as unavailable
 from ._compose import compose, compose_multi
 from ._compose import why_not as why_not
+from .plan import plan as make_plan
 
 VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
+# The ops with CUDA launchers; all have CPU ones.
+ON_CUDA = frozenset(
+    lora + op for lora in ("lora", "multi_lora") for op in ("_add", "_add_backward", "_linear", "_linear_backward")
+)
+
+_ops = torch.ops._peft_kernels
 
 
 def add_(*args):
-    return torch.ops._peft_kernels.lora_add_.default(*args)
+    return _ops.lora_add_.default(*args)
 
 
 def backward_(*args):
-    return torch.ops._peft_kernels.lora_backward_.default(*args)
+    return _ops.lora_backward_.default(*args)
+
+
+def _planned(args):
+    """The arguments of a primitive of many adapters, behind y or dx, with a plan if the kernels are CUDA's."""
+    *lead, r_indptr, scaling, ids, plan, r_max = args
+    if plan is None and (ids.is_cuda or _ops is not torch.ops._peft_kernels):
+        # Where adapters have few rows each, large tiles would be mostly empty.
+        plan = make_plan(ids, r_indptr, 16 if len(ids) <= max(64, 16 * len(scaling)) else 64)
+    return *lead, r_indptr, scaling, ids, plan, r_max
 
 
 def multi_add_(*args):
-    torch.ops._peft_kernels.multi_lora_add_.default(*args)
+    _ops.multi_lora_add_.default(*_planned(args[:9]), *args[9:])
 
 
 def multi_backward_(*args):
-    return torch.ops._peft_kernels.multi_lora_backward_.default(*args)
+    return _ops.multi_lora_backward_.default(*_planned(args[:10]), *args[10:])
 
 
 lora_add, lora_add_, lora_add_backward, lora_linear, lora_linear_backward = compose(add_, backward_)

@@ -118,7 +118,7 @@ class _Kernel(NamedTuple):
     name: str
     why_not: Callable[..., str]
     run: Callable[..., Any]
-    wanted: bool  # False for Triton's interpreter, which is for tests: asked for by name only
+    wanted: bool  # False for a GPU kernel that runs on the CPU, which is for tests: asked for by name only
     run_: Callable[..., Any] | None  # the form that writes into the first argument
 
 
@@ -278,12 +278,12 @@ class Op:
     def _load(self, device: str) -> list[_Kernel]:
         kernels = []
         for name, suffix, serves in BACKENDS:
-            if serves != device and not (name == "triton" and _interpreting()):
+            if serves != device and not _runs_on_cpu(name):
                 continue
-            module, reason = _module(self.family, suffix)
+            module, reason = _module(self.family, suffix, emulated=name == "cuda" and device == "cpu")
             if module is not None and device == "cuda" and not torch.cuda.is_available():
                 reason = "torch sees no CUDA device"
-            elif module is not None and not hasattr(module, self.name):
+            elif module is not None and not _has(module, self.name, name):
                 reason = f"{self.family} has no {name} kernel for this op"
             elif module is not None:
                 reason = module.unavailable(device) or (_unverified(module) if device == "cuda" else "")
@@ -381,11 +381,19 @@ def _device(args: tuple) -> str:
     raise ValueError("an op needs at least one tensor argument")
 
 
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def _runs_on_cpu(name: str) -> bool:
+    """Do the tests run this GPU backend on the CPU, Triton in its interpreter and CUDA C++ through csrc/emulate?"""
+    return {
+        "triton": os.environ.get("TRITON_INTERPRET") == "1",
+        "cuda": bool(os.environ.get("PEFT_KERNELS_EMULATED")),
+    }.get(name, False)
 
 
-def _module(family: str, suffix: str) -> tuple[Any, str]:
+def _has(module: Any, op: str, backend: str) -> bool:
+    return hasattr(module, op) and (backend != "cuda" or op in module.ON_CUDA)
+
+
+def _module(family: str, suffix: str, emulated: bool = False) -> tuple[Any, str]:
     """The backend module of an op family, or the reason why there is none."""
     name = f"{KERNELS}.{family}.{family}_{suffix}"
     try:
@@ -396,6 +404,8 @@ def _module(family: str, suffix: str) -> tuple[Any, str]:
         return None, f"{family} has no {suffix} kernels"
     if suffix == "triton" and importlib.util.find_spec("triton") is None:
         return None, "Triton is not installed: pip install triton"
+    if emulated:
+        return importlib.import_module(f"{KERNELS}.common.library").emulated(name), ""
     return importlib.import_module(name), ""
 
 
