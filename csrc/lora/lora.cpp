@@ -203,6 +203,7 @@ class LoraCuda {
     check_same_device(r_indptr, like_, "r_indptr and x");
     check_same_device(scaling, like_, "scaling and x");
     PK_CHECK(plan->size(0) * block_m < limit && adapters < limit, "a plan may have at most 2^30 rows");
+    rows_.planned = true;
     rows_.plan = static_cast<const int32_t*>(plan->data_ptr());
     rows_.r_indptr = r_indptr.data_ptr(), rows_.indptr64 = r_indptr.scalar_type() == ScalarType::Long;
     rows_.scaling = static_cast<const float*>(scaling.data_ptr());
@@ -220,7 +221,7 @@ class LoraCuda {
              int64_t column_stride, float y_scale) const {
     const LoraStream xs = stream(x, "x"), ys = stream(y, "y");
     if (lora_can_decode(rows_, xs, ys, dtype_of(a, "a"))) {
-      const bool keep = rows_.plan == nullptr;  // t of many adapters is not asked for
+      const bool keep = !rows_.planned;  // t of many adapters is not asked for
       Tensor t = new_empty(like_, {keep ? slots_ : 0, rows_.r_max}, ScalarType::Float);
       check_cuda(
           lora_decode_cuda(rows_, xs, ys, factor(a, xs.columns, 1), factor(b, rank_stride, column_stride), keep_scale_,

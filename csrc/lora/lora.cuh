@@ -13,11 +13,12 @@ namespace pk {
 
 // Which rows are whose. A slot is a place in a tile of block_m rows; v (t or dt) has a row for each slot.
 struct LoraRows {
-  const int32_t* plan;   // [tiles, 1 + block_m] of README.md, or null: one adapter, slot i is row i
-  const void* r_indptr;  // [adapters + 1], int64 if indptr64, else int32; with a plan
-  const float* scaling;  // [adapters]; with a plan
+  bool planned;          // else one adapter has all rows, and slot i is row i
+  const int32_t* plan;   // [tiles, 1 + block_m] of README.md
+  const void* r_indptr;  // [adapters + 1], int64 if indptr64, else int32
+  const float* scaling;  // [adapters]
   bool indptr64;
-  int m, tiles, block_m;  // rows of x; tiles * block_m slots with a plan, else m
+  int m, tiles, block_m;  // rows of x; with a plan there are tiles * block_m slots, else m
   int adapters, r_max;    // no adapter has more ranks than r_max, which is the width of v
 };
 

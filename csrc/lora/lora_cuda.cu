@@ -38,7 +38,7 @@ struct Adapter {
 __device__ inline int least(int a, int b) { return a < b ? a : b; }
 
 __device__ inline Adapter adapter_of(const LoraRows& rows, int l) {
-  if (rows.plan == nullptr) return {0, rows.r_max, 1.0f};
+  if (!rows.planned) return {0, rows.r_max, 1.0f};
   if (l < 0 || l >= rows.adapters) return {0, 0, 0.0f};
   int first, last;
   if (rows.indptr64) {
@@ -52,12 +52,12 @@ __device__ inline Adapter adapter_of(const LoraRows& rows, int l) {
 }
 
 __device__ inline Adapter adapter_of_tile(const LoraRows& rows, int tile) {
-  return adapter_of(rows, rows.plan == nullptr ? 0 : rows.plan[static_cast<int64_t>(tile) * (1 + rows.block_m)]);
+  return adapter_of(rows, !rows.planned ? 0 : rows.plan[static_cast<int64_t>(tile) * (1 + rows.block_m)]);
 }
 
 // The row at a slot, -1 where there is none.
 __device__ inline int row_at(const LoraRows& rows, int slot) {
-  if (rows.plan == nullptr) return slot < rows.m ? slot : -1;
+  if (!rows.planned) return slot < rows.m ? slot : -1;
   return rows.plan[static_cast<int64_t>(slot) + slot / rows.block_m + 1];
 }
 
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(32 * warps) lora_shrink_kernel(ShrinkArgs args
   constexpr int size = 16 * MT * 8 * NT;
   stage(shared + warp * size, c, lane);
   block_sync();
-  const int64_t slots = rows.plan == nullptr ? rows.m : static_cast<int64_t>(rows.tiles) * rows.block_m;
+  const int64_t slots = !rows.planned ? rows.m : static_cast<int64_t>(rows.tiles) * rows.block_m;
   const float scale = args.scale * adapter.scale;
   for (int i = threadIdx.x; i < size; i += 32 * warps) {
     const int row = i / (8 * NT), rank = first_rank + i % (8 * NT);
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(32 * warps) lora_expand_kernel(ExpandArgs args
       slots[i][half] = mine[i][half] < 0 ? -1 : first_slot + 16 * i + 8 * half + lane / 4;
   Update<Y, MT> update;  // asked for first: it is what takes long
   update.load(static_cast<const Y*>(args.y.data), args.y.columns, args.y.wide, mine, column, lane);
-  const int64_t all = rows.plan == nullptr ? rows.m : static_cast<int64_t>(rows.tiles) * rows.block_m;
+  const int64_t all = !rows.planned ? rows.m : static_cast<int64_t>(rows.tiles) * rows.block_m;
   const Small v = {args.parts, all * rows.r_max, args.splits, rows.r_max, column == 0 ? args.sum : nullptr};
   float c[MT][8][4] = {};
   expand_warp<F, Y>(c, v, slots, factor_of<F>(args.f, adapter, 0, args.y.columns), column, lane);
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(32 * warps) lora_wgrad_kernel(WgradArgs args) 
   if (first_rank >= adapter.ranks) return;
 
   int begin = 0, end = rows.m;
-  if (rows.plan != nullptr) {
+  if (rows.planned) {
     begin = first_tile(rows, l, lane) * rows.block_m;
     end = first_tile(rows, l + 1, lane) * rows.block_m;
   }
@@ -497,7 +497,7 @@ cudaError_t lora_expand_cuda(const LoraRows& rows, const LoraStream& y, const Lo
 
 int lora_wgrad_splits(const LoraRows& rows, const LoraStream& u) {
   const int64_t blocks = static_cast<int64_t>(ceil_div(u.columns, 64)) * ceil_div(rows.r_max, wgrad_ranks(rows)) *
-                         (rows.plan == nullptr ? 1 : rows.adapters);
+                         (!rows.planned ? 1 : rows.adapters);
   const int64_t wanted = 2 * blocks_wanted / std::max<int64_t>(blocks, 1);
   return static_cast<int>(std::clamp<int64_t>(std::min<int64_t>(wanted, rows.m / 256), 1, 32));
 }
@@ -519,7 +519,7 @@ cudaError_t lora_wgrad_cuda(const LoraRows& rows, const LoraStream& u, const flo
                           splits,
                           ceil_div(u.columns, 64),
                           ceil_div(rows.r_max, wgrad_ranks(rows))};
-  const int64_t adapters = rows.plan == nullptr ? 1 : rows.adapters;
+  const int64_t adapters = !rows.planned ? 1 : rows.adapters;
   const int64_t blocks = adapters * splits * args.column_blocks * args.rank_blocks;
   const cudaError_t code = switch_dtype(u.type, [&](auto ut) {
     using U = decltype(ut);
@@ -539,8 +539,8 @@ cudaError_t lora_sum_cuda(const float* parts, int splits, int64_t size, void* ou
 }
 
 bool lora_can_decode(const LoraRows& rows, const LoraStream& x, const LoraStream& y, Dtype factors) {
-  const bool shapes = rows.block_m == 16 && rows.m <= (rows.plan == nullptr ? few_rows : max_decode_rows) &&
-                      rows.r_max <= max_decode_ranks;
+  const bool shapes =
+      rows.block_m == 16 && rows.m <= (!rows.planned ? few_rows : max_decode_rows) && rows.r_max <= max_decode_ranks;
   if (!shapes || x.type != y.type || (factors != x.type && factors != Dtype::f32)) return false;
   return switch_decode(x.type, factors, [](auto kernel) { return can_cluster(kernel); });
 }
