@@ -180,35 +180,41 @@ __device__ inline Pack<T, N> load_pack(const T* p) {
 }
 
 __device__ inline float float_of(uint32_t bits) { return __uint_as_float(bits); }
-__device__ inline uint32_t bits_of(float x) { return __float_as_uint(x); }
 __device__ inline void block_sync() { __syncthreads(); }
 __device__ inline uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
 // MT x NT such products in fp32 by FMA, whose operands the lanes hand each other. a[.][2 i], a[.][2 i + 1] are the
-// halves of register a[i] above, b likewise.
+// halves of register a[i] above, b likewise. Four products are added up before they meet c, which rounds less.
 template <int MT, int NT>
 __device__ inline void mma_f32(float (&c)[MT][NT][4], const float (&a)[MT][8], const float (&b)[NT][4]) {
   const int lane = threadIdx.x % 32, row = lane & ~3, column = lane % 4 * 8;  // lanes of c's row, of its first column
 #pragma unroll
-  for (int q = 0; q < 4; ++q)
+  for (int q = 0; q < 4; ++q) {
+    float left[MT][2][4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int low = k / 2 * 4 + k % 2;  // of a, in row g; two further, in row g + 8
-      float left[MT][2];
+    for (int i = 0; i < MT; ++i)
 #pragma unroll
-      for (int i = 0; i < MT; ++i) {
-        left[i][0] = warp_shuffle(a[i][low], row + q);
-        left[i][1] = warp_shuffle(a[i][low + 2], row + q);
-      }
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int j = 0; j < NT; ++j) {
-        const float right[2] = {warp_shuffle(b[j][k], column + q), warp_shuffle(b[j][k], column + 4 + q)};
+        for (int k = 0; k < 4; ++k) left[i][half][k] = warp_shuffle(a[i][k / 2 * 4 + half * 2 + k % 2], row + q);
 #pragma unroll
-        for (int i = 0; i < MT; ++i)
+    for (int j = 0; j < NT; ++j) {
+      float right[2][4];
 #pragma unroll
-          for (int e = 0; e < 4; ++e) c[i][j][e] += left[i][e / 2] * right[e % 2];
-      }
+      for (int side = 0; side < 2; ++side)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) right[side][k] = warp_shuffle(b[j][k], column + 4 * side + q);
+#pragma unroll
+      for (int i = 0; i < MT; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float sum = left[i][e / 2][0] * right[e % 2][0];
+#pragma unroll
+          for (int k = 1; k < 4; ++k) sum += left[i][e / 2][k] * right[e % 2][k];
+          c[i][j][e] += sum;
+        }
     }
+  }
 }
 
 // Host side: may these pointers be read in 16-byte loads?
