@@ -115,8 +115,7 @@ class LoRATuner(Tuner, method=LoRA):
             return self._elsewhere(base, x)
         p, rng = self.draw(x)
         if base.innermost:
-            weight, bias = base.effective()
-            return ops.lora_linear(x, weight, bias, self.a, self.b, self.scale, p=p, rng=rng)
+            return ops.lora_linear(x, *base.effective(), self.a, self.b, self.scale, p=p, rng=rng)
         add = ops.lora_add_ if base.fresh else ops.lora_add
         return add(base(x), x, self.a, self.b, self.scale, p=p, rng=rng)
 
