@@ -521,9 +521,10 @@ void shrink(const Group* groups, int64_t count, LoraIn x, LoraIn f, bool transpo
   });
 }
 
-// y [m, n] += factor * drop'(t [m, r] f [r, n]); f is stored as [n, r] if transposed.
-void expand(LoraOut y, const Group* groups, int64_t count, LoraIn f, bool transposed, int64_t n, float factor,
-            const Dropout& drop) {
+// y [m, n] += factor * drop'(t [m, r] f [r, n]); f is stored as [n, r] if transposed. Rows of y, and of an f that is
+// not transposed, are ld apart.
+void expand(LoraOut y, const Group* groups, int64_t count, LoraIn f, bool transposed, int64_t n, int64_t ld,
+            float factor, const Dropout& drop) {
   constexpr int64_t rows = 8;
   const int64_t across = blocks(n, kCols), bands = blocks(groups->rows.m, kBand);
   // As in shrink: packed once for all bands or, if there is one band only, on the way.
@@ -532,7 +533,7 @@ void expand(LoraOut y, const Group* groups, int64_t count, LoraIn f, bool transp
   parallel_for(0, packed ? across : 0, grain(kCols * groups->r * kMove), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t col = block * kCols, r = groups->r;
-      pack_columns(all.p + col * r, from(f, groups->first * n), transposed, n, r, col, at_most(n - col, kCols));
+      pack_columns(all.p + col * r, from(f, groups->first * ld), transposed, ld, r, col, at_most(n - col, kCols));
     }
   });
   int64_t work = 0;
@@ -547,21 +548,21 @@ void expand(LoraOut y, const Group* groups, int64_t count, LoraIn f, bool transp
       const int64_t band = task / across % bands * kBand, bottom = at_most(m, band + kBand);
       // With very few rows, packing would cost more than the conflicts in the cache that it avoids.
       const bool as_it_lies = !packed && !transposed && f.type == Dtype::f32 && m <= kBare && cols % W == 0;
-      if (!packed && !as_it_lies) pack_columns(block, from(f, group.first * n), transposed, n, r, col, cols);
+      if (!packed && !as_it_lies) pack_columns(block, from(f, group.first * ld), transposed, ld, r, col, cols);
       const float* v = packed       ? all.p + col * r
-                       : as_it_lies ? static_cast<const float*>(f.data) + group.first * n + col
+                       : as_it_lies ? static_cast<const float*>(f.data) + group.first * ld + col
                                     : block;
       for (int64_t top = band; top < bottom; top += rows) {
         const int64_t some = at_most(bottom - top, rows), row = group.rows[top];
         const bool direct = y.type == Dtype::f32 && !drop && cols % W == 0 && group.rows.adjoining(top, some);
-        for (int64_t i = 0; i < some; ++i) prefetch(y, group.rows.ahead(top + i + rows) * n + col, cols);
-        float* const c = direct ? static_cast<float*>(y.data) + row * n + col : sums;
-        run({c, direct ? n : kCols, group.t + top * group.ld, group.ld, 1, v, as_it_lies ? n : kCols, r, factor,
+        for (int64_t i = 0; i < some; ++i) prefetch(y, group.rows.ahead(top + i + rows) * ld + col, cols);
+        float* const c = direct ? static_cast<float*>(y.data) + row * ld + col : sums;
+        run({c, direct ? ld : kCols, group.t + top * group.ld, group.ld, 1, v, as_it_lies ? ld : kCols, r, factor,
              direct},
             some, padded(cols, W));
         for (int64_t i = 0; i < some && !direct; ++i) {
           if (drop) drop(sums + i * kCols, group.rows[top + i], col, cols);
-          put<true>(y, group.rows[top + i] * n + col, sums + i * kCols, cols);
+          put<true>(y, group.rows[top + i] * ld + col, sums + i * kCols, cols);
         }
       }
     }
@@ -611,13 +612,14 @@ void wgrad(LoraOut d, bool transposed, const Group* groups, int64_t count, LoraI
 // fill the threads alone, then those without rows.
 class Bank {
  public:
-  explicit Bank(const std::vector<LoraGroup>& groups) : t_(size(groups)) {
+  // `slices` of t lie side by side.
+  explicit Bank(const std::vector<LoraGroup>& groups, int64_t slices = 1) : t_(slices * size(groups)) {
     float* t = t_.p;
     for (int kind = 0; kind < 3; ++kind) {
       for (const LoraGroup& g : groups)
         if (kind_of(g) == kind) {
-          groups_.push_back({{g.rows, g.m}, g.first, g.r, g.scale, t, g.r});
-          t += g.m * g.r;
+          groups_.push_back({{g.rows, g.m}, g.first, g.r, g.scale, t, slices * g.r});
+          t += slices * g.m * g.r;
         }
       ends_[kind] = static_cast<int64_t>(groups_.size());
     }
@@ -673,7 +675,7 @@ void lora_add(const LoraShape& s, const std::vector<LoraSlice>& slices, LoraIn x
   const Group all = columns(s.m, t, s.r, 0, s.r);
   shrink(&all, 1, x, a, true, s.k, drop.scale(), Dropout(drop));
   each(slices, s, t, [&](const LoraSlice& slice, const Group& own) {
-    expand(slice.out, &own, 1, slice.b, true, slice.n, slice.scale, {});
+    expand(slice.out, &own, 1, slice.b, true, slice.n, slice.n, slice.scale, {});
   });
 }
 
@@ -691,14 +693,32 @@ void lora_backward(const LoraShape& s, const std::vector<LoraSlice>& slices, Lor
     if (s.m) shrink(&own, 1, slice.g, slice.b, false, slice.n, slice.scale * drop.scale(), {});
   });
   if (da.data) wgrad(da, false, &dt, 1, x, s.k, 1.0f, Dropout(drop));
-  if (dx.data && s.m) expand(dx, &dt, 1, a, false, s.k, 1.0f, Dropout(drop));
+  if (dx.data && s.m) expand(dx, &dt, 1, a, false, s.k, s.k, 1.0f, Dropout(drop));
 }
 
 void multi_lora_add(const LoraShape& s, const std::vector<LoraGroup>& groups, LoraOut y, LoraIn x, LoraIn a, LoraIn bt,
                     const LoraDropout& drop) {
   const Bank bank(groups);
   bank.each([&](const Group* g, int64_t n) { shrink(g, n, x, a, true, s.k, drop.scale(), Dropout(drop)); });
-  bank.each([&](const Group* g, int64_t n) { expand(y, g, n, bt, false, s.n, 1.0f, {}); });
+  bank.each([&](const Group* g, int64_t n) { expand(y, g, n, bt, false, s.n, s.n, 1.0f, {}); });
+}
+
+void lora_apply(const LoraShape& s, const std::vector<LoraGroup>& groups, const std::vector<int64_t>& slice_n,
+                LoraOut y, LoraIn x, LoraIn a, LoraIn bt) {
+  const auto slices = static_cast<int64_t>(slice_n.size());
+  const Bank bank(groups, slices);
+  bank.each([&](const Group* g, int64_t n) {
+    std::vector<Group> parts(g, g + n);
+    for (Group& part : parts) part.first *= slices, part.r *= slices;
+    shrink(parts.data(), n, x, a, true, s.k, 1.0f, {});
+    for (int64_t slice = 0, col = 0; slice < slices; col += slice_n[slice++]) {
+      for (int64_t i = 0; i < n; ++i) {
+        parts[i] = g[i];
+        parts[i].t += slice * g[i].r;
+      }
+      expand(from(y, col), parts.data(), n, from(bt, col), false, slice_n[slice], s.n, 1.0f, {});
+    }
+  });
 }
 
 void multi_lora_backward(const LoraShape& s, const std::vector<LoraGroup>& groups, LoraOut dx, LoraIn dy, LoraIn x,
@@ -711,7 +731,7 @@ void multi_lora_backward(const LoraShape& s, const std::vector<LoraGroup>& group
   if (!dx.data && !da.data) return;
   bank.each([&](const Group* g, int64_t n) { shrink(g, n, dy, bt, true, s.n, drop.scale(), {}); });
   if (da.data) bank.all([&](const Group* g, int64_t n) { wgrad(da, false, g, n, x, s.k, 1.0f, Dropout(drop)); });
-  if (dx.data) bank.each([&](const Group* g, int64_t n) { expand(dx, g, n, a, false, s.k, 1.0f, Dropout(drop)); });
+  if (dx.data) bank.each([&](const Group* g, int64_t n) { expand(dx, g, n, a, false, s.k, s.k, 1.0f, Dropout(drop)); });
 }
 
 }  // namespace pk::PK_ISA

@@ -38,6 +38,14 @@ def multi_add_(*args):
     torch.ops._peft_kernels.multi_lora_add_.default(*args)
 
 
+def apply_(*args):
+    torch.ops._peft_kernels.lora_apply_.default(*args)
+
+
+def why_not_lora_apply(y, *args):
+    return why_not(y, *args) if y.is_cpu else "the CUDA kernels take no slices"
+
+
 def multi_backward_(*args):
     return torch.ops._peft_kernels.multi_lora_backward_.default(*args)
 
@@ -49,5 +57,7 @@ lora_add, lora_add_, lora_add_backward, lora_linear, lora_linear_backward = comp
     multi_lora_add_backward,
     multi_lora_linear,
     multi_lora_linear_backward,
-) = compose_multi(multi_add_, multi_backward_)
+    lora_apply,
+    lora_apply_,
+) = compose_multi(multi_add_, multi_backward_, apply_)
 lora_linear_slices, lora_linear_slices_backward = compose_slices(slices_add_, slices_backward_)
