@@ -1,4 +1,7 @@
-"""Builds CUDA C++ for the CPU (csrc/emulate) with the host's compiler alone. What is built is kept in build/emulated."""
+"""Builds CUDA C++ for the CPU (csrc/emulate) with the host compiler alone, into build/emulated.
+
+EMULATED_FLAGS: more options for the compiler and the linker, such as -fsanitize=address.
+"""
 
 import fcntl
 import hashlib
@@ -14,7 +17,7 @@ CSRC, OUT = ROOT / "csrc", ROOT / "build/emulated"
 CHECKS = "alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"  # their handlers: cuda_runtime.h
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
     named = os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), "")
     return named.split()
 
@@ -36,7 +39,7 @@ def _flags(source: Path) -> list[str]:
 
 
 def _object(source: Path) -> Path:
-    command = [*_compiler(), *_flags(source)]
+    command = [*compiler(), *_flags(source)]
     headers = [path for pattern in ("*.h", "*.cuh") for path in sorted(CSRC.rglob(pattern))]
     key = hashlib.sha256(" ".join(command).encode())
     for path in (*headers, source):
@@ -53,7 +56,7 @@ def _object(source: Path) -> Path:
 
 def build(sources: list[Path]) -> Path | None:
     """A shared library of `sources`, .cu as C++. None if there is no compiler."""
-    if not _compiler():
+    if not compiler():
         return None
     OUT.mkdir(parents=True, exist_ok=True)
     with open(OUT / "lock", "w") as lock:  # the workers of one test run ask at the same time
@@ -65,7 +68,7 @@ def build(sources: list[Path]) -> Path | None:
             part = out.with_suffix(".part")
             extra = os.environ.get("EMULATED_FLAGS", "").split()
             torch = [f"-L{_torch()}/lib", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"]
-            subprocess.run([*_compiler(), *extra, "-shared", *objects, *torch, "-o", part], check=True)
+            subprocess.run([*compiler(), *extra, "-shared", *objects, *torch, "-o", part], check=True)
             part.rename(out)
     return out
 

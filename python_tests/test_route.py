@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import FAMILIES, METHODS, assert_same, close, make, over, perturb, snapshot, targets_of
 from torch.utils.checkpoint import checkpoint
 
@@ -90,8 +92,9 @@ def test_rows_without_an_adapter_are_bit_equal_to_the_base():
         assert not torch.equal(out[0], plain[0])
 
 
-def test_one_graph_under_changing_routes():
-    case = two("lora", "llama", "ia3")
+@pytest.mark.parametrize(("key", "other"), [("lora", "ia3"), ("dora", "dora"), ("lora", "dora")])
+def test_one_graph_under_changing_routes(key, other):
+    case = two(key, "llama", other)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(case.model, fullgraph=True, backend=counter)
@@ -107,25 +110,64 @@ def test_one_graph_under_changing_routes():
     assert counter.frame_count == 1
 
 
-def test_threads_do_not_mix():
-    case = two("lora", "bert", "bitfit")
-    single = {name: alone(case, name).detach() for name in ("a", "b", None)}
-    wrong, start = [], threading.Barrier(4)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_threads_do_not_mix(compiled):
+    """Eight at once, each with another adapter in every step, in eager mode and in one graph."""
+    case, names, numbers = make("mlp"), "abcdefgh", range(8)
+    for seed, name in enumerate(names):
+        method = pk.BitFit() if name == "h" else (pk.DoRA if name == "g" else pk.LoRA)(rank=1 + seed)
+        pk.attach(case.model, method, targets_of("bitfit" if name == "h" else "lora", "mlp"), name=name, seed=seed)
+        perturb(case.model, name)
+    single = {name: alone(case, name).detach() for name in (*names, None)}
+    model, counter = case.model, torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    if compiled:
+        torch._dynamo.reset()
+        model = torch.compile(model, fullgraph=True, backend=counter)
+        with torch.no_grad(), pk.route(case.model, [None] * 5):
+            case.call(model)
+    wrong, done, start = [], [], threading.Barrier(8)
 
-    def work(names):
+    def work(number):
         start.wait()
-        for _ in range(10):
-            with torch.no_grad(), pk.route(case.model, names):
-                out = case.call(case.model)
-            if not all(torch.allclose(out[i], single[n][i], atol=1e-5) for i, n in enumerate(names)):
-                wrong.append(names)
+        for step in range(20):
+            route = [names[number]] * 5 if step % 2 else [names[(number + step) % 8], None, names[number], "a", "h"]
+            with torch.no_grad(), pk.route(case.model, route):
+                out = case.call(model)
+            if not all(torch.allclose(out[i], single[n][i], atol=1e-5) for i, n in enumerate(route)):
+                wrong.append(route)
+        done.append(number)
 
-    threads = [threading.Thread(target=work, args=(names,)) for names in ROUTES[:4]]
+    threads = [threading.Thread(target=work, args=(number,)) for number in numbers]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
+    assert sorted(done) == list(numbers)
     assert not wrong
+    assert counter.frame_count == compiled
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    widths=st.tuples(*[st.integers(3, 19)] * 3),
+    tokens=st.integers(1, 4),
+    adapters=st.lists(st.tuples(st.sampled_from((pk.LoRA, pk.DoRA)), st.integers(1, 3)), min_size=1, max_size=5),
+    dtype=st.sampled_from((torch.float32, torch.float64)),
+    data=st.data(),
+)
+def test_any_route_over_any_shapes(widths, tokens, adapters, dtype, data):
+    model = torch.nn.Sequential(torch.nn.Linear(*widths[:2]), torch.nn.Tanh(), torch.nn.Linear(*widths[1:])).to(dtype)
+    names = [f"a{i}" for i in range(len(adapters))]
+    for seed, (name, (method, rank)) in enumerate(zip(names, adapters, strict=True)):
+        pk.attach(model, method(rank=rank, alpha=2.0 - seed), ("0", "2"), name=name, seed=seed)
+        perturb(model, name)
+    route = data.draw(st.lists(st.sampled_from([None, *names]), min_size=1, max_size=9))
+    x = torch.randn(len(route), tokens, widths[0], dtype=dtype)
+    with pk.route(model, route):
+        out = model(x)
+    for i, name in enumerate(route):
+        pk.set_active(model, [] if name is None else [name])
+        close(out[i], model(x)[i], dtype)
 
 
 def test_beams_repeat_each_name():
@@ -145,9 +187,9 @@ def test_beams_repeat_each_name():
     assert torch.equal(both[1, :length], alone_b[0])
 
 
-@pytest.mark.parametrize("where", ["here", "another thread"])
-def test_checkpointed_and_routed(where):
-    case = two("lora", "llama", "ia3")
+@pytest.mark.parametrize(("key", "where"), [("lora", "here"), ("lora", "another thread"), ("dora", "here")])
+def test_checkpointed_and_routed(key, where):
+    case = two(key, "llama", "ia3")
     case.model.train()
 
     def gradients():
@@ -386,7 +428,7 @@ def test_a_leading_one_serves_every_row():
 
 
 def test_the_tuners_are_called_on_their_rows_alone():
-    case = two("dora", "mlp")
+    case = two("ia3", "mlp")
     seen = {}
     for name in ("a", "b"):
         (_, tuner), *_ = tuners(case.model, name)

@@ -47,7 +47,7 @@ void check_dx(const std::optional<Tensor>& dx, const Tensor& x) {
 
 void check_t(const Tensor& t, const LoraShape& s) {
   PK_CHECK(t.dim() == 2 && t.size(0) == s.m && t.size(1) == s.r && t.scalar_type() == ScalarType::Float,
-           "t must be the [m, r] float32 that lora_add_ returned");
+           "t must be the [m, r] float32 that the forward returned");
   check_contiguous(t, "t");
 }
 
@@ -73,8 +73,8 @@ Tensor lora_add_cpu(const Tensor& y, const Tensor& x, const Tensor& a, const Ten
   const LoraShape s = check(y, x, a, b, "y");
   const LoraDropout drop = dropout_of(p, rng);
   Tensor t = new_empty(x, {s.m, s.r}, ScalarType::Float);
-  PK_DISPATCH_ISA(lora_add, s, out(y, "y"), in(x, "x"), in(a, "a"), in(b, "b"), static_cast<float>(scale), drop,
-                  static_cast<float*>(t.data_ptr()));
+  const std::vector<LoraSlice> slices = {{s.n, s.r, in(b, "b"), static_cast<float>(scale), {}, out(y, "y")}};
+  PK_DISPATCH_ISA(lora_add, s, slices, in(x, "x"), in(a, "a"), drop, static_cast<float*>(t.data_ptr()));
   return t;
 }
 
@@ -87,10 +87,76 @@ std::tuple<Tensor, Tensor> lora_backward_cpu(std::optional<Tensor> dx, const Ten
   check_dx(dx, x);
   Tensor da = new_empty(a, {need_da ? s.r : 0, s.k}, a.scalar_type());
   Tensor db = new_empty(b, {need_db ? s.n : 0, s.r}, b.scalar_type());
-  PK_DISPATCH_ISA(lora_backward, s, dx ? out(*dx, "dx") : LoraOut{}, in(g, "g"), in(x, "x"), in(a, "a"), in(b, "b"),
-                  static_cast<const float*>(t.data_ptr()), static_cast<float>(scale), drop,
-                  need_da ? out(da, "da") : LoraOut{}, need_db ? out(db, "db") : LoraOut{});
+  const std::vector<LoraSlice> slices = {
+      {s.n, s.r, in(b, "b"), static_cast<float>(scale), in(g, "g"), need_db ? out(db, "db") : LoraOut{}}};
+  PK_DISPATCH_ISA(lora_backward, s, slices, dx ? out(*dx, "dx") : LoraOut{}, in(x, "x"), in(a, "a"),
+                  static_cast<const float*>(t.data_ptr()), drop, need_da ? out(da, "da") : LoraOut{});
   return {da, db};
+}
+
+// -- several linears ------------------------------------------------------------------------------------------------
+
+// As check, of slices with y or g [..., n_s], b [n_s, r_s] and a [sum of the r_s, k].
+LoraShape check_slices(const std::vector<Tensor>& ys, const Tensor& x, const Tensor& a, const std::vector<Tensor>& bs,
+                       const std::vector<double>& scales, const char* y_name) {
+  const size_t count = ys.size();
+  PK_CHECK(count > 0 && bs.size() == count && scales.size() == count, "expected one b and scale for each ", y_name);
+  const int64_t dims = x.dim();
+  PK_CHECK(a.dim() == 2 && dims >= 1 && x.size(dims - 1) == a.size(1), "a must be [R, k] and x [..., k]");
+  const LoraShape s = {a.size(1) == 0 ? 0 : x.numel() / a.size(1), a.size(1), 0, a.size(0)};
+  int64_t ranks = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor &y = ys[i], &b = bs[i];
+    PK_CHECK(b.dim() == 2 && y.dim() == dims && y.size(dims - 1) == b.size(0) && y.numel() == s.m * b.size(0),
+             "each b must be [n, r] and each ", y_name, " [..., n], with the leading dims of x");
+    PK_CHECK(a.scalar_type() == b.scalar_type(), "a and bs must have the same dtype");
+    check_contiguous(y, y_name);
+    check_contiguous(b, "b");
+    check_same_device(y, x, "ys, gs and x");
+    check_same_device(b, x, "bs and x");
+    ranks += b.size(1);
+  }
+  PK_CHECK(ranks == s.r, "a must have the ", ranks, " ranks of bs");
+  check_contiguous(x, "x");
+  check_contiguous(a, "a");
+  check_same_device(a, x, "a and x");
+  return s;
+}
+
+Tensor lora_slices_add_cpu(std::vector<Tensor> ys, const Tensor& x, const Tensor& a, std::vector<Tensor> bs,
+                           std::vector<double> scales, double p, std::optional<Tensor> rng) {
+  const LoraShape s = check_slices(ys, x, a, bs, scales, "y");
+  const LoraDropout drop = dropout_of(p, rng);
+  Tensor t = new_empty(x, {s.m, s.r}, ScalarType::Float);
+  std::vector<LoraSlice> slices;
+  for (size_t i = 0; i < ys.size(); ++i)
+    slices.push_back(
+        {bs[i].size(0), bs[i].size(1), in(bs[i], "b"), static_cast<float>(scales[i]), {}, out(ys[i], "y")});
+  PK_DISPATCH_ISA(lora_add, s, slices, in(x, "x"), in(a, "a"), drop, static_cast<float*>(t.data_ptr()));
+  return t;
+}
+
+std::tuple<Tensor, std::vector<Tensor>> lora_slices_backward_cpu(std::optional<Tensor> dx, std::vector<Tensor> gs,
+                                                                 const Tensor& x, const Tensor& a,
+                                                                 std::vector<Tensor> bs, std::vector<double> scales,
+                                                                 const Tensor& t, double p, std::optional<Tensor> rng,
+                                                                 bool need_da, bool need_db) {
+  const LoraShape s = check_slices(gs, x, a, bs, scales, "g");
+  const LoraDropout drop = dropout_of(p, rng);
+  check_t(t, s);
+  check_dx(dx, x);
+  Tensor da = new_empty(a, {need_da ? s.r : 0, s.k}, a.scalar_type());
+  std::vector<Tensor> dbs;
+  std::vector<LoraSlice> slices;
+  for (size_t i = 0; i < gs.size(); ++i) {
+    const int64_t n = bs[i].size(0), r = bs[i].size(1);
+    dbs.push_back(new_empty(bs[i], {need_db ? n : 0, r}, a.scalar_type()));
+    slices.push_back(
+        {n, r, in(bs[i], "b"), static_cast<float>(scales[i]), in(gs[i], "g"), need_db ? out(dbs[i], "db") : LoraOut{}});
+  }
+  PK_DISPATCH_ISA(lora_backward, s, slices, dx ? out(*dx, "dx") : LoraOut{}, in(x, "x"), in(a, "a"),
+                  static_cast<const float*>(t.data_ptr()), drop, need_da ? out(da, "da") : LoraOut{});
+  return {da, dbs};
 }
 
 // -- many adapters --------------------------------------------------------------------------------------------------
@@ -380,6 +446,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PK_OPS, m) {
       "lora_backward_(Tensor(a!)? dx, Tensor g, Tensor x, Tensor a, Tensor b, Tensor t, float scale, float p, "
       "Tensor? rng, bool need_da, bool need_db) -> (Tensor da, Tensor db)");
   m.def(
+      "lora_slices_add_(Tensor(a!)[] ys, Tensor x, Tensor a, Tensor[] bs, float[] scales, float p, Tensor? rng) -> "
+      "Tensor");
+  m.def(
+      "lora_slices_backward_(Tensor(a!)? dx, Tensor[] gs, Tensor x, Tensor a, Tensor[] bs, float[] scales, Tensor t, "
+      "float p, Tensor? rng, bool need_da, bool need_db) -> (Tensor da, Tensor[] dbs)");
+  m.def(
       "multi_lora_add_(Tensor(a!) y, Tensor x, Tensor a, Tensor bt, Tensor r_indptr, Tensor scaling, Tensor ids, "
       "Tensor? plan, int r_max, float p, Tensor? rng) -> ()");
   m.def(
@@ -392,6 +464,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PK_OPS, m) {
 STABLE_TORCH_LIBRARY_IMPL(PK_OPS, CPU, m) {
   m.impl("lora_add_", TORCH_BOX(&pk::lora_add_cpu));
   m.impl("lora_backward_", TORCH_BOX(&pk::lora_backward_cpu));
+  m.impl("lora_slices_add_", TORCH_BOX(&pk::lora_slices_add_cpu));
+  m.impl("lora_slices_backward_", TORCH_BOX(&pk::lora_slices_backward_cpu));
   m.impl("multi_lora_add_", TORCH_BOX(&pk::multi_lora_add_cpu));
   m.impl("multi_lora_backward_", TORCH_BOX(&pk::multi_lora_backward_cpu));
 }

@@ -12,17 +12,20 @@ and its norm needs no second weight, since n_o^2 = ||W_o||^2 + 2 s <W_o, b_o A> 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..engine.method import Changes, promoted
+from ..engine.rows import Routing, by_rows
 from ..engine.site import Base, Site
-from .lora import LoRA, LoRATuner
+from .lora import LoRA, LoRATuner, in_one_op
 
 _BLOCK = 2**22  # numbers of a 16-bit weight that are widened at a time
 
@@ -60,6 +63,12 @@ class DoRATuner(LoRATuner, method=DoRA):
         y = ops.rescale(y, g)
         return y if bias is None else y.add_(bias)
 
+    @classmethod
+    def forward_many(cls, base: Any, tuners: dict[int, Any], route: Routing, *args: Any, **kwargs: Any) -> Any:
+        """All adapters in one op and a rescaling of every row, where LoRA's updates can be made in one op."""
+        made = in_one_op(base, tuners, route, args, kwargs) if cls.forward is DoRATuner.forward else None
+        return by_rows(base, tuners, route, args, kwargs) if made is None else _rescaled(base.site, *made)
+
     def factors(self) -> None:  # type: ignore[override]
         return None  # the norms make the change another than B A
 
@@ -67,25 +76,67 @@ class DoRATuner(LoRATuner, method=DoRA):
         shape = self.b.shape[0], self.a.shape[1]
         return Changes(weight=shape[0] * shape[1], rank=min(shape))
 
-    # -- the norms of the rows ----------------------------------------------------------------------------------------
-
     def _norm(self, weight: Tensor) -> Tensor:
         """||W + s B A|| of every row, [out], a constant."""
-        source, weight = weight, weight.detach()
-        device, moving = weight.device.type, self.training or torch.is_grad_enabled()
-        # Autocast would round the products to 16 bits. It does not know the meta device.
-        exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-        with torch.no_grad(), exact:
-            squares = self._kept.once("squares", lambda: _squares(weight), [source])
-            if moving:
-                return self._updated(squares, weight)
-            return self._kept.once("norm", lambda: self._updated(squares, weight), [source, self.a, self.b])
+        if self.training or torch.is_grad_enabled():
+            return _norms([self], weight)[0]
+        return self._kept.once("norm", lambda: _norms([self], weight)[0], [weight, self.a, self.b])
 
-    def _updated(self, squares: Tensor, weight: Tensor) -> Tensor:
-        dtype = torch.promote_types(squares.dtype, self.a.dtype)
-        a, b = self.a.detach().to(dtype), self.b.detach().to(dtype)
-        wa = torch.cat([rows @ a.T for rows in _blocks(weight, dtype)])  # [out, r]
-        return _root(squares + self.scale * (b * (2 * wa + self.scale * (b @ (a @ a.T)))).sum(1))
+
+# -- several adapters in a batch --------------------------------------------------------------------------------------
+
+
+def _rescaled(site: Site, y: Tensor, tuners: dict[int, DoRATuner], ids: Tensor, keep: bool) -> Tensor:
+    """g_l (y - bias) + bias for the rows of adapter l as y g_l + c_l; others keep their bits.  y [rows, ..., out]"""
+    if not tuners:
+        return y
+    own = [tuners[number] for number in sorted(tuners)]
+
+    def together() -> Tensor:
+        return _affine(own, site.weight, site.bias)
+
+    sources = [p for p in (site.weight, site.bias, *(p for t in own for p in (t.a, t.b, t.m))) if p is not None]
+    table = own[0]._kept.once("affine", together, sources) if keep else together()
+    places = [len(own)] * (max(tuners) + 2)  # the last also for -1, wherever the numbers end
+    for place, number in enumerate(sorted(tuners)):
+        places[number] = place
+    index = torch.tensor(places, device=ids.device)[ids.clamp(max=len(places) - 1)]
+    rows = table.index_select(1, index).view(len(table), len(index), *[1] * (y.dim() - 2), y.shape[-1])
+    return (y * rows[0] if len(rows) == 1 else torch.addcmul(rows[1], y, rows[0])).to(y.dtype)
+
+
+def _affine(tuners: list[DoRATuner], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """g and c, [2, L + 1, out], or without a bias g alone; the last adapter is none: y * 1 + -0.0 has the bits of y."""
+    g = torch.stack([t.m / norm for t, norm in zip(tuners, _norms(tuners, weight), strict=True)])
+    none = g.new_ones(1, g.shape[1])
+    if bias is None:
+        return torch.cat([g, none])[None]
+    return torch.stack([torch.cat([g, none]), torch.cat([bias - bias * g, none * -0.0])])
+
+
+# -- the norms of the rows --------------------------------------------------------------------------------------------
+
+
+def _norms(tuners: list[DoRATuner], weight: Tensor) -> list[Tensor]:
+    """||W + s B A|| of every row for each tuner, [out], constants; the weight is read once for all."""
+    source, weight = weight, weight.detach()
+    device = weight.device.type
+    # Autocast would round the products to 16 bits. It does not know the meta device.
+    exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with torch.no_grad(), exact:
+        squares = [t._kept.once("squares", lambda: _squares(weight), [source]) for t in tuners]
+        return _updated(tuners, squares, weight)
+
+
+def _updated(tuners: list[DoRATuner], squares: list[Tensor], weight: Tensor) -> list[Tensor]:
+    dtype = functools.reduce(torch.promote_types, [t.a.dtype for t in tuners], squares[0].dtype)
+    factors = [(t.a.detach().to(dtype), t.b.detach().to(dtype)) for t in tuners]
+    every = torch.cat([a for a, _ in factors])
+    was = torch.cat([rows @ every.T for rows in _blocks(weight, dtype)]).split([len(a) for a, _ in factors], 1)
+    return [
+        _root(square + t.scale * (b * (2 * wa + t.scale * (b @ (a @ a.T)))).sum(1))
+        for t, square, wa, (a, b) in zip(tuners, squares, was, factors, strict=True)  # wa [out, r]
+    ]
 
 
 def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:

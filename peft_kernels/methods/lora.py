@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import ops
 from ..engine.method import Changes, Method, Tuner
-from ..engine.rows import Routing, refuse
+from ..engine.rows import Routing, by_rows, refuse
 from ..engine.site import Base, Site
 from ._kept import Kept
 
@@ -67,6 +67,11 @@ class LoRA(
             )
         return replace(self, rank=rank, alpha=_last(self.alpha_pattern, site, self.alpha))
 
+    @property
+    def scale(self) -> float:
+        """Of the update B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
     def with_ranks(self, ranks: dict[str, int]) -> LoRA:
         rank = statistics.mode(ranks.values())
         pattern = {where: r for where, r in ranks.items() if r != rank}
@@ -87,7 +92,7 @@ class LoRATuner(Tuner, method=LoRA):
 
     def __init__(self, cfg: LoRA, site: Site):
         super().__init__(cfg, site)
-        self.scale = cfg.alpha / (math.sqrt(cfg.rank) if cfg.rslora else cfg.rank)
+        self.scale = cfg.scale
         self.dropout = cfg.dropout
         self._kept = Kept()
         # An embedding reads few columns of A: with B = 0 they would hardly learn, so there A is 0 and B is drawn.
@@ -118,27 +123,8 @@ class LoRATuner(Tuner, method=LoRA):
     @classmethod
     def forward_many(cls, base: Any, tuners: dict[int, Any], route: Routing, *args: Any, **kwargs: Any) -> Any:
         """All adapters in one op, where they are plain LoRA of a linear with one dropout."""
-        ps = {t.dropout if t.training else 0.0 for t in tuners.values()}
-        x = args[0] if len(args) == 1 and not kwargs else None
-        plain = base.site.kind == "linear" and cls.forward is LoRATuner.forward
-        if not plain or len(ps) > 1 or x is None or x.dim() < 2:
-            return super().forward_many(base, tuners, route, *args, **kwargs)
-        refuse(base, args, kwargs)
-        rows = route.rows(x.shape[0], base.site.name or "the model")
-        if x.shape[0] != rows:
-            x = x.expand(rows, *x.shape[1:])
-        keep = not (torch.is_grad_enabled() or any(t.training for t in tuners.values()))
-        if not (keep or torch.compiler.is_compiling()):
-            tuners = {number: t for number, t in tuners.items() if number in route.numbers}
-            if not tuners:
-                return base(x)
-        bank = (*_bank(tuners, keep), route.expanded(rows).to(x.device))
-        r_max = max(t.a.shape[0] for t in tuners.values())
-        p, rng = next(iter(tuners.values())).draw(x)
-        # Other layouts may round otherwise than F.linear does, and rows without an adapter are to keep their bits.
-        if base.innermost and base.site.layout == "rows":
-            return ops.multi_lora_linear(x, *base.effective(), *bank, p=p, rng=rng, r_max=r_max)
-        return ops.multi_lora_add(base(x), x, *bank, p=p, rng=rng, r_max=r_max)
+        made = in_one_op(base, tuners, route, args, kwargs) if cls.forward is LoRATuner.forward else None
+        return by_rows(base, tuners, route, args, kwargs) if made is None else made[0]
 
     def _elsewhere(self, base: Base, x: Tensor) -> Tensor:
         """At a convolution A is its kernel, down to r channels, and B is 1 x 1; at an embedding A is the table."""
@@ -168,6 +154,36 @@ class LoRATuner(Tuner, method=LoRA):
     def changes(self) -> Changes:
         rank, n_in = self.a.shape
         return Changes(weight=self.b.shape[0] * n_in, rank=rank)
+
+
+def in_one_op(base: Any, tuners: dict[int, Any], route: Routing, args: tuple, kwargs: dict) -> tuple | None:
+    """A routed call with the low-rank updates of all adapters, made in one op; None where it takes several.
+
+    (y, the tuners that a row may have, adapter number of each row, whether what is made of the tuners' numbers may be
+    kept until one of these changes).
+    """
+    ps = {t.dropout if t.training else 0.0 for t in tuners.values()}
+    x = args[0] if len(args) == 1 and not kwargs else None
+    if base.site.kind != "linear" or len(ps) > 1 or x is None or x.dim() < 2:
+        return None
+    refuse(base, args, kwargs)
+    rows = route.rows(x.shape[0], base.site.name or "the model")
+    x = x if x.shape[0] == rows else x.expand(rows, *x.shape[1:])
+    ids = route.expanded(rows).to(x.device)
+    keep = not (torch.is_grad_enabled() or any(t.training for t in tuners.values()))
+    if not (keep or torch.compiler.is_compiling()):
+        tuners = {number: t for number, t in tuners.items() if number in route.numbers}
+    if not tuners:
+        return base(x), tuners, ids, keep
+    bank = (*_bank(tuners, keep), ids)
+    r_max = max(t.a.shape[0] for t in tuners.values())
+    p, rng = next(iter(tuners.values())).draw(x)
+    # Other layouts may round otherwise than F.linear does, and rows without an adapter are to keep their bits.
+    if base.innermost and base.site.layout == "rows":
+        y = ops.multi_lora_linear(x, *base.effective(), *bank, p=p, rng=rng, r_max=r_max)
+    else:
+        y = ops.multi_lora_add(base(x), x, *bank, p=p, rng=rng, r_max=r_max)
+    return y, tuners, ids, keep
 
 
 def _bank(tuners: dict[int, LoRATuner], keep: bool) -> tuple:

@@ -65,8 +65,8 @@ def checked(op, x, n, a_flat, bt_flat, r_indptr, scaling, ids, p, rng, plan, r_m
     if any(t.device != x.device for t in (a, bt, r_indptr, scaling, ids, *(() if plan is None else (plan,)))):
         raise ValueError(f"{op}: x is on {x.device}; move the bank, r_indptr, scaling, ids and plan there")
     widest = max((len(f) // slices for f in a_flat), default=0) if listed else 0
-    r_max = min(widest if listed else len(bt), len(bt)) if r_max is None else r_max
+    r_max = (widest if listed else len(bt)) if r_max is None else r_max
     if r_max < widest or r_max < 0:
         raise ValueError(f"{op}: r_max is {r_max}; expected at least the rank of every adapter, {widest} here")
     p, rng = dropout_of(op, x, p or 0.0, rng)
-    return a, bt, r_indptr, scaling, ids, plan, r_max, p, rng
+    return a, bt, r_indptr, scaling, ids, plan, min(r_max, len(bt)), p, rng

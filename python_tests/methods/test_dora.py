@@ -207,7 +207,7 @@ def computed(monkeypatch):
         monkeypatch.setattr(owner, name, counted)
 
     counting(dora, "_squares")
-    counting(dora.DoRATuner, "_updated")
+    counting(dora, "_updated")
     return counts
 
 
