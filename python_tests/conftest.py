@@ -1,6 +1,8 @@
 """What every test runs under: no network, GPU kernels on the CPU, and memory that shows when it was not written."""
 
+import ctypes
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -14,7 +16,10 @@ if not torch.cuda.is_available():  # GPU kernels run on the CPU; before any kern
     if "PEFT_KERNELS_EMULATED" not in os.environ and (library := emulation.kernels()):
         os.environ["PEFT_KERNELS_EMULATED"] = str(library)
 
-# torch.empty, from C++ too, is filled with NaN: an output that a kernel leaves unwritten fails its law.
+# What torch.empty gives is NaN, and so is what C++ allocates, by glibc's M_PERTURB: an output that a kernel leaves
+# unwritten fails its law.
+if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    libc.mallopt(-6, 0x100)  # fills with the complement of the low byte
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 torch.set_num_threads(1)  # the runner starts one worker per core

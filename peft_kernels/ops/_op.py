@@ -307,7 +307,8 @@ class Op:
             elif module is not None:
                 reason = module.unavailable(device) or (_unverified(module) if device == "cuda" else "")
             if reason:
-                self._absent[name] = reason
+                if serves == device:
+                    self._absent[name] = reason
                 continue
             why_not = getattr(module, f"why_not_{self.name}", None) or module.why_not
             run, run_ = getattr(module, self.name), getattr(module, self.name + "_", None)
