@@ -52,7 +52,7 @@ __device__ inline Adapter adapter_of(const LoraRows& rows, int l) {
 }
 
 __device__ inline Adapter adapter_of_tile(const LoraRows& rows, int tile) {
-  return adapter_of(rows, !rows.planned ? 0 : rows.plan[static_cast<int64_t>(tile) * (1 + rows.block_m)]);
+  return adapter_of(rows, rows.planned ? rows.plan[static_cast<int64_t>(tile) * (1 + rows.block_m)] : 0);
 }
 
 // The row at a slot, -1 where there is none.
@@ -133,7 +133,7 @@ struct ShrinkArgs {
 
 // A block is 16 MT rows of a tile, 8 NT ranks and a chunk of columns, which its warps take in turn. Blocks that read
 // the same u are neighbours, so that all but the first find it in L2.
-template <class U, class F, int MT, int NT>
+template <bool WIDE, class U, class F, int MT, int NT>
 __global__ void __launch_bounds__(32 * warps) lora_shrink_kernel(ShrinkArgs args) {
   const LoraRows& rows = args.rows;
   int index = blockIdx.x;
@@ -152,14 +152,14 @@ __global__ void __launch_bounds__(32 * warps) lora_shrink_kernel(ShrinkArgs args
   const Factor<F> f = factor_of<F>(args.f, adapter, first_rank, args.u.columns);
   const int begin = part * args.chunk, end = least(begin + args.chunk, args.u.columns);
   float c[MT][NT][4] = {};
-  shrink_warp(c, static_cast<const U*>(args.u.data), args.u.columns, args.u.wide, mine, f,
-              mask_of(args.drop.rng, args.drop.threshold), begin + 32 * warp, end, 32 * warps, lane);
+  shrink_warp<WIDE>(c, static_cast<const U*>(args.u.data), args.u.columns, args.u.wide, mine, f,
+                    mask_of(args.drop.rng, args.drop.threshold), begin + 32 * warp, end, 32 * warps, lane);
 
   auto* shared = reinterpret_cast<float*>(shared_memory());  // [warps, 16 MT, 8 NT]
   constexpr int size = 16 * MT * 8 * NT;
   stage(shared + warp * size, c, lane);
   block_sync();
-  const int64_t slots = !rows.planned ? rows.m : static_cast<int64_t>(rows.tiles) * rows.block_m;
+  const int64_t slots = rows.planned ? static_cast<int64_t>(rows.tiles) * rows.block_m : rows.m;
   const float scale = args.scale * adapter.scale;
   for (int i = threadIdx.x; i < size; i += 32 * warps) {
     const int row = i / (8 * NT), rank = first_rank + i % (8 * NT);
@@ -186,7 +186,7 @@ struct ExpandArgs {
 };
 
 // A block is 16 MT rows of a tile and 64 columns for each warp.
-template <class F, class Y, int MT>
+template <bool WIDE, class F, class Y, int MT>
 __global__ void __launch_bounds__(32 * warps) lora_expand_kernel(ExpandArgs args) {
   const LoraRows& rows = args.rows;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -205,12 +205,12 @@ __global__ void __launch_bounds__(32 * warps) lora_expand_kernel(ExpandArgs args
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       slots[i][half] = mine[i][half] < 0 ? -1 : first_slot + 16 * i + 8 * half + lane / 4;
-  Update<Y, MT> update;  // asked for first: it is what takes long
+  Update<WIDE, Y, MT> update;  // asked for first: it is what takes long
   update.load(static_cast<const Y*>(args.y.data), args.y.columns, args.y.wide, mine, column, lane);
-  const int64_t all = !rows.planned ? rows.m : static_cast<int64_t>(rows.tiles) * rows.block_m;
+  const int64_t all = rows.planned ? static_cast<int64_t>(rows.tiles) * rows.block_m : rows.m;
   const Small v = {args.parts, all * rows.r_max, args.splits, rows.r_max, column == 0 ? args.sum : nullptr};
   float c[MT][8][4] = {};
-  expand_warp<F, Y>(c, v, slots, factor_of<F>(args.f, adapter, 0, args.y.columns), column, lane);
+  expand_warp<WIDE, F, Y>(c, v, slots, factor_of<F>(args.f, adapter, 0, args.y.columns), column, lane);
   update.store(static_cast<Y*>(args.y.data), args.y.columns, args.y.wide, mine, column, c, args.scale,
                mask_of(args.drop.rng, args.drop.threshold), lane);
 }
@@ -231,7 +231,7 @@ struct WgradArgs {
 };
 
 // A block is 64 columns, 16 RT ranks of an adapter and a part of its rows, which its warps take 16 at a time.
-template <class U, int RT>
+template <bool WIDE, class U, int RT>
 __global__ void __launch_bounds__(32 * warps) lora_wgrad_kernel(WgradArgs args) {
   const LoraRows& rows = args.rows;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -265,11 +265,12 @@ __global__ void __launch_bounds__(32 * warps) lora_wgrad_kernel(WgradArgs args) 
       out[i] = at < end ? row_at(rows, at) : -1;
     }
   };
-  Wgrad<U, RT> now, next;
+  Wgrad<WIDE, U, RT> now, next;
   begin += 16 * warp;
   numbers(begin, now.rows);
   now.load(u, args.u.columns, args.u.wide, column, args.v, rows.r_max, begin, first_rank, adapter.ranks, lane);
   numbers(begin + stride, next.rows);
+#pragma unroll 1
   for (int slot = begin; slot < end; slot += stride) {
     int later[4];
     next.load(u, args.u.columns, args.u.wide, column, args.v, rows.r_max, slot + stride, first_rank, adapter.ranks,
@@ -346,9 +347,9 @@ __global__ void __launch_bounds__(32 * decode_warps) lora_decode_kernel(DecodeAr
   const int begin = block * args.chunk, end = least(begin + args.chunk, args.x.columns);
   for (int rank = 0; rank < adapter.ranks; rank += 16) {
     float c[1][2][4] = {};
-    shrink_warp(c, static_cast<const X*>(args.x.data), args.x.columns, args.x.wide, mine,
-                factor_of<F>(args.a, adapter, rank, args.x.columns), mask, begin + 32 * warp, end, 32 * decode_warps,
-                lane);
+    shrink_warp<false>(c, static_cast<const X*>(args.x.data), args.x.columns, args.x.wide, mine,
+                       factor_of<F>(args.a, adapter, rank, args.x.columns), mask, begin + 32 * warp, end,
+                       32 * decode_warps, lane);
     stage(staged + warp * 256, c, lane);
     block_sync();
     const int row = threadIdx.x / 16, at = rank + threadIdx.x % 16;
@@ -377,10 +378,10 @@ __global__ void __launch_bounds__(32 * decode_warps) lora_decode_kernel(DecodeAr
   for (int half = 0; half < 2; ++half) slots[0][half] = mine[0][half] < 0 ? -1 : 8 * half + lane / 4;
   for (int column = (block * decode_warps + warp) * 64; column < args.y.columns;
        column += cluster * decode_warps * 64) {
-    Update<X, 1> update;
+    Update<false, X, 1> update;
     update.load(static_cast<const X*>(args.y.data), args.y.columns, args.y.wide, mine, column, lane);
     float c[1][8][4] = {};
-    expand_warp<F, X>(c, v, slots, factor_of<F>(args.b, adapter, 0, args.y.columns), column, lane);
+    expand_warp<false, F, X>(c, v, slots, factor_of<F>(args.b, adapter, 0, args.y.columns), column, lane);
     update.store(static_cast<X*>(args.y.data), args.y.columns, args.y.wide, mine, column, c, args.y_scale, {}, lane);
   }
 }
@@ -408,11 +409,12 @@ cudaError_t switch_types(Dtype streamed, Dtype factor, Call&& call) {
   return switch_dtype(streamed, [&](auto u) { return factor == streamed ? call(u, u) : call(u, float{}); });
 }
 
-// Rows of a block of shrink, as many as registers hold.
+// Large blocks want vectors; everything else is taken 16 rows at a time.
+bool vectors(const Stream& u, const FactorArgs& f) { return u.wide && f.along != Along::neither; }
+
+// Rows of a large block of shrink, as many as registers hold, and ranks of any.
 int shrink_rows(const LoraRows& rows, Dtype type) { return rows.block_m <= 16 ? 16 : type == Dtype::f32 ? 32 : 64; }
-int expand_rows(const LoraRows& rows) { return rows.block_m <= 16 ? 16 : 32; }
-int shrink_ranks(const LoraRows& rows) { return rows.r_max <= 16 ? 16 : 32; }
-int wgrad_ranks(const LoraRows& rows) { return rows.r_max <= 16 ? 16 : 32; }
+int ranks_at_once(const LoraRows& rows) { return rows.r_max <= 16 ? 16 : 32; }
 
 // All grids have one dimension.
 template <class... P, class Args>
@@ -424,10 +426,18 @@ cudaError_t launch_blocks(void (*kernel)(P...), int64_t blocks, size_t shared_fl
                 args);
 }
 
-template <class U, class F, int MT, int NT>
-cudaError_t launch_shrink(const ShrinkArgs& args, cudaStream_t stream) {
+template <bool WIDE, class U, class F, int MT, int NT>
+cudaError_t launch_shrink(ShrinkArgs args, cudaStream_t stream) {
+  args.row_blocks = ceil_div(args.rows.block_m, 16 * MT);
   const int64_t blocks = static_cast<int64_t>(args.rows.tiles) * args.row_blocks * args.splits * args.rank_blocks;
-  return launch_blocks(lora_shrink_kernel<U, F, MT, NT>, blocks, warps * 16 * MT * 8 * NT, stream, args);
+  return launch_blocks(lora_shrink_kernel<WIDE, U, F, MT, NT>, blocks, warps * 16 * MT * 8 * NT, stream, args);
+}
+
+template <bool WIDE, class F, class Y, int MT>
+cudaError_t launch_expand(ExpandArgs args, cudaStream_t stream) {
+  args.row_blocks = ceil_div(args.rows.block_m, 16 * MT);
+  const int64_t blocks = static_cast<int64_t>(args.rows.tiles) * args.row_blocks * args.column_blocks;
+  return launch_blocks(lora_expand_kernel<WIDE, F, Y, MT>, blocks, 0, stream, args);
 }
 
 // Of one adapter: smaller tiles waste fewer rows, and clusters make one launch of two.
@@ -451,7 +461,7 @@ int lora_block_m(int64_t m) { return m <= few_rows ? 16 : 64; }
 
 int lora_shrink_splits(const LoraRows& rows, const LoraStream& u) {
   const int64_t blocks = static_cast<int64_t>(rows.tiles) * ceil_div(rows.block_m, shrink_rows(rows, u.type)) *
-                         ceil_div(rows.r_max, shrink_ranks(rows));
+                         ceil_div(rows.r_max, ranks_at_once(rows));
   const int64_t wanted = std::min<int64_t>(blocks_wanted / std::max<int64_t>(blocks, 1), u.columns / 256);
   const int chunk = ceil_div(u.columns, std::clamp<int64_t>(wanted, 1, 16));
   return std::max(1, ceil_div(u.columns, std::max(1, ceil_div(chunk, 32) * 32)));
@@ -459,45 +469,40 @@ int lora_shrink_splits(const LoraRows& rows, const LoraStream& u) {
 
 cudaError_t lora_shrink_cuda(const LoraRows& rows, const LoraStream& u, const LoraFactor<const void>& f, float scale,
                              const LoraRng& drop, float* parts, int splits, cudaStream_t stream) {
-  const int chunk = ceil_div(ceil_div(u.columns, splits), 32) * 32;
-  const ShrinkArgs args = {rows,
-                           stream_args(u),
-                           factor_args(f, u.columns, rows.r_max),
-                           drop,
-                           scale,
-                           parts,
-                           splits,
-                           chunk,
-                           ceil_div(rows.r_max, shrink_ranks(rows)),
-                           ceil_div(rows.block_m, shrink_rows(rows, u.type))};
+  ShrinkArgs args = {};
+  args.rows = rows, args.u = stream_args(u), args.f = factor_args(f, u.columns, rows.r_max);
+  args.drop = drop, args.scale = scale, args.parts = parts;
+  args.splits = splits, args.chunk = ceil_div(ceil_div(u.columns, splits), 32) * 32;
+  args.rank_blocks = ceil_div(rows.r_max, ranks_at_once(rows));
   return switch_types(u.type, f.type, [&](auto ut, auto ft) {
     using U = decltype(ut);
     using F = decltype(ft);
     constexpr int most = sizeof(U) == 4 ? 2 : 4;
-    const bool few = shrink_rows(rows, u.type) == 16, narrow = shrink_ranks(rows) == 16;
-    if (few) return narrow ? launch_shrink<U, F, 1, 2>(args, stream) : launch_shrink<U, F, 1, 4>(args, stream);
-    return narrow ? launch_shrink<U, F, most, 2>(args, stream) : launch_shrink<U, F, most, 4>(args, stream);
+    const bool narrow = ranks_at_once(rows) == 16;
+    if (rows.block_m > 16 && vectors(args.u, args.f))
+      return narrow ? launch_shrink<true, U, F, most, 2>(args, stream)
+                    : launch_shrink<true, U, F, most, 4>(args, stream);
+    return narrow ? launch_shrink<false, U, F, 1, 2>(args, stream) : launch_shrink<false, U, F, 1, 4>(args, stream);
   });
 }
 
 cudaError_t lora_expand_cuda(const LoraRows& rows, const LoraStream& y, const LoraFactor<const void>& f, float scale,
                              const LoraRng& drop, const float* parts, int splits, float* sum, cudaStream_t stream) {
-  const int column_blocks = ceil_div(y.columns, 64 * warps), row_blocks = ceil_div(rows.block_m, expand_rows(rows));
-  const ExpandArgs args = {
-      rows,          stream_args(y), factor_args(f, y.columns, rows.r_max), drop, scale, parts, sum, splits,
-      column_blocks, row_blocks};
-  const int64_t blocks = static_cast<int64_t>(rows.tiles) * row_blocks * column_blocks;
+  ExpandArgs args = {};
+  args.rows = rows, args.y = stream_args(y), args.f = factor_args(f, y.columns, rows.r_max);
+  args.drop = drop, args.scale = scale, args.parts = parts, args.splits = splits, args.sum = sum;
+  args.column_blocks = ceil_div(y.columns, 64 * warps);
   return switch_types(y.type, f.type, [&](auto yt, auto ft) {
     using Y = decltype(yt);
     using F = decltype(ft);
-    if (expand_rows(rows) == 16) return launch_blocks(lora_expand_kernel<F, Y, 1>, blocks, 0, stream, args);
-    return launch_blocks(lora_expand_kernel<F, Y, 2>, blocks, 0, stream, args);
+    if (rows.block_m > 16 && vectors(args.y, args.f)) return launch_expand<true, F, Y, 2>(args, stream);
+    return launch_expand<false, F, Y, 1>(args, stream);
   });
 }
 
 int lora_wgrad_splits(const LoraRows& rows, const LoraStream& u) {
-  const int64_t blocks = static_cast<int64_t>(ceil_div(u.columns, 64)) * ceil_div(rows.r_max, wgrad_ranks(rows)) *
-                         (!rows.planned ? 1 : rows.adapters);
+  const int64_t blocks = static_cast<int64_t>(ceil_div(u.columns, 64)) * ceil_div(rows.r_max, ranks_at_once(rows)) *
+                         (rows.planned ? rows.adapters : 1);
   const int64_t wanted = 2 * blocks_wanted / std::max<int64_t>(blocks, 1);
   return static_cast<int>(std::clamp<int64_t>(std::min<int64_t>(wanted, rows.m / 256), 1, 32));
 }
@@ -506,27 +511,21 @@ cudaError_t lora_wgrad_cuda(const LoraRows& rows, const LoraStream& u, const flo
                             const LoraFactor<void>& out, int64_t out_size, float* partial, int splits,
                             cudaStream_t stream) {
   const bool split = splits > 1;
-  const WgradArgs args = {rows,
-                          stream_args(u),
-                          v,
-                          drop,
-                          scale,
-                          split ? partial : out.data,
-                          split ? Dtype::f32 : out.type,
-                          out.rank_stride,
-                          out.column_stride,
-                          out_size,
-                          splits,
-                          ceil_div(u.columns, 64),
-                          ceil_div(rows.r_max, wgrad_ranks(rows))};
-  const int64_t adapters = !rows.planned ? 1 : rows.adapters;
-  const int64_t blocks = adapters * splits * args.column_blocks * args.rank_blocks;
+  WgradArgs args = {};
+  args.rows = rows, args.u = stream_args(u), args.v = v, args.drop = drop, args.scale = scale;
+  args.out = split ? partial : out.data, args.out_type = split ? Dtype::f32 : out.type;
+  args.rank_stride = out.rank_stride, args.column_stride = out.column_stride, args.out_size = out_size;
+  args.splits = splits, args.column_blocks = ceil_div(u.columns, 64);
+  const auto go = [&](auto kernel, int ranks) {
+    args.rank_blocks = ceil_div(rows.r_max, ranks);
+    const int64_t blocks =
+        static_cast<int64_t>(rows.planned ? rows.adapters : 1) * splits * args.column_blocks * args.rank_blocks;
+    return launch_blocks(kernel, blocks, warps * ranks * wgrad_pitch, stream, args);
+  };
   const cudaError_t code = switch_dtype(u.type, [&](auto ut) {
     using U = decltype(ut);
-    const auto go = [&](auto kernel, int ranks) {
-      return launch_blocks(kernel, blocks, warps * ranks * wgrad_pitch, stream, args);
-    };
-    return wgrad_ranks(rows) == 16 ? go(lora_wgrad_kernel<U, 1>, 16) : go(lora_wgrad_kernel<U, 2>, 32);
+    if (!args.u.wide) return go(lora_wgrad_kernel<false, U, 1>, 16);
+    return ranks_at_once(rows) == 16 ? go(lora_wgrad_kernel<true, U, 1>, 16) : go(lora_wgrad_kernel<true, U, 2>, 32);
   });
   if (code != cudaSuccess || !split) return code;
   return lora_sum_cuda(partial, splits, out_size, out.data, out.type, stream);
@@ -540,7 +539,7 @@ cudaError_t lora_sum_cuda(const float* parts, int splits, int64_t size, void* ou
 
 bool lora_can_decode(const LoraRows& rows, const LoraStream& x, const LoraStream& y, Dtype factors) {
   const bool shapes =
-      rows.block_m == 16 && rows.m <= (!rows.planned ? few_rows : max_decode_rows) && rows.r_max <= max_decode_ranks;
+      rows.block_m == 16 && rows.m <= (rows.planned ? max_decode_rows : few_rows) && rows.r_max <= max_decode_ranks;
   if (!shapes || x.type != y.type || (factors != x.type && factors != Dtype::f32)) return false;
   return switch_decode(x.type, factors, [](auto kernel) { return can_cluster(kernel); });
 }
@@ -550,17 +549,11 @@ cudaError_t lora_decode_cuda(const LoraRows& rows, const LoraStream& x, const Lo
                              float y_scale, const LoraRng& drop, float* t, cudaStream_t stream) {
   if (rows.tiles == 0) return cudaSuccess;
   const int ld = decode_pitch(rows);
-  const DecodeArgs args = {rows,
-                           stream_args(x),
-                           stream_args(y),
-                           factor_args(a, x.columns, rows.r_max),
-                           factor_args(b, y.columns, rows.r_max),
-                           drop,
-                           t_scale,
-                           y_scale,
-                           t,
-                           ceil_div(ceil_div(x.columns, cluster), 32) * 32,
-                           ld};
+  DecodeArgs args = {};
+  args.rows = rows, args.x = stream_args(x), args.y = stream_args(y);
+  args.a = factor_args(a, x.columns, rows.r_max), args.b = factor_args(b, y.columns, rows.r_max);
+  args.drop = drop, args.t_scale = t_scale, args.y_scale = y_scale, args.t = t, args.ld = ld;
+  args.chunk = ceil_div(ceil_div(x.columns, cluster), 32) * 32;
   const size_t shared = (2 * 16 * ld + decode_warps * 256) * sizeof(float);
   return switch_decode(x.type, a.type, [&](auto kernel) {
     return launch_cluster(kernel, cluster, dim3(rows.tiles * cluster), dim3(32 * decode_warps), shared, stream, args);

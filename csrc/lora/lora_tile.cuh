@@ -1,8 +1,8 @@
 // The products of LoRA for one warp, in the fragments of mma m16n8k16 (common/device.cuh).
 //
-// No operand goes through shared memory: each of its elements is needed by one lane of a warp. The order of the sum, and
-// that of rows and columns of the result, may be any, as long as both operands agree, so it is chosen such that what a
-// lane needs is 16 consecutive bytes. Lane 4 g + q as in device.cuh.
+// No operand goes through shared memory: each of its elements is needed by one lane of a warp. The order of the sum,
+// and that of rows and columns of the result, may be any, as long as both operands agree, so it is chosen such that
+// what a lane needs is 16 consecutive bytes. Lane 4 g + q as in device.cuh.
 #pragma once
 
 #include <cmath>
@@ -39,12 +39,12 @@ __device__ inline float get(const Eight<T>& v, int i) {
     return widen(T{static_cast<uint16_t>(v.w[i / 2] >> 16 * (i % 2))});
 }
 
-// The first `left` (any number) of eight elements at p, zeros for the others; wide: p is aligned to 16 bytes and left a
-// multiple of 8, or at most 0.
-template <class T>
+// The first `left` (any number) of eight elements at p, zeros for the others. WIDE or wide: p is aligned to 16 bytes
+// and left a multiple of 8, or at most 0. Where that is known to the compiler, a kernel takes fewer registers.
+template <bool WIDE, class T>
 __device__ inline Eight<T> load_eight(const T* p, int64_t stride, int left, bool wide) {
   Eight<T> v = {};
-  if (wide) {
+  if (WIDE || wide) {
     if (left > 0) {
       constexpr int N = 2 * sizeof(T);
       const auto pack = load_pack<N>(reinterpret_cast<const uint32_t*>(p));
@@ -74,7 +74,8 @@ __device__ inline LoraMask mask_of(const int64_t* rng, uint32_t threshold) {
           threshold};
 }
 
-// Philox4x32-10 of README.md; a half of keep[i] is 0xffff where the element 2 i or 2 i + 1 of the eight is kept, else 0.
+// Philox4x32-10 of README.md; a half of keep[i] is 0xffff where the element 2 i or 2 i + 1 of the eight is kept, else
+// 0.
 __device__ inline void keep_eight(const LoraMask& mask, uint32_t row, uint32_t group, uint32_t (&keep)[4]) {
   uint32_t c0 = group, c1 = row, c2 = mask.offset[0], c3 = mask.offset[1], k0 = mask.key[0], k1 = mask.key[1];
 #pragma unroll
@@ -90,8 +91,8 @@ __device__ inline void keep_eight(const LoraMask& mask, uint32_t row, uint32_t g
   const uint32_t words[4] = {c0, c1, c2, c3};
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    keep[i] = ((words[i] & 0xffffu) >= mask.threshold ? 0xffffu : 0) |
-              ((words[i] >> 16) >= mask.threshold ? 0xffff0000u : 0);
+    keep[i] =
+        ((words[i] & 0xffffu) >= mask.threshold ? 0xffffu : 0) | ((words[i] >> 16) >= mask.threshold ? 0xffff0000u : 0);
 }
 
 // Dropped elements become 0, whatever they were.
@@ -134,7 +135,9 @@ struct Product {
 
 // bf16 parts that hold T beside an operand of another type.
 template <class T>
-constexpr int parts_of = std::is_same_v<T, bf16> ? 1 : std::is_same_v<T, f16> ? 2 : 3;
+constexpr int parts_of = std::is_same_v<T, bf16>  ? 1
+                         : std::is_same_v<T, f16> ? 2
+                                                  : 3;
 
 // What the part leaves of x; 0 where that is not finite, so that an infinity stays one.
 __device__ inline float rest(float x, uint32_t part) {
@@ -176,8 +179,9 @@ struct Factor {
   Along along;
 };
 
-// f[j] = columns column .. column + 7 of rank + j, j < R; zeros outside of the factor. rank is a multiple of R.
-template <int R, class F>
+// f[j] = columns column .. column + 7 of rank + j, j < R; zeros outside of the factor. rank is a multiple of R. WIDE:
+// there are vectors, along one axis or the other.
+template <bool WIDE, int R, class F>
 __device__ inline void load_ranks(Eight<F> (&f)[R], const Factor<F>& factor, int rank, int column) {
   const F* at = factor.data + rank * factor.rank_stride + column * factor.column_stride;
   if (factor.along == Along::ranks) {
@@ -195,15 +199,16 @@ __device__ inline void load_ranks(Eight<F> (&f)[R], const Factor<F>& factor, int
   }
 #pragma unroll
   for (int j = 0; j < R; ++j)
-    f[j] = load_eight(at + j * factor.rank_stride, factor.column_stride,
-                      rank + j < factor.ranks ? factor.columns - column : 0, factor.along == Along::columns);
+    f[j] = load_eight<WIDE>(at + j * factor.rank_stride, factor.column_stride,
+                            rank + j < factor.ranks ? factor.columns - column : 0, factor.along == Along::columns);
 }
 
-// -- shrink: c [16 MT, 8 NT] += drop(u) f^T over columns ---------------------------------------------------------------
+// -- shrink: c [16 MT, 8 NT] += drop(u) f^T over columns
+// ---------------------------------------------------------------
 
 // Column 8 q + i of 32 is the sum's index i % 4 of lane q in step i / 4; rank g NT + j is column g of tile j. So
 // c[.][j][e] of a lane is its row of half e / 2 and rank (2 q + e % 2) NT + j.
-template <class U, class F, int MT, int NT>
+template <bool WIDE, class U, class F, int MT, int NT>
 struct Shrink {
   static constexpr bool same = std::is_same_v<U, F>;
   using Multiply = Product<U, F, same ? 1 : parts_of<U>, same ? 1 : parts_of<F>, 3>;
@@ -218,8 +223,8 @@ struct Shrink {
     for (int i = 0; i < MT; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        u[i][half] = load_eight(data + rows[i][half] * columns + column, 1, rows[i][half] < 0 ? 0 : left, wide);
-    load_ranks(f, factor, lane / 4 * NT, column);
+        u[i][half] = load_eight<WIDE>(data + rows[i][half] * columns + column, 1, rows[i][half] < 0 ? 0 : left, wide);
+    load_ranks<WIDE>(f, factor, lane / 4 * NT, column);
   }
 
   __device__ void multiply(float (&c)[MT][NT][4], const int (&rows)[MT][2], const LoraMask& mask, int step, int lane) {
@@ -271,13 +276,14 @@ struct Shrink {
 };
 
 // The steps first, first + stride .. below end, 32 columns each; the next one is on its way while one is multiplied.
-template <class U, class F, int MT, int NT>
+template <bool WIDE, class U, class F, int MT, int NT>
 __device__ inline void shrink_warp(float (&c)[MT][NT][4], const U* data, int64_t columns, bool wide,
                                    const int (&rows)[MT][2], const Factor<F>& factor, const LoraMask& mask, int first,
                                    int end, int stride, int lane) {
   if (first >= end) return;
-  Shrink<U, F, MT, NT> now, next;
+  Shrink<WIDE, U, F, MT, NT> now, next;
   now.load(data, columns, wide, rows, factor, first, lane);
+#pragma unroll 1
   for (int step = first; step < end; step += stride) {
     if (step + stride < end) next.load(data, columns, wide, rows, factor, step + stride, lane);
     now.multiply(c, rows, mask, step, lane);
@@ -285,10 +291,11 @@ __device__ inline void shrink_warp(float (&c)[MT][NT][4], const U* data, int64_t
   }
 }
 
-// -- expand: c [16 MT, 64] += v f ---------------------------------------------------------------------------------------
+// -- expand: c [16 MT, 64] += v f
+// ---------------------------------------------------------------------------------------
 
-// fp32 rows of v [., ld], the sum of `parts` arrays; slots as rows of u, -1 where there are none. The sum goes to `sum`,
-// an array of its own, unless that is null.
+// fp32 rows of v [., ld], the sum of `parts` arrays; slots as rows of u, -1 where there are none. The sum goes to
+// `sum`, an array of its own, unless that is null.
 struct Small {
   const float* data;
   int64_t part_stride;
@@ -303,12 +310,14 @@ __device__ inline void load_small(float (&v)[4], const Small& small, int64_t slo
   if (slot < 0 || rank >= ranks) return;
   const float* at = small.data + slot * small.ld + rank;
   if (small.ld % 4 == 0) {  // a row is aligned to 16 bytes and goes on to the end of the four
+#pragma unroll 1
     for (int part = 0; part < small.parts; ++part) {
       const auto pack = load_pack<4>(at + part * small.part_stride);
 #pragma unroll
       for (int i = 0; i < 4; ++i) v[i] += rank + i < ranks ? pack.lane[i] : 0;
     }
   } else {
+#pragma unroll 1
     for (int part = 0; part < small.parts; ++part)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
@@ -322,12 +331,13 @@ __device__ inline void load_small(float (&v)[4], const Small& small, int64_t slo
 
 // Rank 4 q + i of 16 is the sum's index i of lane q; column g of tile j is column (g % 2) 32 + g / 2 8 + j of 64. So
 // c[.][j][e] of a lane is its row of half e / 2 and column e % 2 32 + 8 q + j: vectors along j.
-template <class F, class Y, int MT>
+template <bool WIDE, class F, class Y, int MT>
 __device__ inline void expand_warp(float (&c)[MT][8][4], const Small& small, const int64_t (&slots)[MT][2],
                                    const Factor<F>& factor, int column, int lane) {
   constexpr bool fma = sizeof(F) == 4 && sizeof(Y) == 4;
   using Multiply = Product<float, F, 2, std::is_same_v<F, bf16> ? 1 : 2, 2>;
   const int g = lane / 4, q = lane % 4;
+#pragma unroll 1
   for (int step = 0; step < factor.ranks; step += 16) {
     const int rank = step + 4 * q;
     float v[MT][2][4];
@@ -336,7 +346,7 @@ __device__ inline void expand_warp(float (&c)[MT][8][4], const Small& small, con
 #pragma unroll
       for (int half = 0; half < 2; ++half) load_small(v[i][half], small, slots[i][half], rank, factor.ranks);
     Eight<F> f[4];
-    load_ranks(f, factor, rank, column + g % 2 * 32 + g / 2 * 8);
+    load_ranks<WIDE>(f, factor, rank, column + g % 2 * 32 + g / 2 * 8);
     if constexpr (fma) {
       float a[MT][8], b[8][4];
 #pragma unroll
@@ -377,7 +387,7 @@ __device__ inline void expand_warp(float (&c)[MT][8][4], const Small& small, con
 }
 
 // y += scale * mask * c in the layout of expand_warp, one rounding.
-template <class Y, int MT>
+template <bool WIDE, class Y, int MT>
 struct Update {
   Eight<Y> y[MT][2][2];
 
@@ -389,8 +399,8 @@ struct Update {
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
           const int at = column + 32 * side + lane % 4 * 8;
-          y[i][half][side] = load_eight(data + rows[i][half] * columns + at, 1,
-                                        rows[i][half] < 0 ? 0 : static_cast<int>(columns) - at, wide);
+          y[i][half][side] = load_eight<WIDE>(data + rows[i][half] * columns + at, 1,
+                                              rows[i][half] < 0 ? 0 : static_cast<int>(columns) - at, wide);
         }
   }
 
@@ -413,7 +423,7 @@ struct Update {
             out[j] = get(y[i][half][side], j) + (kept ? scale * c[i][j][2 * half + side] : 0.0f);
           }
           Y* to = data + rows[i][half] * columns + at;
-          if (wide) {
+          if (WIDE || wide) {
             pk::store<8>(to, out);
           } else {
 #pragma unroll
@@ -424,11 +434,12 @@ struct Update {
   }
 };
 
-// -- wgrad: c [16 RT, 64] += v^T drop(u) over rows -----------------------------------------------------------------------
+// -- wgrad: c [16 RT, 64] += v^T drop(u) over rows
+// -----------------------------------------------------------------------
 
-// Row 4 q + i of 16 is the sum's index i of lane q; rank 2 g + half is row g + 8 half, and column 8 g + j is column g of
-// tile j. So c[.][j][e] of a lane is rank 2 g + e / 2 and column 8 (2 q + e % 2) + j.
-template <class U, int RT>
+// Row 4 q + i of 16 is the sum's index i of lane q; rank 2 g + half is row g + 8 half, and column 8 g + j is column g
+// of tile j. So c[.][j][e] of a lane is rank 2 g + e / 2 and column 8 (2 q + e % 2) + j.
+template <bool WIDE, class U, int RT>
 struct Wgrad {
   using Multiply = Product<float, U, 3, parts_of<U>, 3>;
 
@@ -442,7 +453,7 @@ struct Wgrad {
     const int at = column + lane / 4 * 8;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      u[i] = load_eight(data + rows[i] * columns + at, 1, rows[i] < 0 ? 0 : static_cast<int>(columns) - at, wide);
+      u[i] = load_eight<WIDE>(data + rows[i] * columns + at, 1, rows[i] < 0 ? 0 : static_cast<int>(columns) - at, wide);
       const float* from = small + (slot + lane % 4 * 4 + i) * ld;
 #pragma unroll
       for (int t = 0; t < RT; ++t)
