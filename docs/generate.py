@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 # Names of `pk` by what they are for; the methods themselves come by the registry.
 GROUPS = {
     "Attaching": "attach detach active set_active disabled rename",
-    "Routing": "route checkpoint_context",
+    "Routing": "route AdapterBank checkpoint_context",
     "Training": "fit calibrate penalty hf.Callback",
     "Saving": "save load",
     "Merging and combining": "merge unmerge MergeReport combine CombineReport",
@@ -365,7 +365,7 @@ def documented(name: str, thing: Any, level: int) -> Iterator[str]:
             for n, link in links.items()
         ]
         yield table(("", ""), rows)
-    if thing in (Method, Tuner):
+    if thing in (Method, Tuner, pk.AdapterBank):
         for member, function in vars(thing).items():
             own = function.__func__ if isinstance(function, (classmethod, staticmethod)) else function
             if inspect.isfunction(own) and own.__doc__ and not member.startswith("_"):

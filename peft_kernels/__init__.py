@@ -2,6 +2,7 @@
 
 from . import hf, ops
 from ._version import __version__
+from .bank import AdapterBank
 from .engine.attach import active, attach, detach, disabled, rename, set_active
 from .engine.calibrate import calibrate
 from .engine.combine import CombineReport, combine
@@ -34,6 +35,7 @@ from .ops import BackendError, backend
 
 __all__ = [
     "IA3",
+    "AdapterBank",
     "BackendError",
     "BitFit",
     "ByLayer",

@@ -47,8 +47,9 @@ def _error(out: Tensor, truth: Tensor) -> float:
 
 
 def outputs(out: Any) -> list[Tensor]:
-    """What an op returned, as a list."""
-    return [out] if isinstance(out, Tensor) else list(out)
+    """What an op returned, as a list; several results, which come as a list, are one vector in it."""
+    outs = out if isinstance(out, tuple) else (out,)
+    return [o if isinstance(o, Tensor) else torch.cat([t.flatten() for t in o]) for o in outs]
 
 
 def double(args: tuple) -> tuple:

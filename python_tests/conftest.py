@@ -1,15 +1,18 @@
-"""What every test runs under: no network, Triton's interpreter, and memory that shows when it was not written."""
+"""What every test runs under: no network, GPU kernels on the CPU, and memory that shows when it was not written."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import emulation
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel module is imported
+if not torch.cuda.is_available():  # GPU kernels run on the CPU; before any kernel module is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    if "PEFT_KERNELS_EMULATED" not in os.environ and (library := emulation.kernels()):
+        os.environ["PEFT_KERNELS_EMULATED"] = str(library)
 
 # torch.empty, from C++ too, is filled with NaN: an output that a kernel leaves unwritten fails its law.
 torch.use_deterministic_algorithms(True, warn_only=True)

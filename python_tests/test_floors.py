@@ -17,7 +17,7 @@ PACKAGE = ROOT / "peft_kernels"
 FLOORS = {
     **{"files": 0, "kernels": 0, "ops": 1, "engine": 1, "methods": 2, "explain": 2, "check": 2, "hf_trainer": 2},
     **{"hf": 3, "data": 3, "resume": 3, "standalone": 4, "batches": 4, "bench": 4, "probe": 5, "tasks": 6, "report": 7},
-    **{"train": 8, "sweep": 9, "cli": 10, "__main__": 11},
+    **{"train": 8, "sweep": 9, "cli": 10, "__main__": 11, "bank": 3},
 }
 EXTERNAL = {
     "kernels": {"torch", "triton"},

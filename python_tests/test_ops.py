@@ -23,7 +23,7 @@ DIFFERENTIABLE = [op for op in OPS.values() if op.gradient is not None]
 
 
 def _runnable():
-    """(op, backend, device): what can run in this process; "triton" on the CPU is its interpreter."""
+    """(op, backend, device): what can run in this process; on the CPU, "triton" is interpreted and "cuda" emulated."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for op, device in itertools.product(OPS.values(), devices):
         op._load(device)
@@ -206,7 +206,7 @@ def test_opcheck(op):
         checks = ["test_schema", "test_faketensor"]
         if op.gradient is not None:
             checks += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
-        torch.library.opcheck(op.dispatch, tuple(args), test_utils=checks)
+        torch.library.opcheck(op.dispatch, op.grouped(tuple(args)), test_utils=checks)
 
 
 @every_differentiable

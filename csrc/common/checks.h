@@ -12,9 +12,19 @@
 
 #ifdef PK_WITH_CUDA
 #include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
 #endif
 
 #define PK_CHECK STD_TORCH_CHECK
+
+// Where the glue registers its ops, and for which tensors the launchers of .cu files are.
+#ifdef PK_EMULATE  // the CUDA kernels on the CPU, for tests: emulate/cuda_runtime.h
+#define PK_OPS _peft_kernels_emulated
+#define PK_CUDA_KEY CPU
+#else
+#define PK_OPS _peft_kernels
+#define PK_CUDA_KEY CUDA
+#endif
 
 namespace pk {
 
@@ -63,13 +73,23 @@ inline Tensor new_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArra
   return Tensor(out);
 }
 
-#ifdef PK_WITH_CUDA
+#ifdef PK_EMULATE
+inline bool on_cuda(const Tensor&) { return true; }
+inline cudaStream_t stream_of(const Tensor&) { return nullptr; }
+struct DeviceGuard {
+  explicit DeviceGuard(int32_t) {}
+};
+#elif defined(PK_WITH_CUDA)
+using torch::stable::accelerator::DeviceGuard;
+inline bool on_cuda(const Tensor& t) { return t.is_cuda(); }
 inline cudaStream_t stream_of(const Tensor& t) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
+#endif
 
+#ifdef PK_WITH_CUDA
 inline void check_cuda(cudaError_t code, const char* what) {
   PK_CHECK(code == cudaSuccess, what, ": ", cudaGetErrorString(code));
 }

@@ -96,7 +96,8 @@ inline Isa isa() {
 }  // namespace pk
 
 // PK_DECLARE_ISA(void f(int);) declares f once per level; the definition is in <op>_cpu.cpp, in namespace pk::PK_ISA.
-// PK_DISPATCH_ISA(f, args...) calls the f of the level in use, from any namespace.
+// PK_DISPATCH_ISA(f, args...) calls the f of the level in use, from any namespace. There is none among emulated
+// kernels.
 #ifdef PK_X86
 #define PK_DECLARE_ISA(...) \
   namespace pk {            \
@@ -134,4 +135,9 @@ inline Isa isa() {
   }                         \
   }
 #define PK_DISPATCH_ISA(fn, ...) [&] { return ::pk::baseline::fn(__VA_ARGS__); }()
+#endif
+#ifdef PK_EMULATE
+#undef PK_DISPATCH_ISA
+#define PK_DISPATCH_ISA(fn, ...) \
+  [&]() -> decltype(::pk::baseline::fn(__VA_ARGS__)) { throw std::logic_error(#fn " has no emulated CUDA kernel"); }()
 #endif

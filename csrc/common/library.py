@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -40,3 +42,18 @@ def unavailable(device: str) -> str:
     if _C.build_info()["cuda"] is None:
         return "the binary was built for the CPU alone; build with PEFT_KERNELS_BUILD=cuda"
     return ""
+
+
+@functools.cache
+def emulated(name: str) -> ModuleType:
+    """A second copy of the native module `name`, whose ops are the CUDA kernels run on the CPU.
+
+    For tests: PEFT_KERNELS_EMULATED is the path of the library that csrc/emulate makes of them.
+    """
+    torch.ops.load_library(os.environ["PEFT_KERNELS_EMULATED"])
+    spec = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module._ops = torch.ops._peft_kernels_emulated
+    module.unavailable = lambda device: ""
+    return module

@@ -5,13 +5,21 @@ One adapter:
 add_(y, x, a, b, scale, p, rng) -> t        y += scale * t b^T in place, t = drop(x) a^T [M, r] fp32
 backward_(dx, g, x, a, b, t, scale, p, rng, need_da, need_db) -> (da, db)        dx += drop'(dt a) in place unless None
 
-Many adapters, bank = (a, bt, r_indptr, scaling, ids):
+Many adapters, bank = (a, bt, r_indptr, scaling, ids), plan as plan.py makes it or None, no adapter wider than r_max:
 
-multi_add_(y, x, *bank, p, rng)        y += scale * t bt in place
-multi_backward_(dx, g, x, *bank, p, rng, need_da, need_dbt) -> (da, dbt)        dx += drop'(dt a) in place unless None
+multi_add_(y, x, *bank, plan, r_max, p, rng)        y += scale * t bt in place
+multi_backward_(dx, g, x, *bank, plan, r_max, p, rng, need_da, need_dbt) -> (da, dbt)
+    dx += drop'(dt a) in place unless None
+
+Several linears of one x, slices = (a, bs, scales), a [R, K] and t [M, R] being those of all side by side:
+
+slices_add_(ys, x, *slices, p, rng) -> t        each y += scale * t_s b^T in place
+slices_backward_(dx, gs, x, *slices, t, p, rng, need_da, need_db) -> (da, dbs)        dx += drop'(dt a) unless None
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -89,9 +97,9 @@ def compose_multi(add_, backward_):
         return multi_lora_add_inplace(y.clone(memory_format=torch.contiguous_format), *args)
 
     def gradients(dx, g, x, a, bt, *args):
-        *rest, p, rng, needs = args
-        bank = packed(a, bt, *rest)
-        da, dbt = backward_(dx, g.contiguous(), x.contiguous(), *bank, p, rng, needs[1], needs[2])
+        *args, needs = args
+        bank = packed(a, bt, *args[:3])
+        da, dbt = backward_(dx, g.contiguous(), x.contiguous(), *bank, *args[3:], needs[1], needs[2])
         return _wanted((dx, da, dbt), (x, a, bt), needs)
 
     def multi_lora_add_backward(g, x, *args):
@@ -113,3 +121,53 @@ def compose_multi(add_, backward_):
         multi_lora_linear,
         multi_lora_linear_backward,
     )
+
+
+def compose_slices(add_, backward_):
+    """(lora_linear_slices, lora_linear_slices_backward) over the primitives."""
+
+    def lists(spread):
+        n = len(spread) // 4
+        return [spread[i * n : (i + 1) * n] for i in range(4)]
+
+    def factors(as_, bs, scales):
+        return torch.cat(as_), [b.contiguous() for b in bs], scales
+
+    def lora_linear_slices(x, scales, p, rng, *spread):
+        ws, biases, as_, bs = lists(spread)
+        x = x.contiguous()
+        ys = [_frozen(x, w, bias)[1] for w, bias in zip(ws, biases, strict=True)]
+        return ys, add_(ys, x, *factors(as_, bs, scales), p, rng)
+
+    def lora_linear_slices_backward(x, t, scales, p, rng, needs, *spread):
+        gs, ws, as_, bs = lists(spread)
+        gs, dx = [g.contiguous() for g in gs], None
+        if needs[0]:
+            (g, w), *others = zip(gs, ws, strict=True)
+            dx = g @ w
+            rows = dx.view(math.prod(x.shape[:-1]), x.shape[-1])
+            for g, w in others:
+                rows.addmm_(g.view(len(rows), len(w)), w)
+        slices = factors(as_, bs, scales)
+        da, dbs = backward_(dx, gs, x.contiguous(), *slices, t.contiguous(), p, rng, needs[1], needs[2])
+        return *_wanted((dx, da), (x, slices[0]), needs[:2]), list(dbs) if needs[2] else [b.new_empty(0) for b in bs]
+
+    return lora_linear_slices, lora_linear_slices_backward
+
+
+def one_by_one(add_, backward_):
+    """The primitives of several linears over those of one, for kernels that have no better way."""
+
+    def slices_add_(ys, x, a, bs, scales, p, rng):
+        own = a.split([b.shape[1] for b in bs])
+        return torch.cat([add_(y, x, *rest, p, rng) for y, *rest in zip(ys, own, bs, scales, strict=True)], 1)
+
+    def slices_backward_(dx, gs, x, a, bs, scales, t, *rest):
+        ranks = [b.shape[1] for b in bs]
+        every = zip(gs, a.split(ranks), bs, t.split(ranks, 1), scales, strict=True)
+        das, dbs = zip(
+            *(backward_(dx, g, x, own, b, u.contiguous(), s, *rest) for g, own, b, u, s in every), strict=True
+        )
+        return None if das[0] is None else torch.cat(das), dbs
+
+    return slices_add_, slices_backward_

@@ -15,9 +15,12 @@ namespace pk::PK_ISA {
 namespace {
 
 constexpr int64_t kDepth = 384;      // columns of x that shrink holds in L1
+constexpr int64_t kSum = 96;         // of them, those that shrink sums before it adds: 384 in a row would round worse
+constexpr int64_t kDots = 1024;      // columns of x that few rows are multiplied at a time: a page of the factor
 constexpr int64_t kRows = 24;        // rows of x beside them: whole tiles of 4, 6 and 8
 constexpr int64_t kCols = 384;       // widest column block of expand and wgrad: whole tiles, whole dropout steps
 constexpr int64_t kBand = 64;        // rows of one expand task
+constexpr int64_t kBare = 8;         // rows up to which expand reads its factor where it lies
 constexpr int64_t kSlab = 32;        // rows that wgrad sums before it goes to the next columns of the tile
 constexpr int64_t kRanks = 64;       // ranks of one pass over x or g
 constexpr int64_t kMove = 16;        // multiply-adds in the time of moving one element
@@ -257,6 +260,92 @@ void run(const Product& p, int64_t rows, int64_t cols) {
   }
 }
 
+// As run, over a long depth.
+void run_deep(Product p, int64_t rows, int64_t cols) {
+  for (int64_t left = p.depth; left > 0; left -= kSum) {
+    p.depth = at_most(left, kSum);
+    run(p, rows, cols);
+    p.a += kSum * p.next;
+    p.b += kSum * p.ldb;
+    p.add = true;
+  }
+}
+
+// -- products with rows of a factor as they lie -----------------------------------------------------------------------
+
+typedef float quad __attribute__((vector_size(16)));
+
+// The sum of each of four vectors.
+PK_INLINE quad sums_of(const vec (&v)[4]) {
+  quad q[4];
+  for (int c = 0; c < 4; ++c) {
+    quad part[W / 4];
+    std::memcpy(part, &v[c], sizeof(part));
+    for (int half = W / 8; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) part[i] += part[i + half];
+    q[c] = part[0];
+  }
+#ifdef __SSE2__
+  __m128 lane[4];
+  std::memcpy(lane, q, sizeof(lane));
+  _MM_TRANSPOSE4_PS(lane[0], lane[1], lane[2], lane[3]);
+  return (quad)((lane[0] + lane[2]) + (lane[1] + lane[3]));
+#else
+  quad sum;
+  for (int c = 0; c < 4; ++c) sum[c] = (q[c][0] + q[c][2]) + (q[c][1] + q[c][3]);
+  return sum;
+#endif
+}
+
+// out[i][c] = x[i][0..depth) . f[c][0..depth) for R rows of x and four of f, `ahead` elements behind which lies what
+// is wanted next.
+template <int R, class F>
+PK_INLINE void dot_tile(const float* const* x, const F* const* f, int64_t depth, int64_t ahead, quad* out) {
+  vec sum[R][4] = {};
+  const auto step = [&](const auto& element) {
+    vec right[4];
+    for (int c = 0; c < 4; ++c) right[c] = element(f[c]);
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) {
+      const vec left = element(x[i]);
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) sum[i][c] = fma(left, right[c], sum[i][c]);
+    }
+  };
+  int64_t d = 0;
+  for (; d + W <= depth; d += W) {
+    for (int c = 0; c < 4; ++c) __builtin_prefetch(f[c] + d + ahead);
+    step([&](const auto* p) { return load(p + d); });
+  }
+  if (d < depth) step([&](const auto* p) { return load_n(p + d, static_cast<int>(depth - d)); });
+  for (int i = 0; i < R; ++i) out[i] = sums_of(sum[i]);
+}
+
+// out [m, r] (rows ldo apart) = factor * x [m, depth] f^T, where f [r, depth] has rows ldf apart.
+template <class F>
+void dots(float* out, int64_t ldo, const float* const* x, int64_t m, const F* f, int64_t ldf, int64_t r, int64_t depth,
+          float factor) {
+  constexpr int R = W == 16 ? 4 : 2;  // 16 sums and what they are made of fill the registers of AVX-512
+  for (int64_t rank = 0; rank < r; rank += 4) {
+    const F* four[4];  // of a last tile that is not full some twice
+    for (int64_t c = 0; c < 4; ++c) four[c] = f + at_most(rank + c, r - 1) * ldf;
+    const int64_t ranks = at_most(r - rank, 4), ahead = rank + 8 <= r ? 4 * ldf : 0;
+    quad sums[R];
+    for (int64_t i = 0; i < m;) {
+      const int64_t rows = m - i >= R ? R : 1;
+      if (rows == R)
+        dot_tile<R>(x + i, four, depth, i ? 0 : ahead, sums);
+      else
+        dot_tile<1>(x + i, four, depth, i ? 0 : ahead, sums);
+      for (int64_t q = 0; q < rows; ++q) {
+        const quad scaled = sums[q] * factor;
+        std::memcpy(out + (i + q) * ldo + rank, &scaled, ranks * sizeof(float));
+      }
+      i += rows;
+    }
+  }
+}
+
 // -- packed factors -------------------------------------------------------------------------------------------------
 
 class Buffer {
@@ -271,7 +360,6 @@ class Buffer {
 
 // dst[c][i] = src[first + i * ld + c] for i < rows, which are padded to a multiple of 4 with zeros.
 void transpose(float* dst, int64_t ldd, LoraIn src, int64_t first, int64_t ld, int64_t rows, int64_t cols) {
-  typedef float quad __attribute__((vector_size(16)));
   constexpr int64_t chunk = 256;
   alignas(64) float line[4][chunk];
   for (int64_t c = 0; c < cols; c += chunk)
@@ -325,12 +413,13 @@ struct Rows {
   bool adjoining(int64_t from, int64_t count) const { return (*this)[from + count - 1] - (*this)[from] == count - 1; }
 };
 
-// The rows of one adapter, which has the ranks first .. first + r - 1 of a factor, and its t [m, r].
+// The rows of one adapter, which has the ranks first .. first + r - 1 of a factor, and its t [m, r], rows ld apart.
 struct Group {
   Rows rows;
   int64_t first, r;
   float scale;  // that shrink multiplies with
   float* t;
+  int64_t ld;
 };
 
 template <class Array>
@@ -352,11 +441,11 @@ void fetch_rows(float* dst, int64_t ld, LoraIn x, int64_t k, const Rows& rows, i
   }
 }
 
-// shrink of groups with m <= kRows: the factor is most of the traffic, so threads share its rows, and each packs its
-// own on the way. The blocks of the sum depend on k alone, and are added in order. The t of the groups adjoin.
+// shrink of groups with m <= kRows: the factor is most of the traffic, so threads share its rows. The blocks of the sum
+// depend on k alone, and are added in order. The t of the groups adjoin.
 void shrink_few(const Group* groups, int64_t count, LoraIn x, LoraIn f, bool transposed, int64_t k, float factor,
                 const Dropout& drop) {
-  const int64_t parts = blocks(k, kDepth);
+  const int64_t block = transposed ? kDots : kDepth, parts = blocks(k, block);
   int64_t all = 0, work = 0;
   for (int64_t g = 0; g < count; ++g) {
     const int64_t m = groups[g].rows.m, r = groups[g].r;
@@ -364,29 +453,40 @@ void shrink_few(const Group* groups, int64_t count, LoraIn x, LoraIn f, bool tra
     work += m * (r + kMove) + r * kMove;
   }
   const Buffer partial(parts * all);
-  parallel_for(0, count * parts, grain(kDepth * work / count), [&](int64_t begin, int64_t end) {
-    alignas(64) float rows[kRows * kDepth], u[kDepth * kRanks], sums[kRows * kRanks];
+  parallel_for(0, count * parts, grain(block * work / count), [&](int64_t begin, int64_t end) {
+    alignas(64) float rows[kRows * kDots], u[kDepth * kRanks], sums[kRows * kRanks];
+    const float* row[kRows];
     for (int64_t task = begin; task < end; ++task) {
       const Group& group = groups[task / parts];
-      const int64_t part = task % parts, d = part * kDepth, depth = at_most(k - d, kDepth);
+      const int64_t part = task % parts, d = part * block, depth = at_most(k - d, block);
       const int64_t m = group.rows.m, r = group.r;
       float* const own = partial.p + parts * (group.t - groups->t) + part * m * r;
-      fetch_rows(rows, kDepth, x, k, group.rows, 0, m, d, depth, 0, kDepth, drop);
+      const bool as_it_lies = transposed && x.type == Dtype::f32 && !drop;
+      if (!as_it_lies) fetch_rows(rows, block, x, k, group.rows, 0, m, d, depth, 0, block, drop);
+      if (transposed) {
+        for (int64_t i = 0; i < m; ++i)
+          row[i] = as_it_lies ? static_cast<const float*>(x.data) + group.rows[i] * k + d : rows + i * block;
+        switch_dtype(f.type, [&](auto element) {
+          const auto* first = static_cast<const decltype(element)*>(f.data) + group.first * k + d;
+          dots(own, r, row, m, first, k, r, depth, factor * group.scale);
+        });
+        continue;
+      }
       for (int64_t rank = 0; rank < r; rank += kRanks) {
         const int64_t ranks = at_most(r - rank, kRanks), ld = padded(ranks, W);
-        pack_rows(u, ld, from(f, group.first * k), transposed, k, r, d, depth, rank, ranks);
-        run({sums, kRanks, rows, kDepth, 1, u, ld, depth, factor * group.scale, false}, m, ld);
+        pack_rows(u, ld, from(f, group.first * k), false, k, r, d, depth, rank, ranks);
+        run_deep({sums, kRanks, rows, block, 1, u, ld, depth, factor * group.scale, false}, m, ld);
         for (int64_t i = 0; i < m; ++i) put<false>({own}, i * r + rank, sums + i * kRanks, ranks);
       }
     }
   });
   for (int64_t g = 0; g < count; ++g) {
-    const int64_t size = groups[g].rows.m * groups[g].r;
-    float* const t = groups[g].t;
-    const float* own = partial.p + parts * (t - groups->t);
+    const int64_t r = groups[g].r, size = groups[g].rows.m * r;
+    const float* own = partial.p + parts * (groups[g].t - groups->t);
     for (int64_t i = 0; i < size; ++i) {
-      t[i] = own[i];
-      for (int64_t part = 1; part < parts; ++part) t[i] += own[part * size + i];
+      float& t = groups[g].t[i / r * groups[g].ld + i % r];
+      t = own[i];
+      for (int64_t part = 1; part < parts; ++part) t += own[part * size + i];
     }
   }
 }
@@ -411,10 +511,11 @@ void shrink(const Group* groups, int64_t count, LoraIn x, LoraIn f, bool transpo
         for (int64_t d = 0; d < k; d += kDepth) {
           const int64_t depth = at_most(k - d, kDepth);
           fetch_rows(rows, kDepth, x, k, group.rows, top, count, d, depth, 0, kDepth, drop);
-          run({sums, kRanks, rows, kDepth, 1, u.p + d * ld + rank, ld, depth, factor * group.scale, d > 0}, count,
-              padded(ranks, W));
+          run_deep({sums, kRanks, rows, kDepth, 1, u.p + d * ld + rank, ld, depth, factor * group.scale, d > 0}, count,
+                   padded(ranks, W));
         }
-        for (int64_t i = 0; i < count; ++i) put<false>({group.t}, (top + i) * r + rank, sums + i * kRanks, ranks);
+        for (int64_t i = 0; i < count; ++i)
+          put<false>({group.t}, (top + i) * group.ld + rank, sums + i * kRanks, ranks);
       }
     }
   });
@@ -444,14 +545,20 @@ void expand(LoraOut y, const Group* groups, int64_t count, LoraIn f, bool transp
       const int64_t m = group.rows.m, r = group.r;
       const int64_t col = task % across * kCols, cols = at_most(n - col, kCols);
       const int64_t band = task / across % bands * kBand, bottom = at_most(m, band + kBand);
-      if (!packed) pack_columns(block, from(f, group.first * n), transposed, n, r, col, cols);
-      const float* v = packed ? all.p + col * r : block;
+      // With very few rows, packing would cost more than the conflicts in the cache that it avoids.
+      const bool as_it_lies = !packed && !transposed && f.type == Dtype::f32 && m <= kBare && cols % W == 0;
+      if (!packed && !as_it_lies) pack_columns(block, from(f, group.first * n), transposed, n, r, col, cols);
+      const float* v = packed       ? all.p + col * r
+                       : as_it_lies ? static_cast<const float*>(f.data) + group.first * n + col
+                                    : block;
       for (int64_t top = band; top < bottom; top += rows) {
         const int64_t some = at_most(bottom - top, rows), row = group.rows[top];
         const bool direct = y.type == Dtype::f32 && !drop && cols % W == 0 && group.rows.adjoining(top, some);
         for (int64_t i = 0; i < some; ++i) prefetch(y, group.rows.ahead(top + i + rows) * n + col, cols);
         float* const c = direct ? static_cast<float*>(y.data) + row * n + col : sums;
-        run({c, direct ? n : kCols, group.t + top * r, r, 1, v, kCols, r, factor, direct}, some, padded(cols, W));
+        run({c, direct ? n : kCols, group.t + top * group.ld, group.ld, 1, v, as_it_lies ? n : kCols, r, factor,
+             direct},
+            some, padded(cols, W));
         for (int64_t i = 0; i < some && !direct; ++i) {
           if (drop) drop(sums + i * kCols, group.rows[top + i], col, cols);
           put<true>(y, group.rows[top + i] * n + col, sums + i * kCols, cols);
@@ -479,7 +586,7 @@ void wgrad(LoraOut d, bool transposed, const Group* groups, int64_t count, LoraI
         for (int64_t top = 0; top < m; top += kSlab) {
           const int64_t some = at_most(m - top, kSlab);
           fetch_rows(rows, kCols, u, n, group.rows, top, some, col, cols, kSlab, 0, drop);
-          run({sums, kCols, group.t + top * r + rank, 1, r, rows, kCols, some, factor, top > 0}, ranks,
+          run({sums, kCols, group.t + top * group.ld + rank, 1, group.ld, rows, kCols, some, factor, top > 0}, ranks,
               padded(cols, W));
         }
         if (!transposed) {
@@ -509,7 +616,7 @@ class Bank {
     for (int kind = 0; kind < 3; ++kind) {
       for (const LoraGroup& g : groups)
         if (kind_of(g) == kind) {
-          groups_.push_back({{g.rows, g.m}, g.first, g.r, g.scale, t});
+          groups_.push_back({{g.rows, g.m}, g.first, g.r, g.scale, t, g.r});
           t += g.m * g.r;
         }
       ends_[kind] = static_cast<int64_t>(groups_.size());
@@ -541,26 +648,43 @@ class Bank {
   int64_t ends_[3];
 };
 
-}  // namespace
+// -- several linears ------------------------------------------------------------------------------------------------
 
-void lora_add(const LoraShape& s, LoraOut y, LoraIn x, LoraIn a, LoraIn b, float scale, const LoraDropout& drop,
-              float* t) {
-  if (s.m == 0 || s.r == 0) return;
-  const Group all = {{nullptr, s.m}, 0, s.r, 1.0f, t};
-  shrink(&all, 1, x, a, true, s.k, drop.scale(), Dropout(drop));
-  expand(y, &all, 1, b, true, s.n, scale, {});
+// r columns of the t of all slices, whose rows are ld apart.
+Group columns(int64_t m, float* t, int64_t r, int64_t ld) { return {{nullptr, m}, 0, r, 1.0f, t, ld}; }
+
+// f(slice, its columns of t) for the slices of some rank.
+template <class F>
+void each(const std::vector<LoraSlice>& slices, const LoraShape& s, float* t, const F& f) {
+  for (const LoraSlice& slice : slices) {
+    if (slice.r) f(slice, columns(s.m, t, slice.r, s.r));
+    t += slice.r;
+  }
 }
 
-void lora_backward(const LoraShape& s, LoraOut dx, LoraIn g, LoraIn x, LoraIn a, LoraIn b, const float* t, float scale,
-                   const LoraDropout& drop, LoraOut da, LoraOut db) {
-  if (s.r == 0) return;
-  const Group all = {{nullptr, s.m}, 0, s.r, 1.0f, const_cast<float*>(t)};
-  if (db.data) wgrad(db, true, &all, 1, g, s.n, scale, {});
-  if (!dx.data && !da.data) return;
-  // The factor of what dropout keeps goes into dt, for both of its uses.
+}  // namespace
+
+void lora_add(const LoraShape& s, const std::vector<LoraSlice>& slices, LoraIn x, LoraIn a, const LoraDropout& drop,
+              float* t) {
+  if (s.m == 0 || s.r == 0) return;
+  const Group all = columns(s.m, t, s.r, s.r);
+  shrink(&all, 1, x, a, true, s.k, drop.scale(), Dropout(drop));
+  each(slices, s, t,
+       [&](const LoraSlice& own, const Group& u) { expand(own.out, &u, 1, own.b, true, own.n, own.scale, {}); });
+}
+
+void lora_backward(const LoraShape& s, const std::vector<LoraSlice>& slices, LoraOut dx, LoraIn x, LoraIn a,
+                   const float* t, const LoraDropout& drop, LoraOut da) {
+  each(slices, s, const_cast<float*>(t), [&](const LoraSlice& own, const Group& u) {
+    if (own.out.data) wgrad(own.out, true, &u, 1, own.g, own.n, own.scale, {});
+  });
+  if (s.r == 0 || (!dx.data && !da.data)) return;
   const Buffer buffer(s.m * s.r);
-  const Group dt = {{nullptr, s.m}, 0, s.r, 1.0f, buffer.p};
-  if (s.m) shrink(&dt, 1, g, b, false, s.n, scale * drop.scale(), {});
+  const Group dt = columns(s.m, buffer.p, s.r, s.r);
+  // The factor of what dropout keeps goes into dt, for both of its uses.
+  each(slices, s, buffer.p, [&](const LoraSlice& own, const Group& u) {
+    if (s.m) shrink(&u, 1, own.g, own.b, false, own.n, own.scale * drop.scale(), {});
+  });
   if (da.data) wgrad(da, false, &dt, 1, x, s.k, 1.0f, Dropout(drop));
   if (dx.data && s.m) expand(dx, &dt, 1, a, false, s.k, 1.0f, Dropout(drop));
 }

@@ -28,6 +28,15 @@ struct LoraDropout {
   float scale() const { return threshold < 65536 ? 65536.0f / static_cast<float>(65536 - threshold) : 0.0f; }
 };
 
+// One of several linears of the same x: r of the r ranks of LoraShape, whose n is not used then.
+struct LoraSlice {
+  int64_t n, r;
+  LoraIn b;  // [n, r]
+  float scale;
+  LoraIn g;     // [m, n], in the backward
+  LoraOut out;  // y [m, n] or, in the backward, db [n, r]
+};
+
 // One of many adapters: m rows of x by their numbers, and its ranks first .. first + r - 1 of the bank, r >= 1.
 struct LoraGroup {
   const int64_t* rows;
@@ -37,13 +46,14 @@ struct LoraGroup {
 
 }  // namespace pk
 
-// t = drop(x) a^T and y += scale * t b^T.
-PK_DECLARE_ISA(void lora_add(const LoraShape& s, LoraOut y, LoraIn x, LoraIn a, LoraIn b, float scale,
+// Over the slices, t [m, r] = drop(x) a^T and each y += scale * t_s b^T.
+PK_DECLARE_ISA(void lora_add(const LoraShape& s, const std::vector<LoraSlice>& slices, LoraIn x, LoraIn a,
                              const LoraDropout& drop, float* t);)
 
-// With dt = scale * g b: dx += drop'(dt a), da = dt^T drop(x), db = scale * g^T t; each only if its data is not null.
-PK_DECLARE_ISA(void lora_backward(const LoraShape& s, LoraOut dx, LoraIn g, LoraIn x, LoraIn a, LoraIn b,
-                                  const float* t, float scale, const LoraDropout& drop, LoraOut da, LoraOut db);)
+// With dt_s = scale * g b: dx += drop'(dt a), da = dt^T drop(x), each db = scale * g^T t_s; each only if its data is
+// not null.
+PK_DECLARE_ISA(void lora_backward(const LoraShape& s, const std::vector<LoraSlice>& slices, LoraOut dx, LoraIn x,
+                                  LoraIn a, const float* t, const LoraDropout& drop, LoraOut da);)
 
 // Over the rows of each group, whose factors are rows of a [R, k] and bt [R, n], b transposed: y += scale * t b^T.
 PK_DECLARE_ISA(void multi_lora_add(const LoraShape& s, const std::vector<LoraGroup>& groups, LoraOut y, LoraIn x,

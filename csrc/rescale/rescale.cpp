@@ -8,8 +8,6 @@
 #include "common/checks.h"
 
 #ifdef PK_WITH_CUDA
-#include <torch/csrc/stable/accelerator.h>
-
 #include "rescale/rescale.cuh"
 #endif
 
@@ -34,8 +32,8 @@ Shape check(const Tensor& x, const Tensor& l) {
 void forward(const Tensor& x, const Tensor& l, const Tensor& y, Shape s) {
   const Dtype x_type = dtype_of(x, "x"), l_type = dtype_of(l, "l");
 #ifdef PK_WITH_CUDA
-  if (x.is_cuda()) {
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  if (on_cuda(x)) {
+    const DeviceGuard guard(x.get_device_index());
     return check_cuda(
         rescale_fwd_cuda(x_type, x.data_ptr(), l_type, l.data_ptr(), y.data_ptr(), s.rows, s.n, stream_of(x)),
         "rescale");
@@ -69,8 +67,8 @@ std::tuple<Tensor, Tensor> rescale_backward(const Tensor& g, const Tensor& x, co
   }
   void* dx_out = need_dx ? dx.data_ptr() : nullptr;
 #ifdef PK_WITH_CUDA
-  if (x.is_cuda()) {
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  if (on_cuda(x)) {
+    const DeviceGuard guard(x.get_device_index());
     const Tensor partial = new_empty(x, {rescale_chunks(s.rows), s.n}, ScalarType::Float);
     check_cuda(rescale_bwd_cuda(x_type, g.data_ptr(), x.data_ptr(), l_type, l.data_ptr(), dx_out, dl.data_ptr(),
                                 static_cast<float*>(partial.data_ptr()), s.rows, s.n, stream_of(x)),
@@ -86,18 +84,20 @@ std::tuple<Tensor, Tensor> rescale_backward(const Tensor& g, const Tensor& x, co
 }  // namespace
 }  // namespace pk
 
-STABLE_TORCH_LIBRARY_FRAGMENT(_peft_kernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PK_OPS, m) {
   m.def("rescale(Tensor x, Tensor l) -> Tensor");
   m.def("rescale_backward(Tensor g, Tensor x, Tensor l, bool need_dx, bool need_dl) -> (Tensor dx, Tensor dl)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(_peft_kernels, CPU, m) {
+#ifndef PK_EMULATE
+STABLE_TORCH_LIBRARY_IMPL(PK_OPS, CPU, m) {
   m.impl("rescale", TORCH_BOX(&pk::rescale));
   m.impl("rescale_backward", TORCH_BOX(&pk::rescale_backward));
 }
+#endif
 
 #ifdef PK_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(_peft_kernels, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(PK_OPS, PK_CUDA_KEY, m) {
   m.impl("rescale", TORCH_BOX(&pk::rescale));
   m.impl("rescale_backward", TORCH_BOX(&pk::rescale_backward));
 }

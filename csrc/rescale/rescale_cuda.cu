@@ -27,17 +27,20 @@ __global__ void rescale_fwd_kernel(const X* x, const L* l, X* y, int64_t rows, i
   }
 }
 
+template <int N>
+using Sums = float[rows_at_once][columns * N + 1];
+
 // blockIdx.y is a chunk of rows; partial[chunk] = sum over the chunk's rows of g * x.
 template <int N, class X, class L>
 __global__ void rescale_bwd_kernel(const X* g, const X* x, const L* l, X* dx, float* partial, int64_t rows, int64_t n,
                                    int64_t chunk_rows) {
-  __shared__ float sums[rows_at_once][columns * N + 1];
+  auto& sums = *reinterpret_cast<Sums<N>*>(shared_memory());
   const int64_t c = (static_cast<int64_t>(blockIdx.x) * columns + threadIdx.x) * N;
   float total[N] = {};
   if (c < n) {
     float scale[N], gv[N], xv[N];
     load<N>(l + c, scale);
-    const int64_t first = blockIdx.y * chunk_rows, last = min(first + chunk_rows, rows);
+    const int64_t first = blockIdx.y * chunk_rows, last = rows - first < chunk_rows ? rows : first + chunk_rows;
     for (int64_t row = first + threadIdx.y; row < last; row += rows_at_once) {
       load<N>(g + row * n + c, gv);
       load<N>(x + row * n + c, xv);
@@ -51,7 +54,7 @@ __global__ void rescale_bwd_kernel(const X* g, const X* x, const L* l, X* dx, fl
   }
 #pragma unroll
   for (int i = 0; i < N; ++i) sums[threadIdx.y][threadIdx.x * N + i] = total[i];
-  __syncthreads();
+  block_sync();
   const int thread = threadIdx.y * columns + threadIdx.x;
   const int64_t left = static_cast<int64_t>(blockIdx.x) * columns * N;
   for (int i = thread; i < columns * N && left + i < n; i += columns * rows_at_once) {
@@ -97,7 +100,8 @@ int64_t rescale_chunks(int64_t rows) { return std::clamp<int64_t>(ceil_div(rows,
 
 cudaError_t rescale_fwd_cuda(Dtype x_type, const void* x, Dtype l_type, const void* l, void* y, int64_t rows, int64_t n,
                              cudaStream_t stream) {
-  if (rows == 0 || n == 0) return cudaSuccess;
+  cudaError_t code = cudaSuccess;
+  if (rows == 0 || n == 0) return code;
   const bool wide = n * bytes_of(x_type) % 16 == 0 && aligned16(x, l, y);
   switch_case(x_type, l_type, wide, [&](auto xt, auto lt, auto lanes) {
     using X = decltype(xt);
@@ -105,27 +109,30 @@ cudaError_t rescale_fwd_cuda(Dtype x_type, const void* x, Dtype l_type, const vo
     constexpr int N = decltype(lanes)::value;
     // Each thread takes about four rows, to read l once for them.
     const dim3 grid(ceil_div(n, columns * N), std::clamp<int64_t>(ceil_div(rows, 4 * rows_at_once), 1, 65535));
-    rescale_fwd_kernel<N><<<grid, dim3(columns, rows_at_once), 0, stream>>>(
-        static_cast<const X*>(x), static_cast<const L*>(l), static_cast<X*>(y), rows, n);
+    code = launch(rescale_fwd_kernel<N, X, L>, grid, dim3(columns, rows_at_once), 0, stream, static_cast<const X*>(x),
+                  static_cast<const L*>(l), static_cast<X*>(y), rows, n);
   });
-  return cudaGetLastError();
+  return code;
 }
 
 cudaError_t rescale_bwd_cuda(Dtype x_type, const void* g, const void* x, Dtype l_type, const void* l, void* dx,
                              void* dl, float* partial, int64_t rows, int64_t n, cudaStream_t stream) {
-  if (n == 0) return cudaSuccess;
+  cudaError_t code = cudaSuccess;
+  if (n == 0) return code;
   const bool wide = n * bytes_of(x_type) % 16 == 0 && aligned16(g, x, l, dx);
   const int64_t chunks = rescale_chunks(rows);
   switch_case(x_type, l_type, wide, [&](auto xt, auto lt, auto lanes) {
     using X = decltype(xt);
     using L = decltype(lt);
     constexpr int N = decltype(lanes)::value;
-    rescale_bwd_kernel<N><<<dim3(ceil_div(n, columns * N), chunks), dim3(columns, rows_at_once), 0, stream>>>(
-        static_cast<const X*>(g), static_cast<const X*>(x), static_cast<const L*>(l), static_cast<X*>(dx), partial,
-        rows, n, ceil_div(rows, chunks));
-    rescale_bwd_reduce_kernel<<<ceil_div(n, 128), 128, 0, stream>>>(partial, static_cast<L*>(dl), chunks, n);
+    code = launch(rescale_bwd_kernel<N, X, L>, dim3(ceil_div(n, columns * N), chunks), dim3(columns, rows_at_once),
+                  sizeof(Sums<N>), stream, static_cast<const X*>(g), static_cast<const X*>(x), static_cast<const L*>(l),
+                  static_cast<X*>(dx), partial, rows, n, ceil_div(rows, chunks));
+    if (code == cudaSuccess)
+      code = launch(rescale_bwd_reduce_kernel<L>, ceil_div(n, 128), 128, 0, stream, static_cast<const float*>(partial),
+                    static_cast<L*>(dl), chunks, n);
   });
-  return cudaGetLastError();
+  return code;
 }
 
 }  // namespace pk

@@ -8,6 +8,9 @@ from ..common.library import unavailable as unavailable
 
 VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
 
+ON_CUDA = frozenset(("rescale", "rescale_backward"))  # the ops with CUDA launchers; all have CPU ones
+
+_ops = torch.ops._peft_kernels
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -22,7 +25,7 @@ def why_not_rescale(x, l) -> str:
 def rescale(x, l):
     if x.dtype == l.dtype:
         return x.contiguous() * l  # one dtype: torch's own product is as fast
-    return torch.ops._peft_kernels.rescale.default(x.contiguous(), l.contiguous())
+    return _ops.rescale.default(x.contiguous(), l.contiguous())
 
 
 def why_not_rescale_backward(g, x, l, needs) -> str:
@@ -30,4 +33,4 @@ def why_not_rescale_backward(g, x, l, needs) -> str:
 
 
 def rescale_backward(g, x, l, needs):
-    return torch.ops._peft_kernels.rescale_backward.default(g.contiguous(), x.contiguous(), l.contiguous(), *needs)
+    return _ops.rescale_backward.default(g.contiguous(), x.contiguous(), l.contiguous(), *needs)

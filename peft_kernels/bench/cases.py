@@ -11,7 +11,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from ..engine.attach import attach
 from ..engine.route import route
 from ..engine.site import adapters_of
 from ..methods.lora import LoRA
-from ..ops import all_ops, backend, lora_add, lora_linear, rescale
+from ..ops import all_ops, backend, lora_add, lora_linear, lora_linear_slices, rescale
 from ..ops._op import Cost, Op, Sample
 from . import rivals
 from .measure import cache_bytes
@@ -43,6 +43,7 @@ LLAMA = {
 }
 CALL = {"tiny": (64, 64)}  # what a call itself costs
 MINILM = {"minilm qkvo": (384, 384), "minilm up": (384, 1536), "minilm down": (1536, 384)}
+SLICES = {"7b qkv": (4096, 3, 4096), "7b gate up": (4096, 2, 11008), "minilm qkv": (384, 3, 384)}  # in, how many, out
 DECODE = (1, 16, 64, 256)
 MODES = ("forward", "recorded", "backward", "full")  # without gradients, with them, backward alone, both ways
 SELECTIONS = ("quick", "default", "all")  # each holds those before it
@@ -50,9 +51,9 @@ SCALE = 2.0  # alpha / rank, as by default
 
 
 class Run(NamedTuple):
-    """The same work on one piece of memory, and what is differentiated in it."""
+    """The same work on one piece of memory, and what is differentiated in it. Several results come as a list."""
 
-    call: Callable[[], Tensor]
+    call: Callable[[], Any]
     leaves: tuple[Tensor, ...]
 
 
@@ -68,7 +69,7 @@ class Problem:
     over: str
     ours: list[Run]
     rivals: dict[str, list[Run] | str]
-    g: Tensor
+    g: Tensor | list[Tensor]
     plain: Callable[[], list[Tensor]]
     truth: Callable[[], list[Tensor]]
     forward: list[Cost]
@@ -89,7 +90,7 @@ class Case:
     n_out: int
     selection: str
     build: Callable[[Case, str, ExitStack], Problem]  # the stack holds what must be on while the case is timed
-    rank: int = 0
+    rank: int | tuple[int, ...] = 0  # of many adapters each its own, in turn
     p: float = 0.0
     popularity: str = ""  # which adapter serves which row
     cold: bool = False  # decoding reads each weight once per token: from a cache it would be measured too fast
@@ -97,8 +98,12 @@ class Case:
     @property
     def name(self) -> str:
         words = [self.op, self.shape, self.mode, self.dtype, f"rows={self.rows}"]
-        words += [f"r={self.rank}"] * bool(self.rank) + [f"p={self.p}"] * bool(self.p)
+        words += [f"r={'/'.join(map(str, self.ranks))}"] * bool(self.rank) + [f"p={self.p}"] * bool(self.p)
         return " ".join([*words, self.popularity]).rstrip()
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return self.rank if isinstance(self.rank, tuple) else (self.rank,)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -112,16 +117,16 @@ class Case:
         return Cost(2 * self.rows * weights * ways, held * self.torch_dtype.itemsize * ways)
 
 
-def evaluate(run: Run, g: Tensor, mode: str) -> list[Tensor]:
+def evaluate(run: Run, g: Tensor | list[Tensor], mode: str) -> list[Tensor]:
     """The result, and unless the mode is forward the gradients of the leaves for the cotangent g."""
     if mode == "forward":
         with torch.no_grad():
-            return [run.call()]
-    out = run.call()
-    return [out.detach(), *torch.autograd.grad(out, run.leaves, g.to(out.dtype))]
+            return outputs(run.call())[:1]
+    out = outputs(run.call())[0]
+    return [out.detach(), *torch.autograd.grad(out, run.leaves, outputs(g)[0].to(out.dtype))]
 
 
-def timed(run: Run, g: Tensor, mode: str) -> Callable[[], object]:
+def timed(run: Run, g: Tensor | list[Tensor], mode: str) -> Callable[[], object]:
     """What is timed of a run."""
     if mode == "forward":
         return torch.no_grad()(run.call)
@@ -147,13 +152,13 @@ def _randn(*shape: int, like: Case, device: str, scale: float = 1.0, dtype: torc
 
 def _layer(case: Case, device: str, adapters: int = 1) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
     """W, bias and (A, B) of each adapter; these are fp32 beside a 16-bit W, as they are trained."""
-    k, n, r = case.n_in, case.n_out, case.rank
+    k, n = case.n_in, case.n_out
     factors = [
         (
             _randn(r, k, like=case, device=device, scale=k**-0.5, dtype=torch.float32),
             _randn(n, r, like=case, device=device, scale=0.1, dtype=torch.float32),
         )
-        for _ in range(adapters)
+        for r in itertools.islice(itertools.cycle(case.ranks), adapters)
     ]
     return (
         _randn(n, k, like=case, device=device, scale=k**-0.5),
@@ -163,7 +168,7 @@ def _layer(case: Case, device: str, adapters: int = 1) -> tuple[Tensor, Tensor, 
 
 
 def _of_reference(
-    op: Op, args: tuple, leaves: tuple[int, ...], g: Tensor, mode: str
+    op: Op, args: tuple, leaves: tuple[int, ...], g: Tensor | list[Tensor], mode: str
 ) -> tuple[Callable[[], list[Tensor]], Callable[[], list[Tensor]]]:
     """(plain, truth) of a Problem whose call is one op on these arguments."""
 
@@ -230,6 +235,11 @@ def _lora_cases(device: str) -> Iterator[Case]:
     for dtype, shape, p in itertools.product(("float32", "bfloat16"), MINILM, (0.0, 0.05)):
         shown = "quick" if dtype == "float32" and shape != "minilm down" else "default"
         yield case(shape, "full", 512, shown, r=8, p=p, dtype=dtype)
+    if device == "cpu" and torch.cpu._is_avx512_bf16_supported():  # elsewhere torch's own bf16 product takes minutes
+        for rows, p in itertools.product((512, 2048), (0.0, 0.05)):
+            yield case("7b qkvo", "full", rows, "quick", p=p, dtype="bfloat16")
+        for rows in (1, 16):
+            yield case("7b qkvo", "forward", rows, "default", dtype="bfloat16")
     for mode, rows in (("forward", 16), ("full", 512)):
         yield case("7b qkvo", mode, rows, "default", op="lora_add", build=_lora_add)
     for mode in ("forward", "recorded", "full"):
@@ -306,9 +316,89 @@ def _peft(case: Case, x: Tensor, layers: Sequence[tuple], names: Sequence[int] |
     out = {}
     for name, dtype in dtypes.items():
         made = rivals.peft_layers(layers, SCALE, case.p, dtype)
-        kept = {} if names is None else {"adapter_names": [f"a{i}" for i in names]}
+        kept = {} if names is None else {"adapter_names": [f"a{i}" if i >= 0 else "__base__" for i in names]}
         out[name] = [Run(functools.partial(layer, x, **kept), (x, *rivals.trainable(layer))) for layer in made]
     return out
+
+
+# -- several linears of one input -------------------------------------------------------------------------------------
+
+
+def _slices_cases(device: str) -> Iterator[Case]:
+    low = "bfloat16" if device == "cuda" else "float32"
+
+    def case(shape, mode, rows, selection, dtype=low, p=0.0):
+        n_in, count, n_out = SLICES[shape]
+        r, cold = (8 if shape == "minilm qkv" else 16), mode == "forward"
+        build = functools.partial(_slices, count=count)
+        return Case(
+            "lora_linear_slices", shape, mode, dtype, rows, n_in, count * n_out, selection, build, r, p, cold=cold
+        )
+
+    for dtype, p in itertools.product(("float32", "bfloat16"), (0.0, 0.05)):
+        yield case("minilm qkv", "full", 512, "quick" if dtype == "float32" else "default", dtype, p)
+    for shape in ("7b qkv", "7b gate up"):
+        for rows in (1, 16):
+            yield case(shape, "forward", rows, "default")
+        for rows, p in itertools.product((128, 2048), (0.0, 0.05)):
+            yield case(shape, "full", rows, "default" if rows == 128 else "all", p=p)
+
+
+def _slices(case: Case, device: str, stack: ExitStack, count: int) -> Problem:
+    """n_out is the width of all linears together."""
+    ops, scales = all_ops(), [SCALE] * count
+    widths = [case.n_out // count] * (count - 1)
+    parts = [replace(case, n_out=n) for n in (*widths, case.n_out - sum(widths))]
+    x = _randn(case.rows, case.n_in, like=case, device=device).requires_grad_()
+    gs = [_randn(case.rows, part.n_out, like=case, device=device) for part in parts]
+    rng = torch.tensor([1, 2], device=device) if case.p else None
+    pool = _pool(case, device, lambda: [_layer(part, device) for part in parts])
+    layers = list(itertools.chain.from_iterable(pool))
+    flat = [(w, bias, *factors[0]) for w, bias, factors in layers]
+
+    def ours(members):
+        ws, biases, as_, bs = map(list, zip(*((w, bias, *factors[0]) for w, bias, factors in members), strict=True))
+        call = functools.partial(lora_linear_slices, x, ws, biases, as_, bs, scales, p=case.p, rng=rng)
+        return Run(call, (x, *as_, *bs)), (ws, biases, as_, bs)
+
+    def each(w, bias, a, b):
+        return Run(lambda: lora_linear(x, w, bias, a, b, SCALE, p=case.p, rng=rng), (x, a, b))
+
+    def plain(w, bias, a, b):
+        return Run(lambda: rivals.lora(x, w, bias, a, b, SCALE, case.p), (x, a, b))
+
+    runs, lists = zip(*map(ours, pool), strict=True)
+    ws, biases, as_, bs = lists[0]
+    args = (x, scales, case.p, rng, *ws, *biases, *as_, *bs)
+    t = x.new_empty(case.rows, case.rank * count)
+    apart = {
+        "frozen": _frozen(x, layers),
+        "lora_linear each": [each(*layer) for layer in flat],
+        "plain torch": [plain(*layer) for layer in flat],
+        **_peft(case, x, layers),
+    }
+    leaves = (0, *range(4 + 2 * count, 4 + 4 * count))
+    back = (x, t, scales, case.p, rng, (True, True, True), *gs, *ws, *as_, *bs)
+    return Problem(
+        "frozen",
+        list(runs),
+        {name: own if isinstance(own, str) else _together(own, count) for name, own in apart.items()},
+        gs,
+        *_of_reference(ops["lora_linear_slices"], args, leaves, gs, case.mode),
+        forward=[ops["lora_linear_slices"].cost(*args)],
+        backward=[ops["lora_linear_slices_backward"].cost(*back)],
+        same=not case.p,
+    )
+
+
+def _together(runs: list[Run], count: int) -> list[Run]:
+    """Every `count` of the runs as one, with as many results."""
+
+    def one(members: list[Run]) -> Run:
+        leaves = dict.fromkeys(leaf for run in members for leaf in run.leaves)  # the x of all once
+        return Run(lambda: [run.call() for run in members], tuple(leaves))
+
+    return [one(runs[i : i + count]) for i in range(0, len(runs), count)]
 
 
 # -- mixed batches ----------------------------------------------------------------------------------------------------
@@ -322,6 +412,12 @@ def _route_cases(device: str) -> Iterator[Case]:
         shown = "quick" if quick else "default" if main else "all"
         sizes = LLAMA[shape]
         yield Case("route", shape, "forward", low, rows, *sizes, shown, _route, 16, popularity=popularity, cold=True)
+    mixed = (8, 16, 32, 64)
+    for popularity in ("distinct", "uniform", "uniform, a fifth base"):
+        sizes = LLAMA["7b qkvo"]
+        yield Case(
+            "route", "7b qkvo", "forward", low, 32, *sizes, "default", _route, mixed, popularity=popularity, cold=True
+        )
     for popularity in rivals.POPULARITY:
         shown = "default" if popularity == "uniform" else "all"
         yield Case("route", "7b qkvo", "full", low, 512, 4096, 4096, shown, _route, 16, popularity=popularity)
@@ -336,7 +432,7 @@ def _route(case: Case, device: str, stack: ExitStack) -> Problem:
     x = _randn(len(numbers), tokens, case.n_in, like=case, device=device).requires_grad_()
     g = _randn(len(numbers), tokens, case.n_out, like=case, device=device)
     layers = _pool(case, device, lambda: _layer(case, device, count))
-    model, names = _routed(case, layers), [f"a{i}" for i in numbers]
+    model, names = _routed(case, layers), [f"a{i}" if i >= 0 else None for i in numbers]
     stack.enter_context(route(model, names))
 
     def results(model: nn.ModuleList, x: Tensor) -> list[Tensor]:
@@ -346,10 +442,12 @@ def _route(case: Case, device: str, stack: ExitStack) -> Problem:
     def truth() -> list[Tensor]:
         return results(copy.deepcopy(model).double(), *double((x,)))
 
-    m, k, n, r = case.rows, case.n_in, case.n_out, case.rank
-    moved = sum(t.numel() * t.element_size() for t in (x, g, layers[0][0])) + 4 * count * r * (k + n)
-    one_way = Cost(2 * m * k * n + 2 * m * r * (k + n), moved)
-    other_way = Cost(2 * m * k * n + 4 * m * r * (k + n), moved + x.numel() * x.element_size())
+    m, k, n = case.rows, case.n_in, case.n_out
+    ranks = [len(a) for a, _ in layers[0][2]]
+    products = 2 * tokens * sum(ranks[i] for i in numbers if i >= 0) * (k + n)
+    moved = sum(t.numel() * t.element_size() for t in (x, g, layers[0][0])) + 4 * sum(ranks) * (k + n)
+    one_way = Cost(2 * m * k * n + products, moved)
+    other_way = Cost(2 * m * k * n + 2 * products, moved + x.numel() * x.element_size())
     return Problem(
         "frozen",
         [_routed_run(layer, x, count) for layer in model],
@@ -368,8 +466,8 @@ def _route(case: Case, device: str, stack: ExitStack) -> Problem:
 
 def _routed(case: Case, layers: Sequence[tuple]) -> nn.ModuleList:
     model = nn.ModuleList(rivals.linear(w, bias) for w, bias, _ in layers)
-    for i in range(len(layers[0][2])):
-        attach(model, LoRA(rank=case.rank, alpha=SCALE * case.rank), "*", name=f"a{i}")
+    for i, (a, _) in enumerate(layers[0][2]):
+        attach(model, LoRA(rank=len(a), alpha=SCALE * len(a)), "*", name=f"a{i}")
     with torch.no_grad():
         for layer, (_, _, factors) in zip(model, layers, strict=True):
             for i, (a, b) in enumerate(factors):
@@ -416,7 +514,7 @@ def _rescale(case: Case, device: str, stack: ExitStack) -> Problem:
     )
 
 
-FAMILIES = (_sample_cases, _rescale_cases, _lora_cases, _route_cases)
+FAMILIES = (_sample_cases, _rescale_cases, _lora_cases, _slices_cases, _route_cases)
 
 
 def cases(device: str) -> list[Case]:

@@ -68,24 +68,30 @@ POPULARITY: dict[str, Callable[[int], list[int]]] = {
     "skewed": _skewed,
     "identical": lambda rows: [0] * rows,
 }
+# The same with every fifth row on the frozen layer alone.
+POPULARITY["uniform, a fifth base"] = lambda rows: [
+    -1 if row % 5 == 4 else i for row, i in enumerate(POPULARITY["uniform"](rows))
+]
 
 
 def mixed(x: Tensor, layers: Sequence[Layer], numbers: list[int], scale: float) -> dict[str, list[tuple]]:
-    """name -> (call, leaves) per layer, for x [rows, tokens, in] whose row i has the adapter numbers[i].
+    """name -> (call, leaves) per layer, for x [rows, tokens, in] whose row i has the adapter numbers[i], -1 for none.
 
-    What follows from the numbers alone is made here, before the clock runs; one step has many layers.
+    What follows from the numbers alone is made here, before the clock runs; one step has many layers. Both bmm pad the
+    factors to the highest rank, and serve rows of no adapter with one of zeros.
     """
-    ids = torch.tensor(numbers, device=x.device)
-    groups = [(ids == i).nonzero().flatten() for i in range(max(numbers) + 1)]
+    count, base = max(numbers) + 1, min(numbers) < 0
+    ids = torch.tensor([i if i >= 0 else count for i in numbers], device=x.device)
+    groups = [(ids == i).nonzero().flatten() for i in range(count + base)]
     longest = max(map(len, groups))
     slots = torch.empty_like(ids)  # where a row lies when each adapter has room for the longest group
     for i, rows in enumerate(groups):
         slots[rows] = i * longest + torch.arange(len(rows), device=x.device)
 
-    def loop(w, bias, a, b):
+    def loop(w, bias, *factors):
         y = F.linear(x, w, bias)
-        for i, rows in enumerate(groups):
-            y = y.index_add(0, rows, delta(x[rows], a[i], b[i], scale))
+        for rows, a, b in zip(groups, factors[::2], factors[1::2], strict=False):
+            y = y.index_add(0, rows, delta(x[rows], a, b, scale))
         return y
 
     def gathered(w, bias, a, b):
@@ -98,14 +104,26 @@ def mixed(x: Tensor, layers: Sequence[Layer], numbers: list[int], scale: float) 
         added = torch.bmm(t, b.to(x.dtype).mT).view(len(room), x.shape[1], -1)
         return F.linear(x, w, bias) + added[slots] * scale
 
-    def runs(call):
-        return [(lambda layer=layer: call(*layer), (x, *layer[2:])) for layer in stacked]
+    def padded_to(rank: int, dim: int, factors: list[Tensor]) -> Tensor:
+        zeros = [torch.zeros_like(factors[0])] * base
+        widths = [(0, 0, 0, rank - f.shape[0]) if dim == 0 else (0, rank - f.shape[1]) for f in (*factors, *zeros)]
+        wide = [F.pad(f.detach(), width) for f, width in zip((*factors, *zeros), widths, strict=True)]
+        return torch.stack(wide).requires_grad_()
 
+    def runs(call, layers):
+        return [(lambda layer=layer: call(*layer), (x, *layer[2:])) for layer in layers]
+
+    apart = [(w, bias, *(f for pair in factors for f in pair)) for w, bias, factors in layers]
+    rank = max(a.shape[0] for a, _ in layers[0][2])
     stacked = [
-        (w, bias, *(torch.stack([pair[i] for pair in factors]).detach().requires_grad_() for i in range(2)))
+        (w, bias, *(padded_to(rank, dim, [pair[dim] for pair in factors]) for dim in range(2)))
         for w, bias, factors in layers
     ]
-    return {"loop over adapters": runs(loop), "gathered bmm": runs(gathered), "padded bmm": runs(padded)}
+    return {
+        "loop over adapters": runs(loop, apart),
+        "gathered bmm": runs(gathered, stacked),
+        "padded bmm": runs(padded, stacked),
+    }
 
 
 # -- HF PEFT ----------------------------------------------------------------------------------------------------------

@@ -79,6 +79,7 @@ def run(chosen: Sequence[Case], options: Options) -> Iterator[dict[str, Any]]:
 
 def _described(case: Case) -> dict[str, Any]:
     fields = {f.name: getattr(case, f.name) for f in dataclasses.fields(case) if f.name != "build"}
+    fields["rank"] = list(case.ranks) if len(case.ranks) > 1 else case.rank  # as JSON has it
     return {"case": case.name, **fields}
 
 

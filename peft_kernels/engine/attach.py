@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,25 @@ class Adapter:
         return [(own, i == 0) for i, part in enumerate(self.parts) for own in part.method.expand(part)]
 
 
+class Bank(Protocol):
+    """Many adapters in one tuner per module: what routes need of a `pk.AdapterBank`."""
+
+    @property
+    def name(self) -> str:
+        """Of the adapter that those tuners are."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of the adapters in it."""
+
+    @property
+    def running(self) -> int:
+        """Routes of the model, in all threads."""
+
+    def leased(self, names: Iterable[Any]) -> AbstractContextManager[dict[str, int]]:
+        """Within the `with`, those of `names` that are in the bank stay what they are: name -> number for the op."""
+
+
 @dataclass
 class State:
     """What the engine remembers about a model, on its root module."""
@@ -43,6 +63,7 @@ class State:
     merged: list[str] = field(default_factory=list)
     key: Key = field(default_factory=Key)  # for routes
     stash: dict[str, Tensor | None] | None = None  # base values before the merge; None: a parameter the merge created
+    bank: Bank | None = None
 
 
 _KEY = "_peft_kernels"  # in vars(root)
@@ -65,7 +86,8 @@ def names_of(model: nn.Module, name: str | None) -> list[str]:
     """[name], or every attached name for None; ValueError for an unknown one."""
     state = state_of(model)
     if name is not None and name not in state.adapters:
-        raise ValueError(f"no adapter {name!r}; attached are {', '.join(state.adapters)}")
+        banked = "" if state.bank is None else f"; the bank holds {', '.join(state.bank.names) or 'none'}"
+        raise ValueError(f"no adapter {name!r}; attached are {', '.join(state.adapters)}{banked}")
     return list(state.adapters) if name is None else [name]
 
 
@@ -121,10 +143,10 @@ def attach(
 def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
     """Attaches a complete Adapter, all or nothing."""
     state = vars(model).get(_KEY) or State()
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"adapter name {name!r}; expected letters, digits, '_' and '-'")
+    check_name(name)
     if name in state.adapters:
         raise ValueError(f"adapter {name!r} is attached already; choose another name or pk.detach(model, {name!r})")
+    _refuse_banked(state, name)
     if name == "training":
         raise ValueError("adapter name 'training' is a flag of every torch module; choose another")
     if state.merged:
@@ -135,7 +157,7 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
                 f"{path or 'the model'} carries {min(foreign)!r}, attached through another module; "
                 "use that module throughout, or detach it there first"
             )
-    chosen = _choose(model, adapter)
+    chosen = chosen_sites(model, adapter)
     _guard(model, chosen)
     for _, _, site in chosen:
         adapted(type(site.module))  # a class that cannot be extended stops here, before anything is changed
@@ -163,7 +185,18 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
     return model
 
 
-def _choose(model: nn.Module, adapter: Adapter) -> list[tuple[int, Method, Site]]:
+def check_name(name: object) -> None:
+    """ValueError for what cannot be the name of an adapter."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"adapter name {name!r}; expected letters, digits, '_' and '-'")
+
+
+def _refuse_banked(state: State, name: str) -> None:
+    if state.bank is not None and name in state.bank.names:
+        raise ValueError(f"adapter {name!r} is in the model's bank; choose another name or evict it there")
+
+
+def chosen_sites(model: nn.Module, adapter: Adapter) -> list[tuple[int, Method, Site]]:
     """(part number, method, site) part by part in model order; a module trained whole belongs to that part alone."""
     chosen: list[tuple[int, Method, Site]] = []
     parts = adapter.expanded()
@@ -327,6 +360,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         untap(module, taps)
     for n in names:
         del state.adapters[n]
+    if state.bank is not None and state.bank.name in names:
+        state.bank = None
     state.active = [n for n in state.active if n not in names]
     state.merged = [n for n in state.merged if n not in names]
     if state.adapters:
@@ -349,6 +384,8 @@ def refuse_routed(state: State, what: str) -> None:
     """RuntimeError inside a pk.route of this thread: the numbers of its rows would no longer hold."""
     if routing(state.key) is not None:
         raise RuntimeError(f"{what} inside pk.route; leave the with block first")
+    if state.bank is not None and state.bank.running:
+        raise RuntimeError(f"{what} while {state.bank.running} routes of other threads run; let them end first")
 
 
 def rename(model: nn.Module, old: str, new: str) -> nn.Module:
@@ -357,6 +394,9 @@ def rename(model: nn.Module, old: str, new: str) -> nn.Module:
     names_of(model, old)
     if not _NAME.fullmatch(new) or new in state.adapters:
         raise ValueError(f"adapter name {new!r}; expected a new name of letters, digits, '_' and '-'")
+    _refuse_banked(state, new)
+    if state.bank is not None and old == state.bank.name:
+        raise ValueError(f"{old!r} is the model's bank, which keeps its name; rename an adapter")
     for _, adapters in all_adapters(model):
         renamed = [(new if n == old else n, t) for n, t in adapters.tuners.items()]
         adapters.tuners.clear()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import nn
 
@@ -18,22 +19,30 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     A call with n * len(names) rows repeats each name n times, as beam search lays its beams out. Adapters of different
     methods may share a batch; forward, backward and torch.compile work, and a compiled graph serves every route. The
     route belongs to this thread: neither yield nor await inside. With gradient checkpointing pass `use_reentrant=False`
-    and `context_fn=pk.checkpoint_context`.
+    and `context_fn=pk.checkpoint_context`. Names may be those of the model's `pk.AdapterBank` too, whose adapters stay
+    as they are until the `with` ends, whatever is loaded or evicted meanwhile; they have no backward.
     ValueError for an unknown name and, in the call, for a batch whose rows are no multiple of the names; RuntimeError
     while merged, under torch.export, and under any other checkpointing, which would lose the route.
     """
     state = state_of(model)
     if isinstance(names, str) or not len(names):
         raise ValueError(f"route got {names!r}; expected a list with one adapter name or None per batch row")
-    for name in {n for n in names if n is not None}:
-        names_of(model, name)
     if state.merged:
         raise RuntimeError(f"{', '.join(state.merged)} is merged; pk.unmerge(model) before routing")
-    order = list(state.adapters)
-    device = next(p.device for _, a in all_adapters(model) for p in a.parameters())  # the base may be offloaded
-    routing = Routing([-1 if n is None else order.index(n) for n in names], device)
-    with routed({**(routes() or {}), state.key.number: routing}):
-        yield model
+    bank, order = state.bank, {name: i for i, name in enumerate(state.adapters)}
+    with nullcontext({}) if bank is None else bank.leased(names) as banked:
+        for name in set(names) - {None, *banked}:
+            names_of(model, name)
+            if bank is not None and name == bank.name:
+                raise ValueError(f"{name!r} is the bank itself; expected a name in it: {', '.join(bank.names)}")
+        tensors = (t for _, a in all_adapters(model) for t in itertools.chain(a.parameters(), a.buffers()))
+        routing = Routing(
+            [-1 if n is None else order.get(n, -1) for n in names],
+            next(tensors).device,  # not the base's, which may be offloaded
+            None if bank is None else [-1 if n is None else banked.get(n, -1) for n in names],
+        )
+        with routed({**(routes() or {}), state.key.number: routing}):
+            yield model
 
 
 def checkpoint_context() -> tuple[AbstractContextManager, AbstractContextManager]:

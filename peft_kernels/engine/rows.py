@@ -24,11 +24,16 @@ Call = tuple[tuple, dict[str, Any]]  # args, kwargs
 
 
 class Routing:
-    """Adapter numbers of batch rows.  ids [n] int64 on the model's device, -1: the base alone."""
+    """Adapter numbers of batch rows.  ids [n] int64 on the model's device, -1: the base alone.
 
-    def __init__(self, numbers: list[int], device: torch.device):
+    slots [n] int32: the same for the adapters of the model's bank, -1: none of them; None without a bank.
+    """
+
+    def __init__(self, numbers: list[int], device: torch.device, slots: list[int] | None = None):
         self.numbers = numbers
         self.ids = torch.tensor(numbers, device=device)
+        self.slots = None if slots is None else torch.tensor(slots, dtype=torch.int32, device=device)
+        self.banked = slots is not None and max(slots) >= 0
         self._indices: dict[Any, Tensor] = {}
 
     def rows(self, leading: int, where: str) -> int:
@@ -40,10 +45,10 @@ class Routing:
             )
         return max(leading, n)
 
-    def expanded(self, rows: int) -> Tensor:
-        """ids [rows]: each repeated rows / n times, as beams are."""
-        n = len(self.numbers)
-        return self.ids if rows == n else self.ids.repeat_interleave(rows // n, output_size=rows)
+    def expanded(self, rows: int, ids: Tensor | None = None) -> Tensor:
+        """ids [rows], or `ids` of this route: each repeated rows / n times, as beams are."""
+        n, ids = len(self.numbers), self.ids if ids is None else ids
+        return ids if rows == n else ids.repeat_interleave(rows // n, output_size=rows)
 
     def index(self, numbers: tuple[int, ...], rows: int) -> Tensor:
         """The rows of these adapters, in order, [k] int64: known on the host, so that no device is waited for."""

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,15 @@ def save(model: nn.Module, directory: str | os.PathLike, name: str | None = None
 
     "default" goes to the directory itself, any other name to a subdirectory of that name. An adapter that exists is
     overwritten only with force=True (FileExistsError). Refuses a directory that holds a model's config.json
-    (ValueError), because transformers would take the adapter for part of that model.
+    (ValueError), because transformers would take the adapter for part of that model. A bank is left out.
     """
     directory = Path(directory)
     refuse_model(directory)
-    places = {n: directory if n == "default" else directory / n for n in names_of(model, name)}
+    bank = state_of(model).bank
+    names = [n for n in names_of(model, name) if bank is None or n != bank.name]
+    if not names:
+        raise ValueError("a bank is not saved: its adapters have files of their own; name an attached adapter")
+    places = {n: directory if n == "default" else directory / n for n in names}
     for place in places.values():
         if (place / CONFIG).exists() and not force:
             raise FileExistsError(f"{place} holds an adapter already; pass force=True to overwrite it")
@@ -75,16 +79,10 @@ def load(
     FileNotFoundError if the directory holds none; ValueError if the file is broken, of another format, or belongs to
     another model. The model is untouched then. Loading reads safetensors and JSON only.
     """
-    directory = Path(directory)
-    if name is not None and (directory / name / CONFIG).exists():
-        directory = directory / name  # several adapters were saved here
+    directory = place_of(Path(directory), name)
     config, digest = read_config(directory)
-    try:
-        parts = [Part.from_json(part) for part in config["parts"]]
-        adapter, saved_name = Adapter(parts, config["seed"]), config["name"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{directory / CONFIG} is not a complete adapter configuration ({error!r})") from None
-    values = _read_tensors(directory / WEIGHTS, digest)
+    adapter, saved_name = from_config(config, str(directory / CONFIG))
+    values = read_weights(directory, digest)
     name = saved_name if name is None else name
     attach_parts(model, name, adapter)
     try:
@@ -96,6 +94,19 @@ def load(
         for _, tuner in tuners(model, name):
             tuner.requires_grad_(False)
     return model
+
+
+def place_of(directory: Path, name: str | None) -> Path:
+    """Where the adapter called `name` is: a subdirectory if several were saved in `directory`."""
+    return directory / name if name is not None and (directory / name / CONFIG).exists() else directory
+
+
+def from_config(config: Mapping[str, Any], where: str) -> tuple[Adapter, str]:
+    """(what was attached, its name) as `save` wrote it; ValueError names `where` if it is not complete."""
+    try:
+        return Adapter([Part.from_json(part) for part in config["parts"]], config["seed"]), config["name"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{where} is not a complete adapter configuration ({error!r})") from None
 
 
 def fill(own: dict[str, Tensor], values: dict[str, Tensor], directory: Path | None) -> None:
@@ -189,25 +200,33 @@ def _sync(path: Path) -> None:
 def read_config(directory: Path) -> tuple[dict[str, Any], str]:
     """(what `save` wrote beside the weights, the digest that ties the two); FileNotFoundError, ValueError as `load`."""
     path = directory / CONFIG
+    config, digest = read_json(path)
+    if config.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} was written by {'Hugging Face PEFT' if 'peft_type' in config else 'another program'}, "
+            "not by peft_kernels"
+        )
+    return config, digest
+
+
+def read_json(path: Path) -> tuple[dict[str, Any], str]:
+    """(the configuration of an adapter of any program, its digest); FileNotFoundError, ValueError as `load`."""
     if not path.exists():
-        raise FileNotFoundError(f"{directory} holds no adapter ({CONFIG} is missing)")
+        raise FileNotFoundError(f"{path.parent} holds no adapter ({CONFIG} is missing)")
     try:
         text = path.read_text()
         config = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error})") from None
-    if not isinstance(config, dict) or config.get("format") != _FORMAT:
-        peft = isinstance(config, dict) and "peft_type" in config
-        raise ValueError(
-            f"{path} was written by {'Hugging Face PEFT' if peft else 'another program'}, not by peft_kernels"
-        )
-    return config, _digest(text)
+    return config if isinstance(config, dict) else {}, _digest(text)
 
 
-def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
+def read_weights(directory: Path, digest: str) -> dict[str, Tensor]:
+    """The tensors of an adapter on the CPU; ValueError if they were not saved with the configuration of this digest."""
+    path = directory / WEIGHTS
     if not path.exists():
         raise FileNotFoundError(
-            f"{path.parent} holds no adapter weights ({WEIGHTS} is missing; pickled files are not read)"
+            f"{directory} holds no adapter weights ({WEIGHTS} is missing; pickled files are not read)"
         )
     values, metadata = read_safetensors(path)
     if metadata.get("config", digest) != digest:

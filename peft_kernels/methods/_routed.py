@@ -39,11 +39,12 @@ def in_one_op(base: Any, tuners: dict[int, Any], route: Routing, args: tuple, kw
     if not tuners:
         return base(x), tuners, ids, keep
     bank = (*_bank(tuners, keep), ids)
+    r_max = max(t.a.shape[0] for t in tuners.values())
     p, rng = next(iter(tuners.values())).draw(x)
     # Other layouts may round otherwise than F.linear does, and rows without an adapter are to keep their bits.
     if base.innermost and base.site.layout == "rows":
-        return ops.multi_lora_linear(x, *base.effective(), *bank, p=p, rng=rng), tuners, ids, keep
-    return ops.multi_lora_add(base(x), x, *bank, p=p, rng=rng), tuners, ids, keep
+        return ops.multi_lora_linear(x, *base.effective(), *bank, p=p, rng=rng, r_max=r_max), tuners, ids, keep
+    return ops.multi_lora_add(base(x), x, *bank, p=p, rng=rng, r_max=r_max), tuners, ids, keep
 
 
 def _bank(tuners: dict[int, LoRATuner], keep: bool) -> tuple:

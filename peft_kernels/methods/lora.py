@@ -67,6 +67,11 @@ class LoRA(
             )
         return replace(self, rank=rank, alpha=_last(self.alpha_pattern, site, self.alpha))
 
+    @property
+    def scale(self) -> float:
+        """Of the update B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
     def with_ranks(self, ranks: dict[str, int]) -> LoRA:
         rank = statistics.mode(ranks.values())
         pattern = {where: r for where, r in ranks.items() if r != rank}
@@ -87,7 +92,7 @@ class LoRATuner(Tuner, method=LoRA):
 
     def __init__(self, cfg: LoRA, site: Site):
         super().__init__(cfg, site)
-        self.scale = cfg.alpha / (math.sqrt(cfg.rank) if cfg.rslora else cfg.rank)
+        self.scale = cfg.scale
         self.dropout = cfg.dropout
         self._kept = Kept()
         # An embedding reads few columns of A: with B = 0 they would hardly learn, so there A is 0 and B is drawn.

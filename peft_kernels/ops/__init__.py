@@ -2,8 +2,10 @@
 
 from ._op import BackendError, all_ops, backend
 from .lora import lora_add, lora_add_, lora_linear
+from .lora_apply import lora_apply_
 from .lora_bank import lora_plan
-from .multi_lora import lora_apply_, multi_lora_add, multi_lora_linear
+from .lora_slices import lora_linear_slices
+from .multi_lora import multi_lora_add, multi_lora_linear
 from .rescale import rescale
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "lora_add_",
     "lora_apply_",
     "lora_linear",
+    "lora_linear_slices",
     "lora_plan",
     "multi_lora_add",
     "multi_lora_linear",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import os
 import sys
 import threading
@@ -118,12 +119,12 @@ class _Kernel(NamedTuple):
     name: str
     why_not: Callable[..., str]
     run: Callable[..., Any]
-    wanted: bool  # False for Triton's interpreter, which is for tests: asked for by name only
+    wanted: bool  # False for a GPU kernel that runs on the CPU, which is for tests: asked for by name only
     run_: Callable[..., Any] | None  # the form that writes into the first argument
 
 
 def _contiguous(out: Any) -> Any:
-    return out.contiguous() if isinstance(out, Tensor) else tuple(o.contiguous() for o in out)
+    return out.contiguous() if isinstance(out, Tensor) else type(out)(_contiguous(o) for o in out)
 
 
 class Op:
@@ -136,8 +137,11 @@ class Op:
         kernel and the oracle of the tests.
     samples(dtype, device): the test inputs.   cost(*args) -> Cost.
     gradient: None for ops that are themselves a backward; those are differentiated through the reference.
-    autocast: positions of the arguments that autocast casts; the others keep their dtype.
-    Outputs are contiguous and alias no input.
+    autocast: positions in the schema of what autocast casts; the others keep their dtype.
+    Outputs are contiguous and alias no input. A first output that is a list is several results.
+
+    Lists of tensors stand last in the schema and are equally long. Python spreads them, here, in kernels, samples and
+    gradients: their members follow the other arguments one by one, as autograd.Function tracks no tensor in a list.
     """
 
     def __init__(
@@ -155,6 +159,9 @@ class Op:
         self.name, self.schema, self.family = name, schema, family
         self.reference, self.samples, self.cost = reference, samples, cost
         self.gradient, self.autocast = gradient, autocast
+        arguments = torch._C.parse_schema(name + schema).arguments
+        self._lists = sum(isinstance(a.type, torch.ListType) and "Tensor" in str(a.type) for a in arguments)
+        self._fixed = len(arguments) - self._lists
         self._kernels: dict[str, list[_Kernel]] = {}  # device type -> kernels, loaded at the first call there
         self._absent: dict[str, str] = {}  # backend -> why it serves no call in this process
         self._register()
@@ -176,9 +183,20 @@ class Op:
     def _result(self, out: Any) -> Any:
         return out if self.gradient is None or isinstance(out, Tensor) else out[0]
 
+    def grouped(self, args: tuple) -> tuple:
+        """The arguments as the schema has them, in lists what Python spreads."""
+        if not self._lists:
+            return args
+        size = (len(args) - self._fixed) // self._lists
+        return *args[: self._fixed], *(list(args[i : i + size]) for i in range(self._fixed, len(args), size))
+
+    def spread(self, args: tuple) -> tuple:
+        """The inverse of grouped."""
+        return *args[: self._fixed], *itertools.chain.from_iterable(args[self._fixed :])
+
     def _call(self, args: tuple, inplace: bool) -> Any:
         if torch.compiler.is_compiling():
-            return self._result(self.dispatch(*args))
+            return self._result(self.dispatch(*self.grouped(args)))
         # Transforms, and dual numbers outside of them, know how to differentiate plain torch only.
         if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
             return self._result(self.reference(*args))
@@ -194,9 +212,10 @@ class Op:
         if needed and self.gradient is None:
             return self.reference(*args)
         if not plain:
-            return self._result(self.dispatch(*args))
+            return self._result(self.dispatch(*self.grouped(args)))
         if needed:
-            return _Short.apply(self, inplace and not args[0]._is_view(), *args)
+            out = _Short.apply(self, inplace and not args[0]._is_view(), *args)
+            return list(out) if isinstance(out, tuple) else out
         return self._result(self.run(*args, inplace=inplace))
 
     def run(self, *args: Any, inplace: bool = False) -> Any:
@@ -278,12 +297,12 @@ class Op:
     def _load(self, device: str) -> list[_Kernel]:
         kernels = []
         for name, suffix, serves in BACKENDS:
-            if serves != device and not (name == "triton" and _interpreting()):
+            if serves != device and not _runs_on_cpu(name):
                 continue
-            module, reason = _module(self.family, suffix)
+            module, reason = _module(self.family, suffix, emulated=name == "cuda" and device == "cpu")
             if module is not None and device == "cuda" and not torch.cuda.is_available():
                 reason = "torch sees no CUDA device"
-            elif module is not None and not hasattr(module, self.name):
+            elif module is not None and not _has(module, self.name, name):
                 reason = f"{self.family} has no {name} kernel for this op"
             elif module is not None:
                 reason = module.unavailable(device) or (_unverified(module) if device == "cuda" else "")
@@ -301,13 +320,15 @@ class Op:
     def _register(self) -> None:
         name, qualname = self.name, f"peft_kernels::{self.name}"
         _library.define(name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, self.run, "CompositeExplicitAutograd")
-        torch.library.register_fake(qualname, lambda *args: _contiguous(self.reference(*args)), lib=_library)
+        run = (lambda *args: self.run(*self.spread(args))) if self._lists else self.run
+        _library.impl(name, run, "CompositeExplicitAutograd")
+        fake = lambda *args: _contiguous(self.reference(*self.spread(args)))  # noqa: E731
+        torch.library.register_fake(qualname, fake, lib=_library)
         self.dispatch = getattr(torch.ops.peft_kernels, name).default
         if self.gradient is not None:
 
             def setup_context(ctx, inputs, output):
-                _keep(ctx, self, inputs, output)
+                _keep(ctx, self, self.spread(inputs), output)
 
             torch.library.register_autograd(qualname, _backward, setup_context=setup_context, lib=_library)
         if self.autocast:
@@ -318,6 +339,8 @@ class Op:
         keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
         def cast(i: int, a: Any, dtype: torch.dtype) -> Any:
+            if isinstance(a, list):
+                return [cast(i, member, dtype) for member in a]
             eligible = i in self.autocast and isinstance(a, Tensor) and a.is_floating_point()
             return a.to(dtype) if eligible and a.dtype != torch.float64 else a
 
@@ -338,7 +361,16 @@ def _keep(ctx, op: Op, args: tuple, out: Any) -> None:
 
 
 def _backward(ctx, *grads):
-    return _differentiate(ctx, ctx.needs_input_grad, grads)
+    op, needs = ctx.kept[0], ctx.needs_input_grad
+    if not op._lists:
+        return _differentiate(ctx, needs, grads)
+    # torch takes a list with None in it for no list of tensors: one answer, one gradient.
+    size = max(len(n) for n in needs if isinstance(n, list))
+    listed = (*needs[: op._fixed], *(n if isinstance(n, list) else [n] * size for n in needs[op._fixed :]))
+    out = op.grouped(_differentiate(ctx, op.spread(listed), grads))
+    return tuple(
+        None if isinstance(g, list) and not isinstance(n, list) else g for g, n in zip(out, needs, strict=True)
+    )
 
 
 def _differentiate(ctx, needs: tuple, grads: tuple) -> tuple:
@@ -362,10 +394,11 @@ class _Short(torch.autograd.Function):
         first = op._result(out)
         if inplace and first is args[0]:
             ctx.mark_dirty(first)
-        return first
+        return tuple(first) if isinstance(first, list) else first
 
     @staticmethod
     def backward(ctx, *grads):
+        grads = (list(grads),) if ctx.kept[0]._lists else grads
         return None, None, *_differentiate(ctx, ctx.needs_input_grad[2:], grads)
 
 
@@ -381,11 +414,19 @@ def _device(args: tuple) -> str:
     raise ValueError("an op needs at least one tensor argument")
 
 
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def _runs_on_cpu(name: str) -> bool:
+    """Do the tests run this GPU backend on the CPU, Triton in its interpreter and CUDA C++ through csrc/emulate?"""
+    return {
+        "triton": os.environ.get("TRITON_INTERPRET") == "1",
+        "cuda": bool(os.environ.get("PEFT_KERNELS_EMULATED")),
+    }.get(name, False)
 
 
-def _module(family: str, suffix: str) -> tuple[Any, str]:
+def _has(module: Any, op: str, backend: str) -> bool:
+    return hasattr(module, op) and (backend != "cuda" or op in module.ON_CUDA)
+
+
+def _module(family: str, suffix: str, emulated: bool = False) -> tuple[Any, str]:
     """The backend module of an op family, or the reason why there is none."""
     name = f"{KERNELS}.{family}.{family}_{suffix}"
     try:
@@ -396,6 +437,8 @@ def _module(family: str, suffix: str) -> tuple[Any, str]:
         return None, f"{family} has no {suffix} kernels"
     if suffix == "triton" and importlib.util.find_spec("triton") is None:
         return None, "Triton is not installed: pip install triton"
+    if emulated:
+        return importlib.import_module(f"{KERNELS}.common.library").emulated(name), ""
     return importlib.import_module(name), ""
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import _philox
 from ._op import Cost, Gradient, Op, Sample
 from .lora import _rows, _wanted
-from .lora_bank import Bank, Plan, checked
+from .lora_bank import Bank, checked, lora_plan
 
 # -- references -------------------------------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ def _product(left: Tensor, right: Tensor, owned: Tensor) -> Tensor:
     return (left @ torch.where(finite, right, 0)).masked_fill(poisoned, torch.nan)
 
 
-def _add_reference(y, x, a, bt, r_indptr, scaling, ids, p, rng):
+def _add_reference(y, x, a, bt, r_indptr, scaling, ids, plan, r_max, p, rng):
     dtype = torch.promote_types(x.dtype, a.dtype)
     owned, scales = _pairs(r_indptr, scaling, ids, len(a))
     t = F.linear(_philox.dropout(_rows(x), p, rng).to(dtype), a.to(dtype))
@@ -50,11 +50,11 @@ def _add_reference(y, x, a, bt, r_indptr, scaling, ids, p, rng):
     return torch.where(owned.any(1, keepdim=True), added, _rows(y)).view(y.shape)  # y + 0 would lose the sign of -0
 
 
-def _linear_reference(x, w, bias, a, bt, r_indptr, scaling, ids, p, rng):
-    return _add_reference(F.linear(x, w, bias), x, a, bt, r_indptr, scaling, ids, p, rng)
+def _linear_reference(x, w, bias, a, bt, r_indptr, scaling, ids, plan, r_max, p, rng):
+    return _add_reference(F.linear(x, w, bias), x, a, bt, r_indptr, scaling, ids, plan, r_max, p, rng)
 
 
-def _add_backward_reference(g, x, a, bt, r_indptr, scaling, ids, p, rng, needs):
+def _add_backward_reference(g, x, a, bt, r_indptr, scaling, ids, plan, r_max, p, rng, needs):
     dtype = torch.promote_types(g.dtype, a.dtype)
     owned, scales = _pairs(r_indptr, scaling, ids, len(a))
     dropped, g2, scales = _philox.dropout(_rows(x), p, rng).to(dtype), _rows(g).to(dtype), scales.to(dtype)
@@ -70,8 +70,8 @@ def _add_backward_reference(g, x, a, bt, r_indptr, scaling, ids, p, rng, needs):
     return dx, da, dbt
 
 
-def _linear_backward_reference(g, x, w, a, bt, r_indptr, scaling, ids, p, rng, needs):
-    dx, da, dbt = _add_backward_reference(g, x, a, bt, r_indptr, scaling, ids, p, rng, needs)
+def _linear_backward_reference(g, x, w, a, bt, r_indptr, scaling, ids, plan, r_max, p, rng, needs):
+    dx, da, dbt = _add_backward_reference(g, x, a, bt, r_indptr, scaling, ids, plan, r_max, p, rng, needs)
     return (g @ w + dx if needs[0] else dx), da, dbt
 
 
@@ -94,7 +94,7 @@ _SHAPES = {
 
 
 def _layouts(dtype: torch.dtype, device: str) -> Iterator[tuple[str, dict, tuple]]:
-    """(id, tensors by name, (a, bt, r_indptr, scaling, ids, p, rng)) over shapes, strides and mixed dtypes."""
+    """(id, tensors by name, the arguments that are named in _BANK) over shapes, strides and mixed dtypes."""
     for name, (lead, k, n, ranks, drawn, p) in _SHAPES.items():
         low = torch.promote_types(dtype, torch.float32) if name == "mixed" else dtype
         made = torch.Generator().manual_seed(len(name))
@@ -109,7 +109,8 @@ def _layouts(dtype: torch.dtype, device: str) -> Iterator[tuple[str, dict, tuple
         ids = torch.tensor(drawn)[torch.randint(len(drawn), (math.prod(lead),), generator=made)].to(device, whole)
         rng = torch.tensor([2**40 + 7, -3], device=device) if p else None
         tensors = dict(x=x, w=w, bias=None if name == "odd" else bias, y=y, g=y)
-        yield name, tensors, (a, bt, r_indptr, scaling, ids, p, rng)
+        plan = lora_plan(ids, r_indptr, 16) if name in ("mixed", "long_groups") else None
+        yield name, tensors, (a, bt, r_indptr, scaling, ids, plan, max(ranks, default=0), p, rng)
 
 
 def _samples(*names: str, differentiable: tuple[int, ...] = (), wanted: tuple = ((),)) -> Callable:
@@ -138,7 +139,9 @@ def _cost(x: Tensor, bank: tuple, passes: int, moved: tuple, w: Tensor | None = 
     return Cost(flops, held + used * (k + n) * a.element_size())
 
 
-_BANK = "Tensor a, Tensor bt, Tensor r_indptr, Tensor scaling, Tensor ids, float p, Tensor? rng"
+_BANK = (
+    "Tensor a, Tensor bt, Tensor r_indptr, Tensor scaling, Tensor ids, Tensor? plan, int r_max, float p, Tensor? rng"
+)
 
 _add_backward = Op(
     "multi_lora_add_backward",
@@ -167,9 +170,9 @@ def _frozen(needs: tuple) -> None:
 def _add_gradient(tensors, constants, grads, needs):
     _frozen(needs[5:6])
     if not any(needs[1:4]):
-        return grads[0], *(None,) * 8
+        return grads[0], *(None,) * 10
     out = _add_backward(grads[0], *tensors[:-1], *constants, tensors[-1], needs[1:4])
-    return grads[0], *_wanted(out, needs[1:4]), *(None,) * 5
+    return grads[0], *_wanted(out, needs[1:4]), *(None,) * 7
 
 
 def _linear_gradient(tensors, constants, grads, needs):
@@ -177,7 +180,7 @@ def _linear_gradient(tensors, constants, grads, needs):
     wanted = (needs[0], *needs[3:5])
     out = _linear_backward(grads[0], *tensors[:-1], *constants, tensors[-1], wanted)
     dx, da, dbt = _wanted(out, wanted)
-    return dx, None, None, da, dbt, *(None,) * 5
+    return dx, None, None, da, dbt, *(None,) * 7
 
 
 _add = Op(
@@ -187,7 +190,7 @@ _add = Op(
     reference=_add_reference,
     samples=_samples("y", "x", differentiable=(0, 1, 2, 3)),
     cost=lambda y, x, *bank: _cost(x, bank, 1, (y, y, x)),
-    gradient=Gradient(lambda args, out: ((*args[1:7], args[8]), args[7:8]), _add_gradient),
+    gradient=Gradient(lambda args, out: ((*args[1:8], args[10]), args[8:10]), _add_gradient),
     autocast=(0, 1),
 )
 
@@ -198,7 +201,7 @@ _linear = Op(
     reference=_linear_reference,
     samples=_samples("x", "w", "bias", differentiable=(0, 3, 4)),
     cost=lambda x, w, bias, *bank: _cost(x, bank, 1, (x, bias, F.linear(x.to("meta"), w.to("meta"))), w),
-    gradient=Gradient(lambda args, out: ((*args[:2], *args[3:8], args[9]), args[8:9]), _linear_gradient),
+    gradient=Gradient(lambda args, out: ((*args[:2], *args[3:9], args[11]), args[9:11]), _linear_gradient),
     autocast=(0, 1, 2),
 )
 
@@ -217,7 +220,8 @@ def multi_lora_linear(
     *,
     p: float | None = None,
     rng: Tensor | None = None,
-    plan: Plan | None = None,
+    plan: Tensor | None = None,
+    r_max: int | None = None,
 ) -> Tensor:
     """x w^T + bias + scaling[l] * (drop(x) A_l^T) Bt_l for every row, with l = ids[row].
 
@@ -227,12 +231,14 @@ def multi_lora_linear(
     r_indptr int [L + 1]: the bank's rows of adapter l are r_indptr[l] to r_indptr[l + 1], none where they are equal
     scaling float [L]   ids int [rows], or one for each index of x's leading dim; a number that is no adapter's, such as
         -1, leaves the row bit-identical to F.linear, and so does rank 0.
-    p, rng: as in `lora_linear`, one p for all.   plan: of lora_plan; checked, and read by no kernel yet, as
-        the CPU sorts rows by itself.
+    p, rng: as in `lora_linear`, one p for all.   plan: of lora_plan for the same ids, one for each row; GPU kernels
+        make one at every call that brings none, the CPU sorts rows by itself.
+    r_max: an upper bound of the rank of one adapter, the width of a GPU's workspace; without it that of the listed
+        factors, or all R ranks of the bank.
     Differentiable in x and the bank; trainable w or bias are served by F.linear and multi_lora's sum. Never waits for
     the device. Raises ValueError on shapes, dtypes or devices that do not fit.
     """
-    args = checked("multi_lora_linear", x, len(w), a_flat, bt_flat, r_indptr, scaling, ids, p, rng, plan)
+    args = checked("multi_lora_linear", x, len(w), a_flat, bt_flat, r_indptr, scaling, ids, p, rng, plan, r_max)
     if w.shape[1:] != x.shape[-1:]:
         raise ValueError(f"multi_lora_linear: w is {tuple(w.shape)}; expected [out, {x.shape[-1]}] from x")
     if torch.is_grad_enabled() and (w.requires_grad or (bias is not None and bias.requires_grad)):
@@ -251,33 +257,14 @@ def multi_lora_add(
     *,
     p: float | None = None,
     rng: Tensor | None = None,
-    plan: Plan | None = None,
+    plan: Tensor | None = None,
+    r_max: int | None = None,
 ) -> Tensor:
     """y + scaling[l] * (drop(x) A_l^T) Bt_l for every row, a new tensor; arguments as in `multi_lora_linear`.
 
     y [..., out], any floating dtype and kept; differentiable in it too.
     """
-    return _add(y, x, *_add_args("multi_lora_add", y, x, a_flat, bt_flat, r_indptr, scaling, ids, p, rng, plan))
-
-
-def lora_apply_(
-    y: Tensor,
-    x: Tensor,
-    a_flat: Bank,
-    bt_flat: Bank,
-    r_indptr: Tensor,
-    scaling: Tensor,
-    ids: Tensor,
-    *,
-    plan: Plan | None = None,
-) -> None:
-    """`multi_lora_add` written into y, for inference. RuntimeError if a gradient is asked for."""
-    args = _add_args("lora_apply_", y, x, a_flat, bt_flat, r_indptr, scaling, ids, None, None, plan)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, *args[:2])):
-        raise RuntimeError("lora_apply_ has no gradient; call it under torch.no_grad(), or multi_lora_linear")
-    out = _add.call_(y, x, *args)
-    if out is not y:
-        y.copy_(out)
+    return _add(y, x, *_add_args("multi_lora_add", y, x, a_flat, bt_flat, r_indptr, scaling, ids, p, rng, plan, r_max))
 
 
 def _add_args(op, y, x, *rest) -> tuple:

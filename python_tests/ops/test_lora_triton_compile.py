@@ -23,6 +23,7 @@ CASES = {
     "odd_decode": ("bfloat16", "bfloat16", 1, 100, 51, 3),
 }
 MARKS = {"mma": r"mma\.sync|wgmma", "tf32": "tf32", "atomic": r"\b(atom|red)\.", "pipelined": r"cp\.async"}
+BY_PLAN = "_by_plan"  # follows the id where rows go by a plan
 KERNELS = {"lora_shrink_kernel", "lora_expand_kernel", "lora_wgrad_kernel"}
 
 
@@ -34,6 +35,7 @@ def compile_cases(capability: int) -> None:
     from triton.runtime.jit import JITFunction
 
     from peft_kernels.kernels.lora import lora_triton
+    from peft_kernels.kernels.lora.plan import plan
 
     class Driver:
         get_current_device = staticmethod(lambda: 0)
@@ -46,6 +48,14 @@ def compile_cases(capability: int) -> None:
     def run(kernel, *args, grid, warmup, **options):
         compiled.append((kernel.__name__, launch(kernel, *args, grid=grid, warmup=True, **options)))
 
+    def report(case):
+        for name, kernel in compiled:
+            ptx = kernel.asm["ptx"]
+            found = [mark for mark, pattern in MARKS.items() if re.search(pattern, ptx)]
+            ok = bool(kernel.asm["cubin"]) and f".target sm_{capability}" in ptx
+            print(json.dumps((case, name, ok, kernel.metadata.shared, found)))
+        compiled.clear()
+
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = run
     for case, (low, high, m, k, n, r) in CASES.items():
@@ -55,12 +65,19 @@ def compile_cases(capability: int) -> None:
         rng = torch.tensor([1, 2])
         t = lora_triton.add_(y, x, a, b, 2.0, 0.1, rng)
         lora_triton.backward_(torch.empty_like(x), y, x, a, b, t, 2.0, 0.1, rng, True, True)
-        for name, kernel in compiled:
-            ptx = kernel.asm["ptx"]
-            found = [mark for mark, pattern in MARKS.items() if re.search(pattern, ptx)]
-            ok = bool(kernel.asm["cubin"]) and f".target sm_{capability}" in ptx
-            print(json.dumps((case, name, ok, kernel.metadata.shared, found)))
-        compiled.clear()
+        report(case)
+        ids = torch.arange(m, dtype=torch.int32) % 4
+        bank = (
+            torch.empty(4 * r, k, dtype=high),
+            torch.empty(4 * r, n, dtype=high),
+            torch.arange(5) * r,
+            torch.ones(4),
+        )
+        block_m = 16 if case in ("wide_rank", "odd_decode") else 64
+        args = (x, *bank, ids, plan(ids, bank[2], block_m), r, 0.1, rng)
+        lora_triton.multi_add_(y, *args)
+        lora_triton.multi_backward_(torch.empty_like(x), y, *args, True, True)
+        report(case + BY_PLAN)
 
 
 @pytest.mark.parametrize("capability", (80, 90))
@@ -72,9 +89,10 @@ def test_compiles_for(capability, tmp_path):
     assert child.returncode == 0, child.stderr
     compiled = [json.loads(line) for line in child.stdout.splitlines()]
     for case in CASES:
-        assert {name for at, name, *_ in compiled if at == case} >= KERNELS, case
+        for suffix in ("", BY_PLAN):
+            assert {name for at, name, *_ in compiled if at == case + suffix} >= KERNELS, case + suffix
     for case, name, ok, shared, found in compiled:
-        where = f"{case} {name}: {shared} bytes of shared memory, {found}"
+        case, where = case.removesuffix(BY_PLAN), f"{case} {name}: {shared} bytes of shared memory, {found}"
         assert ok and shared <= SMEM, where
         assert not {"tf32", "atomic"} & set(found), where  # fp32 stays fp32, runs stay bit-identical
         if name in KERNELS:
