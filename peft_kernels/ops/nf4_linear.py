@@ -85,14 +85,18 @@ def _dropout_of(name, device):
     return (0.25, torch.tensor([2**40 + 7, -3], device=device)) if name in ("odd", "many_rows") else (0.0, None)
 
 
+def _lora_layouts(dtype, device):
+    return (layout for layout in _layouts(dtype, device) if layout[-1].shape[0])
+
+
 def _lora_samples(dtype, device):
-    for name, x, _, bias, a, b, p in _layouts(dtype, device):
+    for name, x, _, bias, a, b, p in _lora_layouts(dtype, device):
         lora = (a, b, 0.5, bias, *_dropout_of(name, device))
         yield Sample(name, (x, p.packed, p.absmax, p.shape[0], p.blocksize, *lora, *p.nested), (0, 5, 6))
 
 
 def _lora_backward_samples(dtype, device):
-    for name, x, g, _, a, b, p in _layouts(dtype, device):
+    for name, x, g, _, a, b, p in _lora_layouts(dtype, device):
         drop = _dropout_of(name, device)
         t = _kept(_shrink(x, a, *drop)[1])
         for needs in ((True, True, True), (False, True, False), (True, False, False)):

@@ -1,13 +1,21 @@
 """NF4: the bytes and scales of the format, bit for bit on every backend, and linear layers that read them."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import peft_kernels as pk
+from peft_kernels.bench.measure import peak_bytes
+from peft_kernels.check import DTYPES, compare
 from peft_kernels.ops import nf4
 
 OPS = pk.ops.all_ops()
-every_backend = pytest.mark.parametrize("backend", ["reference"])
+every_backend = pytest.mark.parametrize("backend", ["reference", "cpu"])
 
 
 def packed_weight(n, k, blocksize=64, nested=False, seed=0):
@@ -211,3 +219,147 @@ def test_autocast_casts_x_and_the_bias_alone():
     assert y.dtype == lora.dtype == torch.bfloat16
     low = pk.ops.nf4_linear(x.bfloat16(), packed, absmax, 8, 64, bias=bias.bfloat16(), **nested)
     assert torch.equal(y, low)
+
+
+# -- the CPU kernels --------------------------------------------------------------------------------------------------
+
+
+def equal(a, b):
+    """The same bits, but for those of NaN."""
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a.nan_to_num(), b.nan_to_num())
+    )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    n=st.integers(0, 40),
+    k=st.integers(1, 200),
+    blocksize=st.sampled_from(nf4.BLOCKSIZES),
+    dtype=st.sampled_from(DTYPES),
+    magnitude=st.sampled_from((1e-42, 1e-3, 1.0, 1e4)),
+    bad=st.booleans(),
+    blocksize2=st.sampled_from((1, 7, 256)),
+)
+def test_the_kernels_have_the_bits_of_the_reference(n, k, blocksize, dtype, magnitude, bad, blocksize2):
+    """Bytes, scales, scales of scales and every number read back, whatever the shape."""
+    made = torch.Generator().manual_seed(n * 201 + k)
+    w = (torch.randn(n, k, generator=made) * magnitude).to(dtype)
+    if bad and n:
+        w[n // 2, k // 2] = torch.nan
+    results = []
+    for backend in ("reference", "cpu"):
+        with pk.backend(backend):
+            packed, absmax = pk.ops.quantize_nf4(w, blocksize)
+            q, absmax2, offset = pk.ops.quantize_absmax(absmax, None, blocksize2)
+            expanded = pk.ops.dequantize_absmax(q, absmax2, pk.ops.dynamic_map(), offset, blocksize2)
+            nested = {"absmax_q": q, "code2": pk.ops.dynamic_map(), "offset": offset, "blocksize2": blocksize2}
+            read = [pk.ops.dequantize_nf4(packed, absmax, (n, k), blocksize, d) for d in DTYPES]
+            read.append(pk.ops.dequantize_nf4(packed, absmax2, (n, k), blocksize, dtype, **nested))
+        results.append((packed, absmax, q, absmax2, offset, expanded, *read))
+    assert all(map(equal, *results))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    m=st.integers(0, 70),
+    n=st.integers(1, 120),
+    k=st.integers(1, 600),
+    blocksize=st.sampled_from((32, 64, 256, 4096)),
+    dtype=st.sampled_from(DTYPES),
+    nested=st.booleans(),
+)
+def test_linear_layers_on_any_shape(m, n, k, blocksize, dtype, nested):
+    """y and dx against fp64, by the law of all ops."""
+    packed, absmax, nested = packed_weight(n, k, blocksize, nested, seed=m)
+    made = torch.Generator().manual_seed(m)
+    x, g, bias = (torch.randn(s, generator=made).to(dtype) for s in ((m, k), (m, n), (n,)))
+    rest = (*(nested.values() or (None,) * 3), 256)
+    for op, args in (
+        (OPS["nf4_linear"], (x, packed, absmax, n, blocksize, bias, *rest)),
+        (OPS["nf4_linear_dgrad"], (g, packed, absmax, k, blocksize, *rest)),
+    ):
+        with pk.backend("cpu"):
+            ours = op.run(*args)
+        wide = tuple(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+        _, wrong = compare(ours, op.reference(*args), op.reference(*wide))
+        assert not wrong, f"{op.name} {m=} {n=} {k=} {blocksize=} {dtype=}: {wrong}"
+
+
+@pytest.mark.parametrize("m", [1, 3, 8, 70, 600])
+def test_rows_and_blocks_that_are_not_finite_stay_apart(m):
+    """A NaN of x is in its row of y, a block of NaN in the columns of y and of dx whose weights it holds."""
+    n, k = 50, 96
+    w, x, g = torch.randn(n, k), torch.randn(m, k), torch.randn(m, n)
+    x[m // 2, 3] = torch.nan
+    w[1, 40] = torch.nan
+    packed, absmax = pk.ops.quantize_nf4(w)
+    with pk.backend("cpu"):
+        y = pk.ops.nf4_linear(x, packed, absmax, n, 64)
+        dx = OPS["nf4_linear_dgrad"](g, packed, absmax, k, 64, None, None, None, 256)
+    expected = torch.zeros(m, n, dtype=torch.bool)
+    expected[m // 2] = True
+    expected[:, 1] = True  # the block of elements 128 to 191, which are columns 32 to 95 of row 1
+    assert torch.equal(y.isnan(), expected)
+    assert dx.isnan().all(0).tolist() == dx.isnan().any(0).tolist() == [False] * 32 + [True] * 64
+
+
+@pytest.mark.parametrize("m", [1, 2, 16, 700])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_thread_count_does_not_change_a_bit(m, dtype):
+    packed, absmax, nested = packed_weight(700, 1000, nested=True)
+    x, g, before = torch.randn(m, 1000).to(dtype), torch.randn(m, 700).to(dtype), torch.get_num_threads()
+    rest = (*nested.values(), 256)
+    try:
+        outs = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with pk.backend("cpu"):
+                y = pk.ops.nf4_linear(x, packed, absmax, 700, 64, **nested)
+                outs.append((y, OPS["nf4_linear_dgrad"](g, packed, absmax, 1000, 64, *rest)))
+        assert all(torch.equal(a, b) for other in outs[1:] for a, b in zip(outs[0], other, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("m", [1, 16, 128])
+def test_weights_are_never_materialised(m):
+    """Torch's allocator sees y or dx, and nothing of the size of W."""
+    n, k = 1024, 2048
+    packed, absmax, nested = packed_weight(n, k, nested=True)
+    x, g = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
+    with pk.backend("cpu"):
+        forward = peak_bytes(lambda: pk.ops.nf4_linear(x, packed, absmax, n, 64, **nested), "cpu")
+        back = peak_bytes(lambda: OPS["nf4_linear_dgrad"](g, packed, absmax, k, 64, *nested.values(), 256), "cpu")
+    assert forward == 2 * m * n
+    assert back == 2 * m * k
+
+
+LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level(level):
+    """Each build of the kernels that this machine can run: the bits of the format, and the law on linear layers."""
+    code = """
+import sys
+sys.path.insert(0, "python_tests/ops")
+import test_nf4 as own
+from peft_kernels import _C
+assert _C.cpu_isa() == own.sys.argv[1]
+own.test_the_kernels_have_the_bits_of_the_reference()
+own.test_linear_layers_on_any_shape()
+for m in (1, 8, 70):
+    own.test_rows_and_blocks_that_are_not_finite_stay_apart(m)
+"""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    environment = {**os.environ, "PEFT_KERNELS_CPU_ISA": level, "PYTHONPATH": root}
+    done = subprocess.run(
+        [sys.executable, "-c", code, level], capture_output=True, text=True, env=environment, cwd=root
+    )
+    if "is not a level of this machine" in done.stderr:
+        pytest.skip(f"this machine has no {level}")
+    assert done.returncode == 0, done.stderr
