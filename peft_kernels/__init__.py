@@ -32,6 +32,7 @@ from .methods import (
     methods,
 )
 from .ops import BackendError, backend
+from .quant import Footprint, NF4Linear, footprint, quantize
 
 __all__ = [
     "IA3",
@@ -42,6 +43,7 @@ __all__ = [
     "CombineReport",
     "Counts",
     "DoRA",
+    "Footprint",
     "FullTuning",
     "Gated",
     "Head",
@@ -49,6 +51,7 @@ __all__ = [
     "LoRA",
     "MergeReport",
     "Method",
+    "NF4Linear",
     "TopLayers",
     "Phase",
     "Stats",
@@ -67,12 +70,14 @@ __all__ = [
     "disabled",
     "explain",
     "fit",
+    "footprint",
     "hf",
     "load",
     "merge",
     "methods",
     "ops",
     "penalty",
+    "quantize",
     "rename",
     "route",
     "save",

@@ -65,7 +65,7 @@ def _noted(model: nn.Module) -> Iterator[None]:
 
 
 def _row(site: Site) -> Tensor:
-    return torch.zeros(1, site.n_in, dtype=site.weight.dtype, device=site.weight.device)
+    return torch.zeros(1, site.n_in, dtype=site.dtype, device=site.device)
 
 
 def _probe(adapters: Adapters, name: str) -> list[dict[str, Any]]:

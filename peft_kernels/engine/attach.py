@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .method import Method, Part, Tuner, method_of, numbers, words
+from .packed import Packed
 from .roles import resolve
 from .rows import Key, routing
 from .site import Adapters, Site, adapted, adapters_of, base_class, base_modules, base_parameters, is_adapted
@@ -62,7 +63,7 @@ class State:
     buffers: dict[str, Tensor] = field(default_factory=dict)  # before it too: BatchNorm moves them while training
     merged: list[str] = field(default_factory=list)
     key: Key = field(default_factory=Key)  # for routes
-    stash: dict[str, Tensor | None] | None = None  # base values before the merge; None: a parameter the merge created
+    stash: dict[str, Any] | None = None  # the base's tensors before the merge; None: a parameter the merge created
     bank: Bank | None = None
 
 
@@ -443,6 +444,6 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def base_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(path, buffer) of the base model."""
     for path, module in base_modules(model):
-        for name, b in module._buffers.items():
+        for name, b in () if isinstance(module, Packed) else module._buffers.items():  # which are a part of its weight
             if b is not None:
                 yield f"{path}.{name}" if path else name, b

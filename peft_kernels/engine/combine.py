@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .attach import Adapter, all_adapters, attach_parts, detach, names_of, set_active, state_of
 from .method import Method, Part, Tuner
-from .site import Rows, Site, base_parameters
+from .site import Rows, Site, base_parameters, base_values
 from .stack import Parts
 
 _HOWS = ("cat", "sum", "average", "ties", "dare", "svd")
@@ -309,7 +309,8 @@ def _fill_low_rank(tuner: Tuner, shares: list[_Share], mix: _Mix) -> tuple[float
 def _fill_additive(tuner: Tuner, shares: list[_Share], mix: _Mix) -> tuple[float, float, float]:
     """The same from the folded weights."""
     site = shares[0].site
-    params = {key: p.double() for key, p in base_parameters(site.module) if p.is_floating_point()}
+    values = base_values(site.module)
+    params = {key: values[key].double() for key, _ in base_parameters(site.module) if key in values}
     wanted: dict[str, Tensor] = {}
     for share in shares:
         for key, change in _change(share.tuner, site, params).items():

@@ -9,7 +9,7 @@ from torch import nn
 
 from .attach import names_of, tuners
 from .method import Changes, largest_rank, overlaid
-from .site import base_modules, base_parameters
+from .site import base_modules, base_numbers
 from .store import tensors
 
 
@@ -19,7 +19,8 @@ class Counts:
 
     trainable: numbers that get a gradient.   changed: numbers of the base whose value a merge changes.
     rank: sum over the changed matrices of an upper bound on the rank of the change.
-    stored: numbers in the saved adapter.   bytes: their size.   total: numbers of the base model.
+    stored: numbers in the saved adapter.   bytes: their size.   total: numbers of the base model, those of packed weights
+    as if these were dense.
     """
 
     trainable: int
@@ -63,7 +64,7 @@ def counts(model: nn.Module, name: str | None = None) -> Counts:
         for change in blocks.values():
             parts = parts.beside(change)
         both = whole.over(parts)
-        own = [p for _, p in base_parameters(modules[path])]
+        own = [p for _, p in base_numbers(modules[path])]
         changed += min(both.weight + both.bias, sum(p.numel() for p in own))
         rank += min(both.rank, sum(largest_rank(p) for p in own))
-    return Counts(trainable, changed, rank, stored, sum(p.numel() for _, p in base_parameters(model)), size)
+    return Counts(trainable, changed, rank, stored, sum(p.numel() for _, p in base_numbers(model)), size)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .attach import all_adapters, names_of, refresh, refuse_routed, state_of
 from .method import NotMergeable, Tuner, promoted
-from .site import Adapters, base_modules, base_parameters
+from .packed import Packed
+from .site import Adapters, Unpacked, base_modules, base_parameters, base_values, unpack
+
+_DENSE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -17,8 +21,9 @@ class MergeReport:
     """What a merge did.
 
     names: the adapters.   modules: how many modules changed.   numbers: how many base numbers were written.
-    rounding: the largest difference between a folded weight and what its dtype could store.
+    rounding: the largest difference between a folded weight and what its dtype or format could store.
     created: biases the base did not have and now has.
+    error: the norm of these differences relative to that of the folded weights.
     """
 
     names: tuple[str, ...]
@@ -26,27 +31,33 @@ class MergeReport:
     numbers: int
     rounding: float
     created: tuple[str, ...]
+    error: float
 
     def __str__(self) -> str:
         created = f", {len(self.created)} new biases" if self.created else ""
         return (
             f"merged {', '.join(self.names)} into {self.modules} modules: {self.numbers:,} numbers written{created}, "
-            f"largest rounding {self.rounding:.3g}"
+            f"largest rounding {self.rounding:.3g}, relative error {self.error:.3g}"
         )
 
 
-def merge(model: nn.Module, name: str | None = None, *, into: None = None, stash: bool = True) -> MergeReport:
+def merge(model: nn.Module, name: str | None = None, *, into: str | None = None, stash: bool = True) -> MergeReport:
     """Folds one adapter (None: all active ones) into the base weights, in place and all or nothing.
 
     Folding runs in fp32 or wider and each weight is rounded once. stash=True keeps the original values, so that
     unmerge is bit-exact; stash=False keeps nothing (then `detach` leaves a plain merged model).
-    into: the weight format to write; None, the weights' own, is the only one for dense models.
+    into: None writes every weight in its own format: a packed one (NF4, int8) is read, changed and packed again.
+        "bf16", "fp16" or "fp32" makes all packed layers of the model dense instead, those without a tuner too.
     RuntimeError if a tuner has no weight-space form, is not at the bottom of its stack, a weight is tied to another
     module, or a folded weight is not finite; the model is untouched then.
     """
-    if into is not None:
-        raise ValueError(f"into={into!r}; a dense model merges into its own format, into=None")
     state = state_of(model)
+    packed = {path: m for path, m in base_modules(model) if isinstance(m, Packed)}
+    if into is not None and not packed:
+        raise ValueError(f"into={into!r}; a dense model merges into its own format, into=None")
+    if into is not None and into not in _DENSE:
+        raise ValueError(f"into={into!r}; expected into=None, the weights' own format, or one of {', '.join(_DENSE)}")
+    dense = None if into is None else _DENSE[into]
     if state.merged:
         raise RuntimeError(f"{', '.join(state.merged)} is merged already; pk.unmerge(model) first")
     refuse_routed(state, "merge")
@@ -59,38 +70,47 @@ def merge(model: nn.Module, name: str | None = None, *, into: None = None, stash
     _check_ties(model, places)
 
     for path, adapters in places:  # first pass: nothing is written until every weight is known to fit its dtype
-        targets = _targets(adapters.module)
         for key, value in _folded(adapters, names).items():
-            target = targets.get(key)
-            if not torch.isfinite(value if target is None else value.to(target.dtype)).all():
+            if not torch.isfinite(value.to(_dtype(adapters.module, key, dense))).all():
                 raise RuntimeError(f"{path}.{key} would not be finite after the merge; the model is unchanged")
-    before: dict[str, Tensor | None] = {}
-    numbers, rounding, created = 0, 0.0, []
+    before: dict[str, Any] = {}
+    numbers, rounding, created, off, length = 0, 0.0, [], 0.0, 0.0
     state.merged, state.stash = names, before
     try:
         for path, adapters in places:
-            targets = _targets(adapters.module)
-            for key, value in _folded(adapters, names).items():
-                full, target = f"{path}.{key}" if path else key, targets.get(key)
-                before[full] = target.detach().clone() if stash and target is not None else None
-                if target is None:
-                    dtype = next(adapters.module.parameters()).dtype
-                    target = nn.Parameter(value.to(dtype), requires_grad=False)
-                    adapters.module._parameters[key] = target
+            folded = _folded(adapters, names)  # of the packed weights, before they are made dense
+            for place in [p for p in packed if dense and _below(p, path)]:
+                undo = unpack(packed.pop(place), dense)
+                if stash:
+                    before[place] = undo
+            for key, value in folded.items():
+                full, (module, leaf) = f"{path}.{key}" if path else key, _owner(adapters.module, key)
+                if _tensor(module, leaf) is None:
+                    before[full] = None
+                    empty = value.new_empty(value.shape, dtype=_dtype(adapters.module, key, dense))
+                    module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
                     created.append(full)
-                else:
-                    with torch.no_grad():
-                        target.copy_(value)
-                numbers += target.numel()
-                if target.numel() and target.device.type != "meta":
-                    rounding = max(rounding, (target.detach().to(value.dtype) - value).abs().max().item())
+                elif stash and full.rpartition(".")[0] not in before:
+                    before[full] = _stashed(module, leaf)
+                stored = _write(module, leaf, value)
+                numbers += value.numel()
+                if value.numel() and value.device.type != "meta":
+                    difference = stored - value
+                    rounding = max(rounding, difference.abs().max().item())
+                    off += torch.linalg.vector_norm(difference, dtype=torch.float64).item() ** 2
+                    length += torch.linalg.vector_norm(value, dtype=torch.float64).item() ** 2
+        for place, module in packed.items() if dense else ():
+            undo = unpack(module, dense)
+            if stash:
+                before[place] = undo
     except BaseException:
         if stash:
             unmerge(model)
         raise
     state.stash = before if stash else None
     refresh(model)
-    return MergeReport(tuple(names), len(places), numbers, rounding, tuple(created))
+    error = (off / length) ** 0.5 if length else 0.0
+    return MergeReport(tuple(names), len(places), numbers, rounding, tuple(created), error)
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -101,13 +121,16 @@ def unmerge(model: nn.Module) -> nn.Module:
     if state.stash is None:
         raise RuntimeError("merged with stash=False, so the original weights are gone; load the base model again")
     modules = dict(base_modules(model))
-    for full, value in state.stash.items():
+    for full, value in reversed(state.stash.items()):
         path, _, leaf = full.rpartition(".")
-        if value is None:
+        if isinstance(value, Unpacked):
+            value.restore(modules[full])
+        elif value is None:
             modules[path]._parameters[leaf] = None
         else:
             with torch.no_grad():
-                _targets(modules[path])[leaf].copy_(value)
+                for name, t in _own(modules[path], leaf).items():
+                    t.copy_(value[name])
     state.merged, state.stash = [], None
     refresh(model)
     return model
@@ -151,7 +174,7 @@ def _folded(adapters: Adapters, names: list[str]) -> dict[str, Tensor]:
     """The module's parameters, by path inside it, with the tuners of `names` folded in, in fp32 or wider."""
     site, module = adapters.site, adapters.module
     with torch.no_grad():
-        params = {key: t.detach().to(promoted(t.dtype)) for key, t in _targets(module).items()}
+        params = {key: t.detach().to(promoted(t.dtype)) for key, t in base_values(module).items()}
         for n, tuner in adapters.tuners.items():
             if n in names:
                 if site.kind != "module" and "weight" not in params:
@@ -160,11 +183,48 @@ def _folded(adapters: Adapters, names: list[str]) -> dict[str, Tensor]:
     return params
 
 
-def _targets(module: nn.Module) -> dict[str, Tensor]:
-    """Floating parameters and buffers of the base under `module`, by path in it."""
-    tensors: dict[str, Tensor] = {}
-    for path, inner in base_modules(module):
-        for name, t in (*inner._parameters.items(), *inner._buffers.items()):
-            if t is not None and t.is_floating_point():
-                tensors[f"{path}.{name}" if path else name] = t
-    return tensors
+# -- one tensor of the base, packed or not ----------------------------------------------------------------------------
+
+
+def _owner(module: nn.Module, key: str) -> tuple[nn.Module, str]:
+    place, _, leaf = key.rpartition(".")
+    return module.get_submodule(place), leaf
+
+
+def _below(path: str, top: str) -> bool:
+    return not top or path == top or path.startswith(top + ".")
+
+
+def _tensor(module: nn.Module, leaf: str) -> Tensor | None:
+    t = module._parameters.get(leaf)
+    return module._buffers.get(leaf) if t is None else t
+
+
+def _dtype(module: nn.Module, key: str, dense: torch.dtype | None) -> torch.dtype:
+    """In which the number will be read after the merge."""
+    module, leaf = _owner(module, key)
+    if isinstance(module, Packed):
+        return dense or module.dtype
+    own = _tensor(module, leaf)
+    return next(module.parameters()).dtype if own is None else own.dtype
+
+
+def _own(module: nn.Module, leaf: str) -> dict[str, Tensor]:
+    """The tensors that hold the number."""
+    if isinstance(module, Packed) and leaf == "weight":
+        return module.stored()
+    return {leaf: t} if (t := _tensor(module, leaf)) is not None else {}
+
+
+def _stashed(module: nn.Module, leaf: str) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in _own(module, leaf).items()}
+
+
+def _write(module: nn.Module, leaf: str, value: Tensor) -> Tensor:
+    """Writes a folded value and returns what was stored, in its dtype."""
+    with torch.no_grad():
+        if isinstance(module, Packed) and leaf == "weight":
+            module.pack_(value)
+            return module.dense(value.dtype)
+        (own,) = _own(module, leaf).values()
+        return own.copy_(value).detach().to(value.dtype)

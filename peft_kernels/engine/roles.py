@@ -371,6 +371,24 @@ def resolve(
     return _in_layers(sites, layers)
 
 
+def picked(model: nn.Module, patterns: Iterable[str]) -> set[str]:
+    """Paths of the modules that roles, globs or addresses name and of all that is in them.
+
+    A role that the model's family does not have, or that has no family, names nothing; ValueError for another pattern
+    that matches nothing.
+    """
+    modules, row = dict(base_modules(model)), family(model)
+    tops: set[str] = set()
+    for pattern in patterns:
+        if pattern in ROLES and pattern != "model" and (row is None or pattern not in row.roles):
+            continue
+        found = {key[0] for key, _ in _picks(model, modules, pattern)}
+        if not found and pattern not in ROLES:
+            raise ValueError(f"{pattern!r} matches nothing in {type(model).__name__}; {_hint(model, modules)}")
+        tops |= found
+    return {path for path in modules if "" in tops or any(top in tops for top in _prefixes(path))}
+
+
 def _picks(model: nn.Module, modules: dict[str, nn.Module], target: str) -> Iterator[tuple[Key, str]]:
     """(key, role) of what a role, a glob, a span of globs or an address names."""
     if not isinstance(target, str) or not target:

@@ -222,6 +222,7 @@ class RowBase:
     """The base of a tuner that runs on some rows of a batch (None: all): they were computed with all the others."""
 
     innermost = False
+    packed = None
 
     def __init__(self, site: Site, call: Call, shared: _Once, rows: _Chosen | None = None):
         self.site, self.call, self.shared, self.rows = site, call, shared, rows

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .method import Tuner, as_matrix, promoted
+from .packed import Packed, stand_in, unpacked
 from .rows import Key, routing
 from .taps import forget, seen
 
@@ -101,16 +102,29 @@ class Site:
         return None if bias is None else self._rows(bias)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight; of a packed one, that in which it is read."""
+        return self.module.dtype if isinstance(self.module, Packed) else self._weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return cast(Tensor, self.module.weight).device
+
+    @property
     def n_out(self) -> int:
         """Features of the output; of a module, those of its last linear."""
-        return self._linears()[-1].n_out if self.kind == "module" else self.weight.shape[0]
+        if self.kind == "module":
+            return self._linears()[-1].n_out
+        if not isinstance(self.module, Packed):
+            return self.weight.shape[0]
+        return self.module.out_features if self.rows is None else self.rows.groups * (self.rows.stop - self.rows.start)
 
     @property
     def n_in(self) -> int:
         """Features of the input; of a span or module, those of its first linear."""
         if self.kind in ("module", "span"):
             return self._linears()[0].n_in
-        return self.weight.shape[-1]
+        return self.module.in_features if isinstance(self.module, Packed) else self.weight.shape[-1]
 
     def _linears(self) -> list[Site]:
         if self.entry is not None:
@@ -132,7 +146,7 @@ class Site:
 
     @property
     def _weight(self) -> Tensor:
-        return cast(Tensor, self.module.weight)
+        return self.module.dense() if isinstance(self.module, Packed) else cast(Tensor, self.module.weight)
 
     def _rows(self, t: Tensor) -> Tensor:
         return t if self.rows is None else self.rows.of(t)
@@ -153,7 +167,8 @@ class Site:
 
     def apply(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         """The module's function of x with other weights, of any number of output features."""
-        module, dtype = self.module, self._weight.dtype
+        module = self.module
+        dtype = x.dtype if isinstance(module, Packed) else self.dtype  # packed weights take any
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         if not self.plain:
             raise TypeError(
@@ -184,7 +199,7 @@ class Site:
         """
         reference = next(self.module.parameters())
         device = _device(self, reference)
-        dtype = promoted(reference.dtype)
+        dtype = promoted(self.dtype if isinstance(self.module, Packed) else reference.dtype)
         if device.type == "meta":
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
         value = torch.empty(shape, dtype=torch.promote_types(dtype, torch.float32))
@@ -205,7 +220,7 @@ class Site:
         return nn.Parameter(value.to(device, dtype))
 
     def replicate(self) -> nn.Module:
-        """A trainable deep copy of the module (ties inside it stay ties), in the module's own dtype.
+        """A trainable deep copy of the module (ties inside it stay ties), in the module's own dtype, packed weights dense.
 
         ValueError where the copy would hold a tuner or a forward that belongs to the module.
         """
@@ -221,6 +236,9 @@ class Site:
             replica.__class__ = base_class(self.module)
         for hooks in (replica._forward_hooks, replica._forward_pre_hooks, replica._backward_hooks):
             hooks.clear()  # they run on the module itself, around the replica
+        for inner in replica.modules():
+            if isinstance(inner, Packed):
+                unpack(inner, inner.dtype)
         for p in replica.parameters():
             p.requires_grad_(p.is_floating_point())
         return replica
@@ -239,6 +257,8 @@ def _layout(module: nn.Module) -> str:
 
 def _plain(module: nn.Module) -> bool:
     cls: Any = base_class(module) if adapters_of(module) is not None else type(module)
+    if isinstance(module, Packed):
+        return True
     if isinstance(module, nn.Embedding):  # transformers' scaled ones multiply the rows afterwards
         return module.max_norm is None and (cls.forward is nn.Embedding.forward or hasattr(module, "embed_scale"))
     # transformers' Conv1D and FalconLinear have a forward of their own that is F.linear.
@@ -276,9 +296,11 @@ class Base:
         self.site, self.below, self.tuner = site, below, tuner
         # W may be used directly: nothing sits between this tuner and a dense linear.
         whole = site.kind == "linear" and site.plain and site.rows is None
-        self.innermost = tuner is None and whole and site.lifted is None
+        alone = tuner is None and whole and site.lifted is None
+        self.packed = site.module if alone and isinstance(site.module, Packed) else None  # the same with a packed one
+        self.innermost = alone and self.packed is None
         # The output belongs to the caller, who may write into it.
-        self.fresh = self.innermost if tuner is None else tuner.fresh
+        self.fresh = alone if tuner is None else tuner.fresh
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.tuner is None:
@@ -348,6 +370,7 @@ class Many:
     """The callable of a routed module: the tuners of one class on their rows, the callable below on the others."""
 
     innermost = False
+    packed = None
     fresh = False
 
     def __init__(self, below: Base | Many, cls: type[Tuner], tuners: dict[int, Tuner], adapters: Adapters):
@@ -407,6 +430,35 @@ def base_class(module: nn.Module) -> Any:
     return type(module).base_class  # type: ignore[attr-defined]
 
 
+class Unpacked(NamedTuple):
+    """What a packed linear was before `unpack`."""
+
+    cls: type[Packed]
+    parameters: dict[str, Any]
+    buffers: dict[str, Any]
+
+    def restore(self, module: nn.Module) -> None:
+        _become(module, self.cls)
+        module._parameters.update(self.parameters)
+        module._buffers.update(self.buffers)
+
+
+def unpack(module: Packed, dtype: torch.dtype) -> Unpacked:
+    """Turns a packed linear into a dense one of `dtype`, in place; what is returned undoes it."""
+    cls = type(module) if adapters_of(module) is None else base_class(module)
+    before = Unpacked(cls, dict(module._parameters), dict(module._buffers))
+    values = {"weight": module.dense(dtype), "bias": None if module.bias is None else module.bias.detach().to(dtype)}
+    for name, value in values.items():
+        module._parameters[name] = None if value is None else nn.Parameter(value, requires_grad=False)
+    module._buffers.clear()
+    _become(module, nn.Linear)
+    return before
+
+
+def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+    module.__class__ = cls if adapters_of(module) is None else adapted(cls)
+
+
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
     swapped = adapted(cls)
     return swapped.__new__(swapped)
@@ -447,3 +499,18 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             if p is not None and id(p) not in seen:
                 seen.add(id(p))
                 yield f"{path}.{name}" if path else name, p
+
+
+def base_numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """base_parameters, a packed weight as the one that it stands for (on the meta device)."""
+    modules = dict(base_modules(model))
+    for path, p in base_parameters(model):
+        place, _, name = path.rpartition(".")
+        yield path, stand_in(modules[place], name, p)
+
+
+def base_values(module: nn.Module) -> dict[str, Tensor]:
+    """Floating parameters and buffers of the base under `module`, by path in it; packed weights dense, in fp32 or wider."""
+    return {
+        f"{path}.{name}" if path else name: t for path, inner in base_modules(module) for name, t in unpacked(inner)
+    }

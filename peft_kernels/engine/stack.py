@@ -17,6 +17,7 @@ class Known:
     """A base whose output for the arguments `call` is known to be `y`; others are computed anew."""
 
     innermost = False
+    packed = None
     fresh = False  # y may be needed again
 
     def __init__(self, base: Base, call: Call, y: Any):
@@ -98,6 +99,7 @@ class _SpanBase:
     """The span as a callable: everything between its linears has run already, on the input that was seen."""
 
     innermost = False
+    packed = None
 
     def __init__(self, site: Site, base: Base, h: Tensor, x: Tensor):
         self.site, self.base, self.h, self.x, self.fresh = site, base, h, x, base.fresh
@@ -115,6 +117,7 @@ class _PartBase:
     """The base of a tuner that sees some output rows of a fused linear: y was computed for all rows at once."""
 
     innermost = False
+    packed = None
     fresh = False  # y may be a view of the fused output
 
     def __init__(self, site: Site, rows: Rows, base: Base, x: Tensor, y: Tensor):

@@ -116,6 +116,8 @@ class LoRATuner(Tuner, method=LoRA):
         p, rng = self.draw(x)
         if base.innermost:
             return ops.lora_linear(x, *base.effective(), self.a, self.b, self.scale, p=p, rng=rng)
+        if base.packed is not None:
+            return base.packed.lora_linear(x, self.a, self.b, self.scale, p=p, rng=rng)
         add = ops.lora_add_ if base.fresh else ops.lora_add
         return add(base(x), x, self.a, self.b, self.scale, p=p, rng=rng)
 
