@@ -49,7 +49,14 @@ def _both_ways(y, x, a, b, p=0.0):
 @pytest.mark.parametrize("clusters", ("0", "1"))
 @pytest.mark.parametrize(
     "shape",
-    [(3, 1100, 600, 16), (17, 264, 72, 40), (65, 96, 136, 20), (130, 520, 64, 68), (600, 64, 80, 8), (2, 4, 300, 260)],
+    [
+        (3, 1100, 600, 16),
+        (17, 264, 72, 40),
+        (65, 96, 136, 20),
+        (2, 4, 300, 260),
+        pytest.param((600, 64, 80, 8), marks=pytest.mark.slow),
+        pytest.param((130, 520, 64, 68), marks=pytest.mark.slow),
+    ],
     ids=lambda s: "x".join(map(str, s)),
 )
 def test_shapes(shape, clusters, monkeypatch):
@@ -93,7 +100,7 @@ def _bank(m, k, n, ranks, x, a, seed=0):
 
 
 @pytest.mark.parametrize("clusters", ("0", "1"))
-@pytest.mark.parametrize("block_m", (None, 7, 16, 33, 128))
+@pytest.mark.parametrize("block_m", (None, 7, 16, *(pytest.param(n, marks=pytest.mark.slow) for n in (33, 128))))
 @pytest.mark.parametrize(
     ("m", "k", "n", "ranks"),
     [(40, 1100, 72, (16, 0, 5, 70)), (300, 64, 136, (8, 20)), (600, 40, 48, (4,) * 3)],
