@@ -87,7 +87,11 @@ def test_misaligned_views(offset):
         return held[offset : offset + t.numel()].view(t.shape).copy_(t)
 
     for m in (5, 70):
-        _both_ways(*map(moved, _one(m, 64, 72, 8)))
+        aligned = _one(m, 64, 72, 8)
+        _both_ways(*map(moved, aligned))
+        with pk.backend("cuda"):
+            outs, others = (OPS["lora_add"].run(*map(f, aligned), 1.0, 0.0, None) for f in (torch.clone, moved))
+        assert all(torch.equal(p, q) for p, q in zip(outs, others, strict=True))
 
 
 def _bank(m, k, n, ranks, x, a, seed=0):
