@@ -10,6 +10,7 @@ Many adapters, bank = (a, bt, r_indptr, scaling, ids), plan as plan.py makes it 
 multi_add_(y, x, *bank, plan, r_max, p, rng)        y += scale * t bt in place
 multi_backward_(dx, g, x, *bank, plan, r_max, p, rng, need_da, need_dbt) -> (da, dbt)
     dx += drop'(dt a) in place unless None
+apply_(y, x, *bank, plan, r_max, slice_n)        as multi_add_, where y is outputs of these widths side by side
 
 Several linears of one x, slices = (a, bs, scales), a [R, K] and t [M, R] being those of all side by side:
 
@@ -81,8 +82,8 @@ def compose(add_, backward_):
     return lora_add, lora_add_inplace, lora_add_backward, lora_linear, lora_linear_backward
 
 
-def compose_multi(add_, backward_):
-    """The same five of multi_lora over its primitives."""
+def compose_multi(add_, backward_, apply_):
+    """The same five of multi_lora over its primitives, then (lora_apply, lora_apply_)."""
 
     def packed(a, bt, r_indptr, scaling, ids):
         return a.contiguous(), bt.contiguous(), r_indptr.contiguous(), scaling.float().contiguous(), ids.contiguous()
@@ -92,6 +93,15 @@ def compose_multi(add_, backward_):
             return multi_lora_add(y, x, *args)
         add_(y, x.contiguous(), *packed(*args[:5]), *args[5:])
         return y
+
+    def lora_apply_inplace(y, x, *args):
+        if not y.is_contiguous():
+            return lora_apply(y, x, *args)
+        apply_(y, x.contiguous(), *packed(*args[:5]), *args[5:])
+        return y
+
+    def lora_apply(y, *args):
+        return lora_apply_inplace(y.clone(memory_format=torch.contiguous_format), *args)
 
     def multi_lora_add(y, *args):
         return multi_lora_add_inplace(y.clone(memory_format=torch.contiguous_format), *args)
@@ -120,6 +130,8 @@ def compose_multi(add_, backward_):
         multi_lora_add_backward,
         multi_lora_linear,
         multi_lora_linear_backward,
+        lora_apply,
+        lora_apply_inplace,
     )
 
 

@@ -17,16 +17,16 @@
 namespace pk {
 namespace {
 
-// y or g [..., n]; b is [n, r] or, in a bank of many adapters, [r, n]
+// y or g [..., n]; b is [n, r] or, in a bank of many adapters, [r, n], and a has `slices` rows for each rank
 LoraShape check(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b, const char* y_name,
-                bool bank = false) {
+                bool bank = false, int64_t slices = 1) {
   const int64_t dims = x.dim();
   const char* expected =
-      bank ? "a must be [R, k], bt [R, n], x [..., k], " : "a must be [r, k], b [n, r], x [..., k], ";
+      bank ? "a must be [R, k] for each slice, bt [R, n], x [..., k], " : "a must be [r, k], b [n, r], x [..., k], ";
   PK_CHECK(a.dim() == 2 && b.dim() == 2 && dims >= 1 && y.dim() == dims, expected, y_name, " [..., n]");
   const LoraShape s = {x.size(dims - 1) == 0 ? 0 : x.numel() / x.size(dims - 1), a.size(1), b.size(bank ? 1 : 0),
-                       a.size(0)};
-  PK_CHECK(x.size(dims - 1) == s.k && y.size(dims - 1) == s.n && b.size(bank ? 0 : 1) == s.r && y.numel() == s.m * s.n,
+                       b.size(bank ? 0 : 1)};
+  PK_CHECK(x.size(dims - 1) == s.k && y.size(dims - 1) == s.n && a.size(0) == slices * s.r && y.numel() == s.m * s.n,
            expected, y_name, " [..., n]");
   PK_CHECK(a.scalar_type() == b.scalar_type(), "a and b must have the same dtype");
   check_contiguous(y, y_name);
@@ -215,6 +215,20 @@ void multi_lora_add_cpu(const Tensor& y, const Tensor& x, const Tensor& a, const
   const LoraDropout drop = dropout_of(p, rng);
   const Sorted by = sorted(s, r_indptr, scaling, ids);
   PK_DISPATCH_ISA(multi_lora_add, s, by.groups, out(y, "y"), in(x, "x"), in(a, "a"), in(bt, "bt"), drop);
+}
+
+void lora_apply_cpu(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& bt, const Tensor& r_indptr,
+                    const Tensor& scaling, const Tensor& ids, std::optional<Tensor> /*plan*/, int64_t /*r_max*/,
+                    std::vector<int64_t> slice_n) {
+  const LoraShape s = check(y, x, a, bt, "y", true, static_cast<int64_t>(slice_n.size()));
+  int64_t columns = 0;
+  for (const int64_t n : slice_n) {
+    PK_CHECK(n > 0, "slice_n must be widths of at least 1");
+    columns += n;
+  }
+  PK_CHECK(columns == s.n, "slice_n must add up to the ", s.n, " columns of y");
+  const Sorted by = sorted(s, r_indptr, scaling, ids);
+  PK_DISPATCH_ISA(lora_apply, s, by.groups, slice_n, out(y, "y"), in(x, "x"), in(a, "a"), in(bt, "bt"));
 }
 
 std::tuple<Tensor, Tensor> multi_lora_backward_cpu(std::optional<Tensor> dx, const Tensor& g, const Tensor& x,
@@ -455,6 +469,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PK_OPS, m) {
       "multi_lora_add_(Tensor(a!) y, Tensor x, Tensor a, Tensor bt, Tensor r_indptr, Tensor scaling, Tensor ids, "
       "Tensor? plan, int r_max, float p, Tensor? rng) -> ()");
   m.def(
+      "lora_apply_(Tensor(a!) y, Tensor x, Tensor a, Tensor bt, Tensor r_indptr, Tensor scaling, Tensor ids, "
+      "Tensor? plan, int r_max, int[] slice_n) -> ()");
+  m.def(
       "multi_lora_backward_(Tensor(a!)? dx, Tensor g, Tensor x, Tensor a, Tensor bt, Tensor r_indptr, Tensor scaling, "
       "Tensor ids, Tensor? plan, int r_max, float p, Tensor? rng, bool need_da, bool need_dbt) -> (Tensor da, Tensor "
       "dbt)");
@@ -462,6 +479,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PK_OPS, m) {
 
 #ifndef PK_EMULATE
 STABLE_TORCH_LIBRARY_IMPL(PK_OPS, CPU, m) {
+  m.impl("lora_apply_", TORCH_BOX(&pk::lora_apply_cpu));
   m.impl("lora_add_", TORCH_BOX(&pk::lora_add_cpu));
   m.impl("lora_backward_", TORCH_BOX(&pk::lora_backward_cpu));
   m.impl("lora_slices_add_", TORCH_BOX(&pk::lora_slices_add_cpu));

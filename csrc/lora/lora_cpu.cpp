@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/cpu.h"
+#include "lora/lora_dropout.h"
 
 #if defined(__SSE2__) && !defined(__AVX2__)
 #include <emmintrin.h>
@@ -25,6 +26,7 @@ constexpr int64_t kSlab = 32;        // rows that wgrad sums before it goes to t
 constexpr int64_t kRanks = 64;       // ranks of one pass over x or g
 constexpr int64_t kMove = 16;        // multiply-adds in the time of moving one element
 constexpr int64_t kGrain = 1 << 20;  // multiply-adds that pay for waking a thread
+static_assert(kCols % kStep == 0 && kDepth % kStep == 0);  // blocks are whole dropout steps
 
 PK_INLINE int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
 PK_INLINE int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
@@ -69,128 +71,6 @@ void put(LoraOut dst, int64_t first, const float* row, int64_t n) {
     if (rest) store_n(p + i, add ? load_n(p + i, rest) + load(row + i) : load(row + i), rest);
   });
 }
-
-// -- dropout --------------------------------------------------------------------------------------------------------
-
-typedef uint64_t wide __attribute__((vector_size(4 * W)));
-typedef uint16_t halves __attribute__((vector_size(4 * W)));
-constexpr int kLanes = W / 2;      // Philox counters side by side, eight columns each
-constexpr int kStep = kLanes * 8;  // columns of one vector of them
-static_assert(kCols % kStep == 0 && kDepth % kStep == 0);
-
-PK_INLINE wide spread(uint64_t x) { return wide{} + x; }
-
-// 32 x 32 -> 64 bits, from the low halves of the lanes.
-PK_INLINE wide multiply(wide a, wide b) {
-#if defined(__AVX512F__)
-  return (wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
-  return (wide)_mm_mul_epu32((__m128i)a, (__m128i)b);
-#else
-  return (a & 0xffffffff) * (b & 0xffffffff);
-#endif
-}
-
-// Zeroes the dropped ones among v[0..kStep). Lane l of `left` holds the numbers of columns 8l..8l+3, of `right`
-// those of 8l+4..8l+7.
-PK_INLINE void keep(float* v, wide left, wide right, halves threshold) {
-#ifdef __SSE2__
-  // Arranged so that unpacking a 16-bit mask with itself, which stays within 128 bits, gives 32-bit masks in order.
-#if defined(__AVX512F__)
-  const __m512i first = {0, 2, 8, 10, 1, 3, 9, 11}, second = {4, 6, 12, 14, 5, 7, 13, 15};
-  const halves numbers[2] = {(halves)_mm512_permutex2var_epi64((__m512i)left, first, (__m512i)right),
-                             (halves)_mm512_permutex2var_epi64((__m512i)left, second, (__m512i)right)};
-#elif defined(__AVX2__)
-  const halves numbers[2] = {(halves)_mm256_permute2x128_si256((__m256i)left, (__m256i)right, 0x20),
-                             (halves)_mm256_permute2x128_si256((__m256i)left, (__m256i)right, 0x31)};
-#else
-  const halves numbers[2] = {(halves)_mm_unpacklo_epi64((__m128i)left, (__m128i)right),
-                             (halves)_mm_unpackhi_epi64((__m128i)left, (__m128i)right)};
-#endif
-  for (int i = 0; i < 2; ++i) {
-    const auto kept = numbers[i] >= threshold;
-#if defined(__AVX512F__)
-    const ivec mask[2] = {(ivec)_mm512_unpacklo_epi16((__m512i)kept, (__m512i)kept),
-                          (ivec)_mm512_unpackhi_epi16((__m512i)kept, (__m512i)kept)};
-#elif defined(__AVX2__)
-    const ivec mask[2] = {(ivec)_mm256_unpacklo_epi16((__m256i)kept, (__m256i)kept),
-                          (ivec)_mm256_unpackhi_epi16((__m256i)kept, (__m256i)kept)};
-#else
-    const ivec mask[2] = {(ivec)_mm_unpacklo_epi16((__m128i)kept, (__m128i)kept),
-                          (ivec)_mm_unpackhi_epi16((__m128i)kept, (__m128i)kept)};
-#endif
-    for (int j = 0; j < 2; ++j) {
-      float* p = v + (2 * i + j) * W;
-      store(p, bit_cast<vec>(bit_cast<ivec>(load(p)) & mask[j]));
-    }
-  }
-#else
-  for (int i = 0; i < kStep; ++i) {
-    const uint64_t four = i % 8 < 4 ? left[i / 8] : right[i / 8];
-    if (static_cast<uint16_t>(four >> 16 * (i % 4)) < threshold[0]) v[i] = 0;
-  }
-#endif
-}
-
-// The mask that README.md defines.
-class Dropout {
- public:
-  Dropout() = default;
-  explicit Dropout(const LoraDropout& drop) : offset_(drop.offset), threshold_(drop.threshold) {
-    uint32_t key0 = static_cast<uint32_t>(drop.seed), key1 = static_cast<uint32_t>(drop.seed >> 32);
-    for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9, key1 += 0xBB67AE85) {
-      key0_[round] = key0;
-      key1_[round] = key1;
-    }
-  }
-
-  explicit operator bool() const { return threshold_ > 0; }
-
-  // Zeroes the dropped ones among v[0..n), which are columns col.. (a multiple of 8) of `row`; v is padded to kStep.
-  void operator()(float* v, int64_t row, int64_t col, int64_t n) const {
-    if (threshold_ > 65535) {
-      std::memset(v, 0, n * sizeof(float));
-      return;
-    }
-    // One vector alone would wait on its multiplications; three keep them busy.
-    int64_t i = 0;
-    for (; n - i > 2 * kStep; i += 3 * kStep) step<3>(v + i, row, col + i);
-    for (; i < n; i += kStep) step<1>(v + i, row, col + i);
-  }
-
- private:
-  template <int N>
-  PK_INLINE void step(float* v, int64_t row, int64_t col) const {
-    wide lane;
-    for (int i = 0; i < kLanes; ++i) lane[i] = i;
-    wide c0[N], c1[N], c2[N], c3[N];
-    for (int i = 0; i < N; ++i) {
-      c0[i] = lane + static_cast<uint64_t>(col / 8 + i * kLanes);
-      c1[i] = spread(row);
-      c2[i] = spread(offset_);
-      c3[i] = spread(offset_ >> 32);
-    }
-    // Upper halves hold leftovers all the way: a multiplication reads lower halves only.
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round)
-      for (int i = 0; i < N; ++i) {
-        const wide even = multiply(c0[i], spread(0xD2511F53)), odd = multiply(c2[i], spread(0xCD9E8D57));
-        c0[i] = (odd >> 32) ^ (c1[i] ^ spread(key0_[round]));
-        c1[i] = odd;
-        c2[i] = (even >> 32) ^ (c3[i] ^ spread(key1_[round]));
-        c3[i] = even;
-      }
-    constexpr uint64_t low = 0xffffffff;
-    const halves threshold = halves{} + static_cast<uint16_t>(threshold_);
-    for (int i = 0; i < N; ++i)
-      keep(v + i * kStep, (c0[i] & low) | c1[i] << 32, (c2[i] & low) | c3[i] << 32, threshold);
-  }
-
-  uint64_t offset_ = 0, key0_[10] = {}, key1_[10] = {};
-  uint32_t threshold_ = 0;
-};
 
 // -- the product ----------------------------------------------------------------------------------------------------
 
@@ -521,9 +401,10 @@ void shrink(const Group* groups, int64_t count, LoraIn x, LoraIn f, bool transpo
   });
 }
 
-// y [m, n] += factor * drop'(t [m, r] f [r, n]); f is stored as [n, r] if transposed.
-void expand(LoraOut y, const Group* groups, int64_t count, LoraIn f, bool transposed, int64_t n, float factor,
-            const Dropout& drop) {
+// y [m, n] += factor * drop'(t [m, r] f [r, n]); f is stored as [n, r] if transposed. Rows of y, and of an f that is
+// not transposed, are ld apart.
+void expand(LoraOut y, const Group* groups, int64_t count, LoraIn f, bool transposed, int64_t n, int64_t ld,
+            float factor, const Dropout& drop) {
   constexpr int64_t rows = 8;
   const int64_t across = blocks(n, kCols), bands = blocks(groups->rows.m, kBand);
   // As in shrink: packed once for all bands or, if there is one band only, on the way.
@@ -532,7 +413,7 @@ void expand(LoraOut y, const Group* groups, int64_t count, LoraIn f, bool transp
   parallel_for(0, packed ? across : 0, grain(kCols * groups->r * kMove), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t col = block * kCols, r = groups->r;
-      pack_columns(all.p + col * r, from(f, groups->first * n), transposed, n, r, col, at_most(n - col, kCols));
+      pack_columns(all.p + col * r, from(f, groups->first * ld), transposed, ld, r, col, at_most(n - col, kCols));
     }
   });
   int64_t work = 0;
@@ -547,21 +428,21 @@ void expand(LoraOut y, const Group* groups, int64_t count, LoraIn f, bool transp
       const int64_t band = task / across % bands * kBand, bottom = at_most(m, band + kBand);
       // With very few rows, packing would cost more than the conflicts in the cache that it avoids.
       const bool as_it_lies = !packed && !transposed && f.type == Dtype::f32 && m <= kBare && cols % W == 0;
-      if (!packed && !as_it_lies) pack_columns(block, from(f, group.first * n), transposed, n, r, col, cols);
+      if (!packed && !as_it_lies) pack_columns(block, from(f, group.first * ld), transposed, ld, r, col, cols);
       const float* v = packed       ? all.p + col * r
-                       : as_it_lies ? static_cast<const float*>(f.data) + group.first * n + col
+                       : as_it_lies ? static_cast<const float*>(f.data) + group.first * ld + col
                                     : block;
       for (int64_t top = band; top < bottom; top += rows) {
         const int64_t some = at_most(bottom - top, rows), row = group.rows[top];
         const bool direct = y.type == Dtype::f32 && !drop && cols % W == 0 && group.rows.adjoining(top, some);
-        for (int64_t i = 0; i < some; ++i) prefetch(y, group.rows.ahead(top + i + rows) * n + col, cols);
-        float* const c = direct ? static_cast<float*>(y.data) + row * n + col : sums;
-        run({c, direct ? n : kCols, group.t + top * group.ld, group.ld, 1, v, as_it_lies ? n : kCols, r, factor,
+        for (int64_t i = 0; i < some; ++i) prefetch(y, group.rows.ahead(top + i + rows) * ld + col, cols);
+        float* const c = direct ? static_cast<float*>(y.data) + row * ld + col : sums;
+        run({c, direct ? ld : kCols, group.t + top * group.ld, group.ld, 1, v, as_it_lies ? ld : kCols, r, factor,
              direct},
             some, padded(cols, W));
         for (int64_t i = 0; i < some && !direct; ++i) {
           if (drop) drop(sums + i * kCols, group.rows[top + i], col, cols);
-          put<true>(y, group.rows[top + i] * n + col, sums + i * kCols, cols);
+          put<true>(y, group.rows[top + i] * ld + col, sums + i * kCols, cols);
         }
       }
     }
@@ -611,13 +492,14 @@ void wgrad(LoraOut d, bool transposed, const Group* groups, int64_t count, LoraI
 // fill the threads alone, then those without rows.
 class Bank {
  public:
-  explicit Bank(const std::vector<LoraGroup>& groups) : t_(size(groups)) {
+  // `slices` of t lie side by side.
+  explicit Bank(const std::vector<LoraGroup>& groups, int64_t slices = 1) : t_(slices * size(groups)) {
     float* t = t_.p;
     for (int kind = 0; kind < 3; ++kind) {
       for (const LoraGroup& g : groups)
         if (kind_of(g) == kind) {
-          groups_.push_back({{g.rows, g.m}, g.first, g.r, g.scale, t, g.r});
-          t += g.m * g.r;
+          groups_.push_back({{g.rows, g.m}, g.first, g.r, g.scale, t, slices * g.r});
+          t += slices * g.m * g.r;
         }
       ends_[kind] = static_cast<int64_t>(groups_.size());
     }
@@ -670,7 +552,7 @@ void lora_add(const LoraShape& s, const std::vector<LoraSlice>& slices, LoraIn x
   const Group all = columns(s.m, t, s.r, s.r);
   shrink(&all, 1, x, a, true, s.k, drop.scale(), Dropout(drop));
   each(slices, s, t,
-       [&](const LoraSlice& own, const Group& u) { expand(own.out, &u, 1, own.b, true, own.n, own.scale, {}); });
+       [&](const LoraSlice& own, const Group& u) { expand(own.out, &u, 1, own.b, true, own.n, own.n, own.scale, {}); });
 }
 
 void lora_backward(const LoraShape& s, const std::vector<LoraSlice>& slices, LoraOut dx, LoraIn x, LoraIn a,
@@ -686,14 +568,32 @@ void lora_backward(const LoraShape& s, const std::vector<LoraSlice>& slices, Lor
     if (s.m) shrink(&u, 1, own.g, own.b, false, own.n, own.scale * drop.scale(), {});
   });
   if (da.data) wgrad(da, false, &dt, 1, x, s.k, 1.0f, Dropout(drop));
-  if (dx.data && s.m) expand(dx, &dt, 1, a, false, s.k, 1.0f, Dropout(drop));
+  if (dx.data && s.m) expand(dx, &dt, 1, a, false, s.k, s.k, 1.0f, Dropout(drop));
 }
 
 void multi_lora_add(const LoraShape& s, const std::vector<LoraGroup>& groups, LoraOut y, LoraIn x, LoraIn a, LoraIn bt,
                     const LoraDropout& drop) {
   const Bank bank(groups);
   bank.each([&](const Group* g, int64_t n) { shrink(g, n, x, a, true, s.k, drop.scale(), Dropout(drop)); });
-  bank.each([&](const Group* g, int64_t n) { expand(y, g, n, bt, false, s.n, 1.0f, {}); });
+  bank.each([&](const Group* g, int64_t n) { expand(y, g, n, bt, false, s.n, s.n, 1.0f, {}); });
+}
+
+void lora_apply(const LoraShape& s, const std::vector<LoraGroup>& groups, const std::vector<int64_t>& slice_n,
+                LoraOut y, LoraIn x, LoraIn a, LoraIn bt) {
+  const auto slices = static_cast<int64_t>(slice_n.size());
+  const Bank bank(groups, slices);
+  bank.each([&](const Group* g, int64_t n) {
+    std::vector<Group> parts(g, g + n);
+    for (Group& part : parts) part.first *= slices, part.r *= slices;
+    shrink(parts.data(), n, x, a, true, s.k, 1.0f, {});
+    for (int64_t slice = 0, col = 0; slice < slices; col += slice_n[slice++]) {
+      for (int64_t i = 0; i < n; ++i) {
+        parts[i] = g[i];
+        parts[i].t += slice * g[i].r;
+      }
+      expand(from(y, col), parts.data(), n, from(bt, col), false, slice_n[slice], s.n, 1.0f, {});
+    }
+  });
 }
 
 void multi_lora_backward(const LoraShape& s, const std::vector<LoraGroup>& groups, LoraOut dx, LoraIn dy, LoraIn x,
@@ -706,7 +606,7 @@ void multi_lora_backward(const LoraShape& s, const std::vector<LoraGroup>& group
   if (!dx.data && !da.data) return;
   bank.each([&](const Group* g, int64_t n) { shrink(g, n, dy, bt, true, s.n, drop.scale(), {}); });
   if (da.data) bank.all([&](const Group* g, int64_t n) { wgrad(da, false, g, n, x, s.k, 1.0f, Dropout(drop)); });
-  if (dx.data) bank.each([&](const Group* g, int64_t n) { expand(dx, g, n, a, false, s.k, 1.0f, Dropout(drop)); });
+  if (dx.data) bank.each([&](const Group* g, int64_t n) { expand(dx, g, n, a, false, s.k, s.k, 1.0f, Dropout(drop)); });
 }
 
 }  // namespace pk::PK_ISA

@@ -59,6 +59,11 @@ PK_DECLARE_ISA(void lora_backward(const LoraShape& s, const std::vector<LoraSlic
 PK_DECLARE_ISA(void multi_lora_add(const LoraShape& s, const std::vector<LoraGroup>& groups, LoraOut y, LoraIn x,
                                    LoraIn a, LoraIn bt, const LoraDropout& drop);)
 
+// As multi_lora_add without dropout, for outputs side by side in y: slice_n are their widths, at least 1. bt [R, n] has
+// their columns, a [slices R, k] for each adapter the ranks of the first, then those of the second, and so on.
+PK_DECLARE_ISA(void lora_apply(const LoraShape& s, const std::vector<LoraGroup>& groups,
+                               const std::vector<int64_t>& slice_n, LoraOut y, LoraIn x, LoraIn a, LoraIn bt);)
+
 // As lora_backward, with da [R, k] and dbt [R, n]; the groups cover all ranks, those without rows too.
 PK_DECLARE_ISA(void multi_lora_backward(const LoraShape& s, const std::vector<LoraGroup>& groups, LoraOut dx, LoraIn g,
                                         LoraIn x, LoraIn a, LoraIn bt, const LoraDropout& drop, LoraOut da,

@@ -55,6 +55,10 @@ def multi_add_(*args):
     _ops.multi_lora_add_.default(*_planned(args[:9]), *args[9:])
 
 
+def apply_(*args):
+    _ops.lora_apply_.default(*args)
+
+
 def multi_backward_(*args):
     return _ops.multi_lora_backward_.default(*_planned(args[:10]), *args[10:])
 
@@ -66,5 +70,7 @@ lora_add, lora_add_, lora_add_backward, lora_linear, lora_linear_backward = comp
     multi_lora_add_backward,
     multi_lora_linear,
     multi_lora_linear_backward,
-) = compose_multi(multi_add_, multi_backward_)
+    lora_apply,
+    lora_apply_,
+) = compose_multi(multi_add_, multi_backward_, apply_)
 lora_linear_slices, lora_linear_slices_backward = compose_slices(slices_add_, slices_backward_)

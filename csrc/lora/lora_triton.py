@@ -411,6 +411,32 @@ def multi_add_(
         _expand_(y.view(-1, bt.shape[1]), parts, bt, 1.0, 0, None, by)
 
 
+def apply_(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    bt: Tensor,
+    r_indptr: Tensor,
+    scaling: Tensor,
+    ids: Tensor,
+    plan: Tensor | None,
+    r_max: int,
+    slice_n: list[int],
+) -> None:
+    """As multi_add_ without dropout, where y [..., N] is outputs of the widths slice_n, side by side.
+
+    a [S * R, K] has for each adapter the ranks of slice 0, then those of slice 1, and so on: one shrink for all.
+    """
+    if r_max == 0 or y.numel() == 0:
+        return
+    x, y = x.view(-1, a.shape[1]), y.view(-1, bt.shape[1])
+    with torch.cuda.device_of(x):
+        by = _rows(r_indptr, scaling, ids, plan, r_max)
+        parts = _shrink(x, a, 1.0, 0, None, by, slices=len(slice_n))
+        for i, (own, f) in enumerate(zip(y.split(slice_n, 1), bt.split(slice_n, 1), strict=True)):
+            _expand_(own, parts, f, 1.0, 0, None, by, slice_index=i)
+
+
 def multi_backward_(
     dx: Tensor | None,
     g: Tensor,
@@ -457,5 +483,7 @@ lora_add, lora_add_, lora_add_backward, lora_linear, lora_linear_backward = comp
     multi_lora_add_backward,
     multi_lora_linear,
     multi_lora_linear_backward,
-) = compose_multi(multi_add_, multi_backward_)
+    lora_apply,
+    lora_apply_,
+) = compose_multi(multi_add_, multi_backward_, apply_)
 lora_linear_slices, lora_linear_slices_backward = compose_slices(*one_by_one(add_, backward_))

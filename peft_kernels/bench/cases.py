@@ -370,7 +370,7 @@ def _slices(case: Case, device: str, stack: ExitStack, count: int) -> Problem:
     runs, lists = zip(*map(ours, pool), strict=True)
     ws, biases, as_, bs = lists[0]
     args = (x, scales, case.p, rng, *ws, *biases, *as_, *bs)
-    t = x.new_empty(case.rows, case.rank * count)
+    t = x.new_empty(case.rows, sum(map(len, as_)))
     apart = {
         "frozen": _frozen(x, layers),
         "lora_linear each": [each(*layer) for layer in flat],

@@ -97,8 +97,8 @@ class BankedTuner(Tuner, method=Banked):
         # Other layouts may round otherwise than F.linear does, and rows without an adapter are to keep their bits.
         if base.innermost and base.site.layout == "rows":
             weight, bias = base.effective()
-            return ops.multi_lora_linear(x, weight, bias, *bank)
-        return ops.multi_lora_add(base(x), x, *bank)
+            return ops.multi_lora_linear(x, weight, bias, *bank, r_max=tuner.ranks)
+        return ops.multi_lora_add(base(x), x, *bank, r_max=tuner.ranks)
 
     def _apply(self, fn: Any, recurse: bool = True) -> BankedTuner:
         exact = self.scaling

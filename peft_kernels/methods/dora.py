@@ -25,7 +25,8 @@ from .. import ops
 from ..engine.method import Changes, promoted
 from ..engine.rows import Routing, by_rows
 from ..engine.site import Base, Site
-from .lora import LoRA, LoRATuner, in_one_op
+from ._routed import in_one_op
+from .lora import LoRA, LoRATuner
 
 _BLOCK = 2**22  # numbers of a 16-bit weight that are widened at a time
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .lora import dropout_of
 
 Bank = Tensor | Sequence[Tensor]
+FACTORS = "Tensor a, Tensor bt, Tensor r_indptr, Tensor scaling, Tensor ids, Tensor? plan, int r_max"
 
 
 def lora_plan(ids: Tensor, r_indptr: Tensor, block_m: int = 64) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import _philox
 from ._op import Cost, Gradient, Op, Sample
 from .lora import _rows, _wanted
-from .lora_bank import Bank, checked, lora_plan
+from .lora_bank import FACTORS, Bank, checked, lora_plan
 
 # -- references -------------------------------------------------------------------------------------------------------
 
@@ -128,20 +128,18 @@ def _samples(*names: str, differentiable: tuple[int, ...] = (), wanted: tuple = 
 _WANTED = ((True, True, True), (False, True, False), (True, False, True))
 
 
-def _cost(x: Tensor, bank: tuple, passes: int, moved: tuple, w: Tensor | None = None) -> Cost:
+def _cost(bank: tuple, passes: int, moved: tuple, w: Tensor | None = None) -> Cost:
     """`passes` products with each factor; of the bank, the adapters that have rows move, once forward and backward."""
     a, bt, r_indptr, _, ids = bank[:5]
-    k, n, ranks = x.shape[-1], bt.shape[1], r_indptr.diff()
+    ranks, width = r_indptr.diff(), (a.numel() + bt.numel()) // max(len(bt), 1)  # k + n, or more where y has slices
     served = ids[(ids >= 0) & (ids < len(ranks))].long()
     pairs, used = int(ranks[served].sum()), int(ranks[served.unique()].sum())
-    flops = 2 * pairs * (k + n) * passes + (0 if w is None else 2 * len(ids) * k * n)
+    flops = 2 * pairs * width * passes + (0 if w is None else 2 * len(ids) * w.numel())
     held = sum(t.numel() * t.element_size() for t in (*moved, w, r_indptr, ids) if t is not None)
-    return Cost(flops, held + used * (k + n) * a.element_size())
+    return Cost(flops, held + used * width * a.element_size())
 
 
-_BANK = (
-    "Tensor a, Tensor bt, Tensor r_indptr, Tensor scaling, Tensor ids, Tensor? plan, int r_max, float p, Tensor? rng"
-)
+_BANK = f"{FACTORS}, float p, Tensor? rng"
 
 _add_backward = Op(
     "multi_lora_add_backward",
@@ -149,7 +147,7 @@ _add_backward = Op(
     family="lora",
     reference=_add_backward_reference,
     samples=_samples("g", "x", wanted=_WANTED),
-    cost=lambda g, x, *bank: _cost(x, bank, 3, (g, g, x, x, x)),
+    cost=lambda g, x, *bank: _cost(bank, 3, (g, g, x, x, x)),
 )
 
 _linear_backward = Op(
@@ -158,7 +156,7 @@ _linear_backward = Op(
     family="lora",
     reference=_linear_backward_reference,
     samples=_samples("g", "x", "w", wanted=_WANTED),
-    cost=lambda g, x, w, *bank: _cost(x, bank, 3, (g, g, x, x, x), w),
+    cost=lambda g, x, w, *bank: _cost(bank, 3, (g, g, x, x, x), w),
 )
 
 
@@ -189,7 +187,7 @@ _add = Op(
     family="lora",
     reference=_add_reference,
     samples=_samples("y", "x", differentiable=(0, 1, 2, 3)),
-    cost=lambda y, x, *bank: _cost(x, bank, 1, (y, y, x)),
+    cost=lambda y, x, *bank: _cost(bank, 1, (y, y, x)),
     gradient=Gradient(lambda args, out: ((*args[1:8], args[10]), args[8:10]), _add_gradient),
     autocast=(0, 1),
 )
@@ -200,7 +198,7 @@ _linear = Op(
     family="lora",
     reference=_linear_reference,
     samples=_samples("x", "w", "bias", differentiable=(0, 3, 4)),
-    cost=lambda x, w, bias, *bank: _cost(x, bank, 1, (x, bias, F.linear(x.to("meta"), w.to("meta"))), w),
+    cost=lambda x, w, bias, *bank: _cost(bank, 1, (x, bias, F.linear(x.to("meta"), w.to("meta"))), w),
     gradient=Gradient(lambda args, out: ((*args[:2], *args[3:9], args[11]), args[9:11]), _linear_gradient),
     autocast=(0, 1, 2),
 )

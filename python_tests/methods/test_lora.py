@@ -143,6 +143,14 @@ def test_an_unrouted_batch_is_the_base(method):
     assert torch.equal(y, nn.functional.linear(x, model[0].weight, model[0].bias))
 
 
+def test_a_batch_of_one_adapter_has_the_bits_of_an_unrouted_call(method):
+    model, x = served(method, below=pk.IA3())
+    y, ran = routed(model, x, ["b"] * 4)
+    assert "lora_linear" in ran
+    pk.set_active(model, ["b"])
+    assert torch.equal(y, model(x))
+
+
 @torch.no_grad()
 def test_the_bank_is_kept_and_never_stale(method):
     model, x = served(method)

@@ -1,4 +1,4 @@
-"""LoRA's CUDA kernels where the samples of the contracts do not lead: parts of sums, wide ranks, types, layouts, NaN."""
+"""LoRA's CUDA kernels where no sample of a contract leads: parts of sums, wide ranks, types, layouts, NaN."""
 
 import pytest
 import torch

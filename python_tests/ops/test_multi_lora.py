@@ -1,5 +1,7 @@
 """Many LoRA adapters in one op: facts beyond the laws of test_ops.py."""
 
+import itertools
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peft_kernels as pk
+from peft_kernels.check import DTYPES, compare
 from peft_kernels.ops import _philox
 
 BACKENDS = ("reference", "cpu", "triton")
@@ -150,11 +153,17 @@ def test_threads_and_row_counts_do_not_change_a_bit():
         assert all(torch.equal(p, q) for p, q in zip(outs[0], other, strict=True))
 
 
-def test_one_adapter_for_all_rows_is_lora():
-    x, w, bias, (a, *_), (b, *_), *_ = problem()
+@pytest.mark.parametrize("name", BACKENDS)
+def test_one_adapter_for_all_rows_is_lora(name):
+    """x is wide enough for Triton to split its sums."""
+    x, w, bias, (a, *_), (b, *_), *_ = problem(k=300)
     rng, ids = torch.tensor([3, 4]), torch.zeros(len(x), dtype=torch.int64)
-    many = pk.ops.multi_lora_linear(x, w, bias, a, b.T, torch.tensor([0, 3]), torch.tensor([0.5]), ids, p=0.2, rng=rng)
-    torch.testing.assert_close(many, pk.ops.lora_linear(x, w, bias, a, b, 0.5, p=0.2, rng=rng))
+    index = torch.tensor([0, 3]), torch.tensor([0.5]), ids
+    with pk.backend(name):
+        many = pk.ops.multi_lora_linear(x, w, bias, a, b.T, *index, p=0.2, rng=rng)
+        torch.testing.assert_close(
+            many, pk.ops.lora_linear(x, w, bias, a, b, 0.5, p=0.2, rng=rng), atol=1e-4, rtol=1e-5
+        )
 
 
 def test_one_graph_for_every_distribution_of_rows():
@@ -267,3 +276,178 @@ def test_a_bank_shorter_than_its_ranks_is_refused():
     x, w, bias, a, b, r_indptr, scaling, ids = problem()
     with pytest.raises(RuntimeError, match="rise from 0 to the 105 ranks"):
         pk.ops.multi_lora_linear(x, w, bias, *(t[1:] for t in flat(a, b)), r_indptr, scaling, ids)
+
+
+# -- a given plan, any shapes, slices ---------------------------------------------------------------------------------
+
+ANY_RANK = (0, 1, 3, 4, 8, 12, 16, 24, 64, 100)
+OPERATIONS = pk.ops.all_ops()
+
+
+def outputs(name, y, x, bank, plan, r_max, p=0.0, rng=None):
+    """(y, dx, da, dbt) of the sum's op and its backward, y being the gradient too."""
+    args = (*bank, plan, r_max, p, rng)
+    with pk.backend(name):
+        added = OPERATIONS["multi_lora_add"].run(y, x, *args)
+        return added, *OPERATIONS["multi_lora_add_backward"].run(y, x, *args, (True, True, True))
+
+
+def close(ours, plain, truth, what):
+    for i, tensors in enumerate(zip(ours, plain, truth, strict=True)):
+        _, wrong = compare(*tensors)
+        assert not wrong, f"{what}, output {i}: {wrong}"
+
+
+def against_fp64(name, y, x, bank, plan, r_max, p=0.0, rng=None, what=""):
+    """The outputs of a backend, held to the law of check.py."""
+    ours, plain = (outputs(n, y, x, bank, plan, r_max, p, rng) for n in (name, "reference"))
+    exact = [t.double() if t.is_floating_point() else t for t in (y, x, *bank)]
+    close(ours, plain, outputs("reference", *exact[:2], exact[2:], None, r_max, p, rng), what)
+    return ours
+
+
+@pytest.mark.parametrize("block_m", (5, 16, 32, 64, 96))
+@pytest.mark.parametrize("name", ("cpu", "triton"))
+def test_a_given_plan_changes_nothing(name, block_m):
+    """Bit for bit where it is the plan that a backend makes by itself, and on the CPU, which makes none."""
+    x, _, _, a, b, *index = problem((70,))
+    bank, y = (*flat(a, b), *index), torch.randn(70, 37)
+    made = 16  # what Triton takes for 70 rows of 6 adapters
+    ours = against_fp64(name, y, x, bank, pk.ops.lora_plan(index[2], index[0], block_m), 70)
+    if name == "cpu" or block_m == made:
+        for given, none in zip(ours, outputs(name, y, x, bank, None, 70), strict=True):
+            assert torch.equal(given, none)
+
+
+@pytest.mark.parametrize("r_max", (100, 106))
+@pytest.mark.parametrize("name", ("cpu", "triton"))
+def test_a_wide_bound_of_the_ranks_changes_nothing(name, r_max):
+    x, _, _, a, b, *index = problem((20,))
+    bank, y = (*flat(a, b), *index), torch.randn(20, 37)
+    against_fp64(name, y, x, bank, None, r_max)
+
+
+# id: ids of the rows, ranks
+PATTERNS = {
+    "ids_out_of_range": ((-5, 9, 2, -1, 3, 2**31 - 1, 1), (2, 3, 4)),
+    "no_adapters": ((0, -1, 3), ()),
+    "one_adapter": ((0,) * 40, (5,)),
+    "257_adapters": (tuple(range(0, 257, 16)), (1, 2) * 128 + (1,)),
+    "empty_first_middle_last": ((3, 1, 3, 1, 1), (2, 3, 4, 5, 6)),
+    "all_base": ((-1,) * 7, (2, 3)),
+    "every_rank": (tuple(range(len(ANY_RANK))) * 3, ANY_RANK),
+    "no_rows": ((), (2, 3)),
+}
+
+
+@pytest.mark.parametrize("case", PATTERNS)
+@pytest.mark.parametrize("name", ("cpu", "triton"))
+def test_ids_and_ranks_of_every_kind(name, case):
+    ids, ranks = PATTERNS[case]
+    x, _, _, a, b, r_indptr, scaling, _ = problem((len(ids),), 33, 18, ranks or (0,))
+    a, bt = (t[: sum(ranks)] for t in flat(a, b))
+    numbers = torch.tensor(ids, dtype=torch.int64)
+    bank = a, bt, r_indptr[: len(ranks) + 1], scaling[: len(ranks)], numbers
+    y = torch.randn(len(ids), 18)
+    added, dx, da, dbt = against_fp64(name, y, x, bank, None, max(ranks, default=0), what=case)
+    base = torch.tensor([not (0 <= i < len(ranks)) or ranks[i] == 0 for i in ids], dtype=torch.bool)
+    assert torch.equal(added[base], y[base])
+    assert not dx[base].any()
+    for l, (first, last) in enumerate(itertools.pairwise(bank[2].tolist())):
+        assert l in ids or not (da[first:last].any() or dbt[first:last].any()), f"adapter {l} has no rows"
+
+
+@st.composite
+def any_problem(draw, rows):
+    ranks = draw(st.lists(st.sampled_from(ANY_RANK[:-2]), max_size=6))
+    ids = draw(st.lists(st.integers(-1, len(ranks)), max_size=rows))
+    k, n, seed = (draw(st.integers(1, high)) for high in (90, 90, 1000))
+    dtype, low = draw(st.sampled_from([(d, low) for d in DTYPES for low in {d, torch.float32}]))
+    block_m, wider = draw(st.sampled_from((None, 16, 64))), draw(st.integers(0, 5))
+    x, _, _, a, b, r_indptr, scaling, _ = problem((len(ids),), k, n, ranks or (0,), seed=seed)
+    y = torch.randn(len(ids), n, generator=torch.Generator().manual_seed(seed))
+    a, bt = (t.to(low) for t in flat(a, b))
+    ids = torch.tensor(ids, dtype=draw(st.sampled_from((torch.int32, torch.int64))))
+    r_indptr, scaling = r_indptr[: len(ranks) + 1], scaling[: len(ranks)]
+    plan = pk.ops.lora_plan(ids, r_indptr, block_m) if block_m else None
+    p = draw(st.sampled_from((0.0, 0.3)))
+    rng = torch.tensor([seed, 3]) if p else None
+    return y.to(dtype), x.to(dtype), (a, bt, r_indptr, scaling, ids), plan, max(ranks, default=0) + wider, p, rng
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(any_problem(rows=60))
+def test_any_problem(drawn):
+    """Forward and the three gradients on the CPU kernels against fp64; two runs give the same bits."""
+    for ours, again in zip(against_fp64("cpu", *drawn), outputs("cpu", *drawn), strict=True):
+        assert torch.equal(ours, again)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(any_problem(rows=20))
+def test_any_problem_in_triton(drawn):
+    for ours, again in zip(against_fp64("triton", *drawn), outputs("triton", *drawn), strict=True):
+        assert torch.equal(ours, again)
+
+
+def sliced(slice_n, ranks, rows=40, k=50, dtype=torch.float32):
+    """(y, x, a_flat, bt_flat, r_indptr, scaling, ids) and, for each slice, its own (a_flat, bt_flat)."""
+    own = [problem((rows,), k, n, ranks, dtype, seed) for seed, n in enumerate(slice_n)]
+    x, r_indptr, scaling, ids = own[0][0], *own[0][5:]
+    a = torch.cat([factor for adapter in zip(*(o[3] for o in own), strict=True) for factor in adapter])
+    bt = torch.cat([flat(*o[3:5])[1] for o in own], 1)
+    y = torch.randn(rows, sum(slice_n), generator=torch.Generator().manual_seed(9), dtype=dtype)
+    return (y, x, a, bt, r_indptr, scaling, ids), [flat(*o[3:5]) for o in own]
+
+
+@pytest.mark.parametrize("slice_n", ((37,), (24, 8, 8), (400, 1)))
+@pytest.mark.parametrize("ranks", (RANKS, (4,) * 5 + (100,)))
+@pytest.mark.parametrize("name", BACKENDS)
+def test_slices_are_separate_calls(name, slice_n, ranks):
+    if name == "triton":
+        slice_n = tuple(min(n, 70) for n in slice_n)
+    (y, x, a, bt, r_indptr, scaling, ids), own = sliced(slice_n, ranks)
+    index = r_indptr, scaling, ids
+    truth = [
+        OPERATIONS["multi_lora_add"].reference(
+            part.double(), x.double(), *(f.double() for f in factors), *index, None, 0, 0.0, None
+        )
+        for part, factors in zip(y.split(slice_n, 1), own, strict=True)
+    ]
+    plain = [
+        OPERATIONS["multi_lora_add"].reference(part, x, *factors, *index, None, 0, 0.0, None)
+        for part, factors in zip(y.split(slice_n, 1), own, strict=True)
+    ]
+    base = (ids < 0) | (ids >= len(ranks)) | (r_indptr.diff()[ids.clamp(0, len(ranks) - 1)] == 0)
+    for out in (y.clone(), y.T.contiguous().T):
+        with pk.backend(name):
+            assert pk.ops.lora_apply_(out, x, a, bt, *index, slice_n=slice_n, r_max=max(ranks)) is None
+        close([out], [torch.cat(plain, 1)], [torch.cat(truth, 1)], slice_n)
+        assert torch.equal(out[base], y[base])
+
+
+def test_slices_on_threads_and_by_lists():
+    (y, x, a, bt, *index), own = sliced((300, 200), (4, 70) + (8,) * 20, rows=200, k=800)
+    index[2][:100] = 1
+    before, outs = torch.get_num_threads(), []
+    lists = a.split([2 * r for r in index[0].diff().tolist()]), [f.T for f in bt.split(index[0].diff().tolist())]
+    try:
+        for threads, bank in ((1, (a, bt)), (8, (a, bt)), (2, lists)):
+            torch.set_num_threads(threads)
+            outs.append(y.clone())
+            pk.ops.lora_apply_(outs[-1], x, *bank, *index, slice_n=[300, 200])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+def test_bad_slices_are_named():
+    (y, x, a, bt, *index), _ = sliced((20, 17), RANKS)
+    for slice_n in ((20, 16), (37, 0)):
+        with pytest.raises(ValueError, match="add up to the 37 of y"):
+            pk.ops.lora_apply_(y, x, a, bt, *index, slice_n=slice_n)
+    with pytest.raises(ValueError, match=r"expected \[2 \* R, 50\]"):
+        pk.ops.lora_apply_(y, x, a[1:], bt, *index, slice_n=(20, 17))
+    with pytest.raises(RuntimeError, match="no gradient"):
+        pk.ops.lora_apply_(y, x, a.requires_grad_(), bt, *index, slice_n=(20, 17))
