@@ -36,7 +36,8 @@ def compare(out: Tensor, plain: Tensor, truth: Tensor) -> tuple[float, str]:
     if not out.isfinite().all() and truth.isfinite().all():
         return torch.inf, "not finite"
     scale = truth.abs().max().item() if truth.numel() else 0.0
-    allowed = 2 * _error(plain, truth) + 2 * torch.finfo(out.dtype).eps * scale
+    eps = torch.finfo(out.dtype).eps if out.is_floating_point() else 0.0  # integers are right or wrong
+    allowed = 2 * _error(plain, truth) + 2 * eps * scale
     error = _error(out, truth)
     wrong = "" if error <= allowed else f"error {error:.3g}, allowed {allowed:.3g}"
     return (error / allowed if allowed else torch.inf if error else 0.0), wrong

@@ -13,7 +13,7 @@ import pytest
 import peft_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
-LEVELS = ["baseline", "avx2", "avx512", "amx"]
+LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
 CUDA_SOURCES = sorted(ROOT.glob("csrc/**/*.cu"))
 
 needs_binary = pytest.mark.skipif(

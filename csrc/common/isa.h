@@ -17,9 +17,9 @@
 namespace pk {
 
 // Each level includes the ones before it; cmake/isa.cmake holds the compiler flags of each.
-enum class Isa : int { baseline, avx2, avx512, amx };
+enum class Isa : int { baseline, avx2, avx512, avx512_bf16, amx };
 
-constexpr const char* isa_names[] = {"baseline", "avx2", "avx512", "amx"};
+constexpr const char* isa_names[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
 
 inline const char* isa_name(Isa level) { return isa_names[static_cast<int>(level)]; }
 
@@ -48,14 +48,14 @@ inline Isa machine_isa() {
   if (!__get_cpuid(1, &a, &b, &c, &d) || !all(c, fma_osxsave_avx_f16c)) return Isa::baseline;
   const uint64_t state = enabled_state();
   if (!all(state, 0x6) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return Isa::baseline;
-  const uint32_t leaf7_ebx = b, leaf7_edx = d;
+  const uint32_t leaf7_ebx = b, leaf7_ecx = c, leaf7_edx = d;
   constexpr uint32_t avx2_bmi2 = 1u << 5 | 1u << 8, avx512_f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
   if (!all(leaf7_ebx, avx2_bmi2)) return Isa::baseline;
   if (!all(leaf7_ebx, avx512_f_dq_bw_vl) || !all(state, 0xe6)) return Isa::avx2;
-  constexpr uint32_t amx_bf16_tile = 1u << 22 | 1u << 24, avx512_bf16 = 1u << 5;
-  if (!all(leaf7_edx, amx_bf16_tile) || !all(state, 0x60000) || !__get_cpuid_count(7, 1, &a, &b, &c, &d) ||
-      !all(a, avx512_bf16) || !ask_for_amx())
+  constexpr uint32_t avx512_vbmi = 1u << 1, avx512_bf16 = 1u << 5, amx_bf16_tile = 1u << 22 | 1u << 24;
+  if (!all(leaf7_ecx, avx512_vbmi) || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !all(a, avx512_bf16))
     return Isa::avx512;
+  if (!all(leaf7_edx, amx_bf16_tile) || !all(state, 0x60000) || !ask_for_amx()) return Isa::avx512_bf16;
   return Isa::amx;
 #else
   return Isa::baseline;
@@ -110,22 +110,27 @@ inline Isa isa() {
   namespace avx512 {        \
   __VA_ARGS__               \
   }                         \
+  namespace avx512_bf16 {   \
+  __VA_ARGS__               \
+  }                         \
   namespace amx {           \
   __VA_ARGS__               \
   }                         \
   }
-#define PK_DISPATCH_ISA(fn, ...)                \
-  [&] {                                         \
-    switch (::pk::isa()) {                      \
-      case ::pk::Isa::amx:                      \
-        return ::pk::amx::fn(__VA_ARGS__);      \
-      case ::pk::Isa::avx512:                   \
-        return ::pk::avx512::fn(__VA_ARGS__);   \
-      case ::pk::Isa::avx2:                     \
-        return ::pk::avx2::fn(__VA_ARGS__);     \
-      default:                                  \
-        return ::pk::baseline::fn(__VA_ARGS__); \
-    }                                           \
+#define PK_DISPATCH_ISA(fn, ...)                   \
+  [&] {                                            \
+    switch (::pk::isa()) {                         \
+      case ::pk::Isa::amx:                         \
+        return ::pk::amx::fn(__VA_ARGS__);         \
+      case ::pk::Isa::avx512_bf16:                 \
+        return ::pk::avx512_bf16::fn(__VA_ARGS__); \
+      case ::pk::Isa::avx512:                      \
+        return ::pk::avx512::fn(__VA_ARGS__);      \
+      case ::pk::Isa::avx2:                        \
+        return ::pk::avx2::fn(__VA_ARGS__);        \
+      default:                                     \
+        return ::pk::baseline::fn(__VA_ARGS__);    \
+    }                                              \
   }()
 #else
 #define PK_DECLARE_ISA(...) \

@@ -196,7 +196,7 @@ def _sample(case: Case, device: str, stack: ExitStack) -> Problem:
     op = all_ops()[case.op]
     sample = next(iter(op.samples(case.torch_dtype, device)))
     args, leaves = with_leaves(sample)
-    g = torch.randn_like(outputs(op.reference(*args))[0])
+    g = torch.randn(outputs(op.reference(*args))[0].shape, device=device)  # of integers too, which have no gradient
     return Problem(
         "reference",  # not plain torch: nobody would write it so
         [Run(lambda: outputs(op(*args))[0], tuple(leaves))],

@@ -6,12 +6,18 @@ from .lora_apply import lora_apply_
 from .lora_bank import lora_plan
 from .lora_slices import lora_linear_slices
 from .multi_lora import multi_lora_add, multi_lora_linear
+from .nf4 import dequantize_nf4, quantize_nf4
+from .nf4_absmax import dequantize_absmax, dynamic_map, quantize_absmax
+from .nf4_linear import nf4_linear, nf4_lora_linear
 from .rescale import rescale
 
 __all__ = [
     "BackendError",
     "all_ops",
     "backend",
+    "dequantize_absmax",
+    "dequantize_nf4",
+    "dynamic_map",
     "lora_add",
     "lora_add_",
     "lora_apply_",
@@ -20,5 +26,9 @@ __all__ = [
     "lora_plan",
     "multi_lora_add",
     "multi_lora_linear",
+    "nf4_linear",
+    "nf4_lora_linear",
+    "quantize_absmax",
+    "quantize_nf4",
     "rescale",
 ]

@@ -1,0 +1,164 @@
+// Glue of NF4: checks, allocates, dispatches. The format is in README.md.
+#include "nf4/nf4.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "common/checks.h"
+
+namespace pk {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+int64_t log2_of(int64_t blocksize) {
+  int64_t shift = 0;
+  while ((int64_t{1} << shift) < blocksize) ++shift;
+  PK_CHECK((int64_t{1} << shift) == blocksize && blocksize >= 32 && blocksize <= 4096,
+           "blocksize must be a power of two from 32 to 4096");
+  return shift;
+}
+
+void check(const Tensor& t, const char* name, ScalarType type, int64_t n) {
+  check_contiguous(t, name);
+  PK_CHECK(t.is_cpu() && t.scalar_type() == type && t.numel() == n, name, " must be on the CPU and hold ", n,
+           type == ScalarType::Float ? " float32" : " uint8");
+}
+
+const float* floats(const Tensor& t) { return static_cast<const float*>(t.data_ptr()); }
+const uint8_t* bytes(const Tensor& t) { return static_cast<const uint8_t*>(t.data_ptr()); }
+
+// The second level, of n scales.
+Nf4 second(const Tensor& absmax, const Tensor& q, const Tensor& code, const Tensor& offset, int64_t n, int64_t block2) {
+  PK_CHECK(block2 >= 1, "blocksize2 must be at least 1");
+  check(q, "absmax_q", ScalarType::Byte, n);
+  check(absmax, "absmax", ScalarType::Float, blocks(n, block2));
+  check(code, "code2", ScalarType::Float, 256);
+  check(offset, "offset", ScalarType::Float, 1);
+  return {nullptr, 0, floats(absmax), bytes(q), floats(code), *floats(offset), block2};
+}
+
+Nf4 weights(const Tensor& packed, const Tensor& absmax, int64_t numel, int64_t blocksize, const Optional& q,
+            const Optional& code, const Optional& offset, int64_t block2) {
+  const int64_t shift = log2_of(blocksize), scales = blocks(numel, blocksize), held = packed.numel();
+  check_contiguous(packed, "packed");
+  PK_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && held >= (numel + 1) / 2,
+           "packed must be on the CPU and hold ", (numel + 1) / 2, " uint8");
+  Nf4 w = {nullptr, 0, floats(absmax), nullptr, nullptr, 0.0f, 1};
+  if (q) {
+    PK_CHECK(code.has_value() && offset.has_value(), "absmax_q needs code2 and offset");
+    w = second(absmax, *q, *code, *offset, scales, block2);
+  } else {
+    check(absmax, "absmax", ScalarType::Float, scales);
+  }
+  w.bytes = bytes(packed);
+  w.shift = shift;
+  return w;
+}
+
+std::tuple<Tensor, Tensor> quantize(const Tensor& w, int64_t blocksize) {
+  check_contiguous(w, "w");
+  const int64_t shift = log2_of(blocksize), numel = w.numel();
+  const Dtype type = dtype_of(w, "w");
+  Tensor packed = new_empty(w, {(numel + 1) / 2, 1}, ScalarType::Byte);
+  Tensor absmax = new_empty(w, {blocks(numel, blocksize)}, ScalarType::Float);
+  PK_DISPATCH_ISA(nf4_quantize, type, w.data_ptr(), numel, shift, static_cast<uint8_t*>(packed.data_ptr()),
+                  static_cast<float*>(absmax.data_ptr()));
+  return {packed, absmax};
+}
+
+void dequantize(const Tensor& out, const Tensor& packed, const Tensor& absmax, int64_t blocksize, Optional q,
+                Optional code, Optional offset, int64_t block2) {
+  check_contiguous(out, "out");
+  const Nf4 w = weights(packed, absmax, out.numel(), blocksize, q, code, offset, block2);
+  PK_DISPATCH_ISA(nf4_dequantize, w, out.numel(), dtype_of(out, "out"), out.data_ptr());
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& code, int64_t block2) {
+  const int64_t n = absmax.numel();
+  PK_CHECK(block2 >= 1, "blocksize2 must be at least 1");
+  check(absmax, "absmax", ScalarType::Float, n);
+  check(code, "code", ScalarType::Float, 256);
+  Tensor q = new_empty(absmax, {n}, ScalarType::Byte);
+  Tensor absmax2 = new_empty(absmax, {blocks(n, block2)}, ScalarType::Float);
+  Tensor offset = new_empty(absmax, {}, ScalarType::Float);
+  *static_cast<float*>(offset.data_ptr()) =
+      PK_DISPATCH_ISA(nf4_quantize_absmax, floats(absmax), n, floats(code), block2, static_cast<uint8_t*>(q.data_ptr()),
+                      static_cast<float*>(absmax2.data_ptr()));
+  return {q, absmax2, offset};
+}
+
+Tensor dequantize_absmax(const Tensor& q, const Tensor& absmax2, const Tensor& code, const Tensor& offset,
+                         int64_t block2) {
+  const Nf4 w = second(absmax2, q, code, offset, q.numel(), block2);
+  Tensor absmax = new_empty(absmax2, {q.numel()}, ScalarType::Float);
+  PK_DISPATCH_ISA(nf4_dequantize_absmax, w, q.numel(), static_cast<float*>(absmax.data_ptr()));
+  return absmax;
+}
+
+// A result [..., width] beside `like`, [..., last]
+Tensor product(const Tensor& like, int64_t width) {
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  sizes.back() = width;
+  return new_empty(like, sizes, like.scalar_type());
+}
+
+Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, int64_t n, int64_t blocksize, Optional bias,
+              Optional q, Optional code, Optional offset, int64_t block2) {
+  PK_CHECK(x.dim() >= 1 && n >= 0, "x must be [..., in]");
+  check_contiguous(x, "x");
+  const int64_t k = x.size(x.dim() - 1);
+  const Nf4 w = weights(packed, absmax, n * k, blocksize, q, code, offset, block2);
+  if (bias) {
+    check_contiguous(*bias, "bias");
+    PK_CHECK(bias->is_cpu() && bias->numel() == n, "bias must be on the CPU and hold ", n, " numbers");
+  }
+  const Dtype type = dtype_of(x, "x"), bias_type = bias ? dtype_of(*bias, "bias") : type;
+  Tensor y = product(x, n);
+  const Nf4Linear s = {n ? y.numel() / n : 0, n, k};
+  PK_DISPATCH_ISA(nf4_linear, s, type, x.data_ptr(), w, bias_type, bias ? bias->data_ptr() : nullptr, y.data_ptr());
+  return y;
+}
+
+Tensor dgrad(const Tensor& g, const Tensor& packed, const Tensor& absmax, int64_t k, int64_t blocksize, Optional q,
+             Optional code, Optional offset, int64_t block2) {
+  PK_CHECK(g.dim() >= 1 && k >= 0, "g must be [..., out]");
+  check_contiguous(g, "g");
+  const int64_t n = g.size(g.dim() - 1);
+  const Nf4 w = weights(packed, absmax, n * k, blocksize, q, code, offset, block2);
+  Tensor dx = product(g, k);
+  const Nf4Linear s = {k ? dx.numel() / k : 0, n, k};
+  PK_DISPATCH_ISA(nf4_dgrad, s, dtype_of(g, "g"), g.data_ptr(), w, dx.data_ptr());
+  return dx;
+}
+
+}  // namespace
+}  // namespace pk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(_peft_kernels, m) {
+  m.def("quantize_nf4(Tensor w, int blocksize) -> (Tensor, Tensor)");
+  m.def(
+      "dequantize_nf4_(Tensor(a!) out, Tensor packed, Tensor absmax, int blocksize, Tensor? absmax_q, Tensor? code2, "
+      "Tensor? offset, int blocksize2) -> ()");
+  m.def("quantize_absmax(Tensor absmax, Tensor code, int blocksize2) -> (Tensor, Tensor, Tensor)");
+  m.def("dequantize_absmax(Tensor q, Tensor absmax2, Tensor code, Tensor offset, int blocksize2) -> Tensor");
+  m.def(
+      "nf4_linear(Tensor x, Tensor packed, Tensor absmax, int out_features, int blocksize, Tensor? bias, "
+      "Tensor? absmax_q, Tensor? code2, Tensor? offset, int blocksize2) -> Tensor");
+  m.def(
+      "nf4_linear_dgrad(Tensor g, Tensor packed, Tensor absmax, int in_features, int blocksize, Tensor? absmax_q, "
+      "Tensor? code2, Tensor? offset, int blocksize2) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(_peft_kernels, CPU, m) {
+  m.impl("quantize_nf4", TORCH_BOX(&pk::quantize));
+  m.impl("dequantize_nf4_", TORCH_BOX(&pk::dequantize));
+  m.impl("quantize_absmax", TORCH_BOX(&pk::quantize_absmax));
+  m.impl("dequantize_absmax", TORCH_BOX(&pk::dequantize_absmax));
+  m.impl("nf4_linear", TORCH_BOX(&pk::linear));
+  m.impl("nf4_linear_dgrad", TORCH_BOX(&pk::dgrad));
+}
