@@ -138,7 +138,7 @@ def test_a_cuda_kernel_serves_cpu_tensors_when_asked_for_by_name():
 
 @pytest.mark.slow
 def test_no_access_outside_of_tensors():
-    """The laws of every CUDA kernel once more under AddressSanitizer, which ends the process at the first fault."""
+    """Forward and backward of every CUDA kernel under AddressSanitizer, which ends the process at the first fault."""
     found = [
         subprocess.run(
             [*emulation.compiler(), f"-print-file-name={name}"], capture_output=True, text=True
@@ -150,8 +150,9 @@ def test_no_access_outside_of_tensors():
     environment = {name: value for name, value in os.environ.items() if name != "PEFT_KERNELS_EMULATED"} | {
         "EMULATED_FLAGS": "-fsanitize=address --param asan-stack=0",
         "LD_PRELOAD": " ".join(found),
-        "ASAN_OPTIONS": "detect_leaks=0:use_sigaltstack=0",
+        "ASAN_OPTIONS": "detect_leaks=0:use_sigaltstack=0:quarantine_size_mb=16",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-s", Path(__file__).with_name("test_ops.py"), "-k", "cuda-cpu"]
+    laws = [Path(__file__).with_name("test_ops.py"), "-k", "cuda-cpu and (test_error or test_gradient_is)"]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", *laws]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

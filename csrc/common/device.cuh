@@ -95,15 +95,22 @@ inline cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t sh
 }
 
 // Does the current device run clusters, and the kernel's code for it have them? Code that the driver makes from older
-// PTX has not.
+// PTX has not. The last answer of a thread is kept, as a model asks the same in each layer.
 template <class... P>
 inline bool can_cluster(void (*kernel)(P...)) {
+  static thread_local struct {
+    void (*kernel)(P...) = nullptr;
+    int device = -1;
+    bool can = false;
+  } last;
+  int device = -1;
   cudaFuncAttributes code;
-  if (cudaFuncGetAttributes(&code, kernel) != cudaSuccess) {
-    cudaGetLastError();  // nobody else's
-    return false;
-  }
-  return code.ptxVersion >= 90 && code.binaryVersion >= 90;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (last.kernel == kernel && last.device == device) return last.can;
+  const bool found = cudaFuncGetAttributes(&code, kernel) == cudaSuccess;
+  if (!found) cudaGetLastError();  // nobody else's
+  last.kernel = kernel, last.device = device;
+  return last.can = found && code.ptxVersion >= 90 && code.binaryVersion >= 90;
 }
 
 }  // namespace pk

@@ -56,11 +56,7 @@ def multi_add_(*args):
 
 
 def apply_(*args):
-    torch.ops._peft_kernels.lora_apply_.default(*args)
-
-
-def why_not_lora_apply(y, *args):
-    return why_not(y, *args) if y.is_cpu else "the CUDA kernels take no slices"
+    _ops.lora_apply_.default(*args)
 
 
 def multi_backward_(*args):

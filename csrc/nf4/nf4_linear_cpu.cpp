@@ -9,11 +9,13 @@ namespace pk::PK_ISA {
 namespace {
 
 constexpr int64_t kFew = 4;               // rows of x up to which weights go from the table into the product
+constexpr int64_t kFewRows = 16;          // rows of W beside few rows of x
 constexpr int64_t kDepth = 256;           // columns of W that the forward decodes at a time
 constexpr int64_t kRows = 48;             // rows of W beside them: whole tiles of 4, 6, 8, 12 and 24
 constexpr int64_t kChunk = 512;           // rows of x, for each of which W is decoded anew
 constexpr int64_t kSlab = 128;            // rows of W that the backward decodes at a time
 constexpr int64_t kCols = 192;            // columns of W beside them: whole panels
+constexpr int64_t kAhead = 16;            // rows of W between asking for one and decoding it
 constexpr int64_t kBackChunk = 256;       // rows of g, for each of which W is decoded anew
 constexpr int64_t kWide = 3 * W;          // a panel: the widest tile
 constexpr int kSums = W == 16 ? 24 : 12;  // vectors of sums in the registers beside what they are made of
@@ -120,41 +122,102 @@ void fetch(const T* x, int64_t n, uint32_t* out) {
   }
 }
 
-// n weights as words; `line` has room for them as floats and a vector more.
+// Asks for n weights that are needed a piece later: hardware prefetching stops at the end of each short piece of a row.
+PK_INLINE void prefetch(const Nf4& w, int64_t first, int64_t n) {
+  for (const uint8_t *p = w.bytes + first / 2, *end = p + n / 2; p < end; p += 64) __builtin_prefetch(p, 0, 2);
+}
+
+// n weights as words.
 template <bool pairs>
-void fetch_weights(const Nf4& w, int64_t first, int64_t n, float* room, [[maybe_unused]] float* line, uint32_t* out) {
+void fetch_weights(const Nf4& w, int64_t first, int64_t n, float* room, uint32_t* out) {
 #ifdef __AVX512BF16__
   if constexpr (pairs) {
-    decode(w, first, n, room, line);
-    store(line + n, vec{});
-    for (int64_t i = 0; i < n; i += W) {
-      const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)load(line + i));
-      std::memcpy(out + i / 2, &half, sizeof(half));
+    auto* to = reinterpret_cast<bf16*>(out);
+    if (w.shift >= 6 && first % 64 == 0 && n % 64 == 0) {  // the usual case, without a branch for each block
+      const int64_t block = first >> w.shift;
+      const float* scale = scales(w, block, ((first + n - 1) >> w.shift) - block + 1, room);
+      for (int64_t at = first; at < first + n; at += 64, to += 64) {
+        const Table table(scale[(at >> w.shift) - block]);
+        const uint8_t* p = w.bytes + at / 2;
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i, p += W)
+          _mm512_storeu_si512(to + i * 2 * W,
+                              (__m512i)_mm512_cvtne2ps_pbh((__m512)table.at(p + W / 2), (__m512)table.at(p)));
+      }
+      return;
     }
+    if (n % 2) out[n / 2] = 0;
+    each_block(w, first, n, room, [&](int64_t at, int64_t count, float scale) {
+      const int64_t stop = at + count;
+      if (at % 2) *to++ = narrow<bf16>(number(w, at++, scale));
+      const Table table(scale);
+      for (; at + 2 * W <= stop; at += 2 * W, to += 2 * W) {
+        const __m512 low = (__m512)table.at(w.bytes + at / 2), high = (__m512)table.at(w.bytes + at / 2 + W / 2);
+        _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      }
+      for (; at < stop; ++at) *to++ = narrow<bf16>(number(w, at, scale));
+    });
     return;
   }
 #endif
   decode(w, first, n, room, reinterpret_cast<float*>(out));
 }
 
-// Row d of a right operand of `depth` rows, panel by panel, from n floats: v, or pairs of v and what is below it.
-template <bool pairs>
-void put_row(const float* v, [[maybe_unused]] const float* below, int64_t n, int64_t d, int64_t depth, uint32_t* out) {
-  each_panel(padded(n, W), [&](int64_t c, int64_t vectors) {
-    uint32_t* to = out + c * depth + d * vectors * W;
-    for (int64_t i = 0; i < vectors * W; i += W) {
-      vec both = load(v + c + i);
+// Where column c of row d is in a right operand of `depth` rows and `cols` columns, whole vectors, panel by panel.
+PK_INLINE int64_t place(int64_t c, int64_t d, int64_t depth, int64_t cols) {
+  const int64_t panel = c / kWide * kWide;
+  return panel * depth + d * at_most(kWide, cols - panel) + c - panel;
+}
+
 #ifdef __AVX512BF16__
-      if constexpr (pairs) {
-        const __m512i mixed = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-        const __m512bh halves = _mm512_cvtne2ps_pbh((__m512)load(below + c + i), (__m512)both);
-        both = (vec)_mm512_permutexvar_epi16(mixed, (__m512i)halves);
-      }
+// v rounded to bf16, each beside the one of `below`.
+PK_INLINE __m512i interleaved(vec v, vec below) {
+  const __m512i mixed = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(mixed, (__m512i)_mm512_cvtne2ps_pbh((__m512)below, (__m512)v));
+}
 #endif
-      std::memcpy(to + i, &both, sizeof(both));
+
+// Row d of that operand from n weights, or in pairs from as many of a next row, `stride` weights on; 0: there is none.
+template <bool pairs>
+void fetch_row(const Nf4& w, int64_t first, int64_t stride, int64_t n, int64_t d, int64_t depth, float* room,
+               uint32_t* out) {
+  const int64_t cols = padded(n, W);
+#ifdef __AVX512BF16__
+  if constexpr (pairs) {
+    if (w.shift >= 6 && first % 64 == 0 && n % 64 == 0 && stride > 0 && stride % 64 == 0) {
+      const int64_t block = first >> w.shift, count = ((first + n - 1) >> w.shift) - block + 1;
+      const int64_t next = (first + stride) >> w.shift, more = ((first + stride + n - 1) >> w.shift) - next + 1;
+      const float *scale = scales(w, block, count, room), *other = scales(w, next, more, room + room_of(w, n));
+      for (int64_t c = 0; c < n; c += 64) {
+        const Table upper(scale[((first + c) >> w.shift) - block]);
+        const Table lower(other[((first + stride + c) >> w.shift) - next]);
+        const uint8_t *p = w.bytes + (first + c) / 2, *q = p + stride / 2;
+#pragma GCC unroll 4
+        for (int i = 0; i < 64; i += W)
+          _mm512_storeu_si512(out + place(c + i, d, depth, cols),
+                              interleaved(upper.at(p + i / 2), lower.at(q + i / 2)));
+      }
+      return;
     }
-  });
+  }
+#endif
+  alignas(64) float line[2][kCols];
+  decode(w, first, n, room, line[0]);
+  if (pairs && stride)
+    decode(w, first + stride, n, room, line[1]);
+  else
+    std::memset(line[1], 0, sizeof(line[1]));
+  for (int64_t c = 0; c < cols; c += W) {
+    uint32_t* to = out + place(c, d, depth, cols);
+#ifdef __AVX512BF16__
+    if constexpr (pairs) {
+      _mm512_storeu_si512(to, interleaved(load(line[0] + c), load(line[1] + c)));
+      continue;
+    }
+#endif
+    std::memcpy(to, line[0] + c, sizeof(vec));
+  }
 }
 
 template <class T>
@@ -178,56 +241,97 @@ std::unique_ptr<float[]> widened(Dtype type, const void* v, int64_t n) {
 
 // -- the forward ----------------------------------------------------------------------------------------------------
 
-// One row of W times M rows of x, ldx apart. The row starts at `first`, which is even, and is n long.
-template <int M>
-PK_INLINE void dot(const Nf4& w, int64_t first, int64_t n, const float* x, int64_t ldx, float* room, float* out) {
-  constexpr int U = M == 1 ? 4 : M == 2 ? 2 : 1;  // sums of a row, so that they do not wait for each other
-  vec sum[M][U] = {};
+// sum[m] += weights at p times x[m], with W weights in fp32, or twice as many in pairs.
+template <bool pairs, int M>
+PK_INLINE void dot_step(const Table& table, const uint8_t* p, const uint32_t* x, int64_t ldx, vec* sum) {
+#ifdef __AVX512BF16__
+  if constexpr (pairs) {
+    const __m512bh right = _mm512_cvtne2ps_pbh((__m512)table.at(p + W / 2), (__m512)table.at(p));
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+      sum[m] = (vec)_mm512_dpbf16_ps((__m512)sum[m], (__m512bh)_mm512_loadu_si512(x + m * ldx), right);
+    return;
+  }
+#endif
+  const vec right = table.at(p);
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) sum[m] = fma(load(reinterpret_cast<const float*>(x + m * ldx)), right, sum[m]);
+}
+
+// total[m] += n weights from `first` on, which is even, times as many of M rows of x, ldx words apart.
+template <class T, bool pairs, int M>
+PK_INLINE void dot(const Nf4& w, int64_t first, int64_t n, const uint32_t* x, int64_t ldx, float* room, vec* total) {
+  using X = std::conditional_t<pairs, T, float>;
+  constexpr int U = M == 1 ? 4 : M < 5 ? 2 : 1;  // sums of a row, so that they do not wait for each other
+  constexpr int64_t step = pairs ? 2 * W : W;    // weights
+  const auto from = [&](int64_t i) { return reinterpret_cast<const uint32_t*>(reinterpret_cast<const X*>(x) + i); };
+  vec sum[U][M] = {};
   each_block(w, first, n, room, [&](int64_t at, int64_t count, float scale) {
     const Table table(scale);
     const uint8_t* p = w.bytes + at / 2;
-    const float* left = x + (at - first);
     int64_t i = 0;
-    for (; i + U * W <= count; i += U * W)
+    for (; i + U * step <= count; i += U * step)
 #pragma GCC unroll 4
-      for (int u = 0; u < U; ++u) {
-        const vec right = table.at(p + (i + u * W) / 2);
-#pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) sum[m][u] = fma(load(left + m * ldx + i + u * W), right, sum[m][u]);
-      }
+      for (int u = 0; u < U; ++u)
+        dot_step<pairs, M>(table, p + (i + u * step) / 2, from(at - first + i + u * step), ldx, sum[u]);
     for (; i < count; i += W) {
       const int rest = static_cast<int>(at_most(W, count - i));
       float numbers[W] = {};
       for (int j = 0; j < rest; ++j) numbers[j] = number(w, at + i + j, scale);
-      for (int m = 0; m < M; ++m) sum[m][0] = fma(load_n(left + m * ldx + i, rest), load(numbers), sum[m][0]);
+      for (int m = 0; m < M; ++m) {
+        const X* left = reinterpret_cast<const X*>(x + m * ldx) + (at - first) + i;
+        sum[0][m] = fma(load_n(left, rest), load(numbers), sum[0][m]);
+      }
     }
   });
+#pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
-    for (int u = 1; u < U; ++u) sum[m][0] += sum[m][u];
-    out[m] = hsum(sum[m][0]);
+    for (int u = 0; u < U; ++u) total[m] += sum[u][m];
   }
 }
 
 template <class T, int M>
 void few_rows(const Nf4Linear& s, const T* x, const Nf4& w, const float* bias, T* y) {
+  constexpr bool pairs = kPairs<T> && M > 1;  // one row is bound by the decoding, and fp32 is free
+  // Columns at a time, of which x stays in the first-level cache; all of them if they are few.
+  constexpr int64_t most = (pairs ? 8192 : 4096) / (M < 3 ? 1 : M < 5 ? 4 : M < 9 ? 8 : 16);
   // A row that starts in the middle of a byte is read from the byte on, and its x from a zero on.
-  const int64_t ldx = padded(s.k + 1, W), copies = 1 + s.k % 2;
+  const int64_t ldx = padded(words<pairs>(s.k + 1), W) + W, copies = 1 + s.k % 2;
   const Buffer left(copies * M * ldx);
+  auto* xs = reinterpret_cast<uint32_t*>(left.p);
   for (int64_t c = 0; c < copies; ++c)
     for (int m = 0; m < M; ++m) {
-      float* to = left.p + (c * M + m) * ldx;
+      uint32_t* to = xs + (c * M + m) * ldx;
       to[0] = 0;
-      fetch<false>(x + m * s.k, s.k, reinterpret_cast<uint32_t*>(to + c));
+      if constexpr (pairs)
+        std::memcpy(reinterpret_cast<T*>(to) + c, x + m * s.k, s.k * sizeof(T));
+      else
+        fetch<false>(x + m * s.k, s.k, to + c);
     }
-  parallel_for(0, s.n, grain(s.k * M), [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks(s.n, kFewRows), grain(kFewRows * s.k * M), [&](int64_t begin, int64_t end) {
     const Buffer room(room_of(w, s.k + 1));
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t half = n * s.k % 2;
-      float out[M];
-      dot<M>(w, n * s.k - half, s.k + half, left.p + half * M * ldx, ldx, room.p, out);
-      for (int m = 0; m < M; ++m) y[m * s.n + n] = narrow<T>(out[m] + bias[n]);
+    vec total[kFewRows][M];
+    for (int64_t n = begin * kFewRows; n < at_most(s.n, end * kFewRows); n += kFewRows) {
+      const int64_t rows = at_most(kFewRows, s.n - n);
+      std::memset(total, 0, sizeof(total));
+      for (int64_t k = 0; k < s.k; k += most)
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t half = (n + i) * s.k % 2, first = (n + i) * s.k - half + k;
+          const int64_t count = at_most(most, s.k + half - k);
+          if (most < s.k) prefetch(w, first + most, most);
+          dot<T, pairs, M>(w, first, count, xs + half * M * ldx + words<pairs>(k), ldx, room.p, total[i]);
+        }
+      for (int64_t i = 0; i < rows; ++i)
+        for (int m = 0; m < M; ++m) y[m * s.n + n + i] = narrow<T>(hsum(total[i][m]) + bias[n + i]);
     }
   });
+}
+
+// few_rows of the M of s, which is at most `most`.
+template <class T, int most>
+void by_rows(const Nf4Linear& s, const T* x, const Nf4& w, const float* bias, T* y) {
+  if (s.m == most) return few_rows<T, most>(s, x, w, bias, y);
+  if constexpr (most > 1) by_rows<T, most - 1>(s, x, w, bias, y);
 }
 
 template <class T>
@@ -258,13 +362,16 @@ void many_rows(const Nf4Linear& s, const T* x, const Nf4& w, const float* bias, 
     const int64_t ldc = mp + W;
     const Buffer left(kRows * ldw), sums(kRows * ldc), room(room_of(w, kDepth));
     auto* ws = reinterpret_cast<uint32_t*>(left.p);
-    alignas(64) float line[kDepth + W];
+    alignas(64) float line[kRows];
     for (int64_t n = begin * kRows; n < at_most(s.n, end * kRows); n += kRows) {
       const int64_t rows = at_most(kRows, s.n - n);
       std::memset(sums.p, 0, rows * ldc * sizeof(float));
       for (int64_t k = 0; k < s.k; k += kDepth) {
         const int64_t cols = at_most(kDepth, s.k - k), depth = words<pairs>(cols);
-        for (int64_t i = 0; i < rows; ++i) fetch_weights<pairs>(w, (n + i) * s.k + k, cols, room.p, line, ws + i * ldw);
+        for (int64_t i = 0; i < rows; ++i) {
+          prefetch(w, (n + i) * s.k + k + kDepth, kDepth);
+          fetch_weights<pairs>(w, (n + i) * s.k + k, cols, room.p, ws + i * ldw);
+        }
         each_panel(mp, [&](int64_t c, int64_t vectors) {
           const uint32_t* panel = xs + words<pairs>(k) * mp + c * depth;
           run<pairs>({sums.p + c, ldc, ws, ldw, panel, vectors * W, depth}, rows, vectors);
@@ -285,21 +392,17 @@ void back(const Nf4Linear& s, const T* g, const Nf4& w, T* dx) {
   constexpr bool pairs = kPairs<T>;
   constexpr int64_t ldg = words<pairs>(kSlab) + 16, ldc = kCols + W;
   parallel_for(0, blocks(s.k, kCols), grain(kCols * s.n * s.m), [&](int64_t begin, int64_t end) {
-    const Buffer left(s.m * ldg), right(words<pairs>(kSlab) * kCols), sums(s.m * ldc), room(room_of(w, kCols));
+    const Buffer left(s.m * ldg), right(words<pairs>(kSlab) * kCols), sums(s.m * ldc), room(2 * room_of(w, kCols));
     auto *gs = reinterpret_cast<uint32_t*>(left.p), *ws = reinterpret_cast<uint32_t*>(right.p);
-    alignas(64) float line[2][kCols] = {};
     for (int64_t k = begin * kCols; k < at_most(s.k, end * kCols); k += kCols) {
       const int64_t cols = at_most(kCols, s.k - k);
       std::memset(sums.p, 0, s.m * ldc * sizeof(float));
       for (int64_t n = 0; n < s.n; n += kSlab) {
         const int64_t rows = at_most(kSlab, s.n - n), depth = words<pairs>(rows);
         for (int64_t d = 0; d < depth; ++d) {
-          for (int64_t i = 0; i < 1 + pairs; ++i)
-            if (const int64_t row = (1 + pairs) * d + i; row < rows)
-              decode(w, (n + row) * s.k + k, cols, room.p, line[i]);
-            else
-              std::memset(line[i], 0, sizeof(line[i]));
-          put_row<pairs>(line[0], line[1], cols, d, depth, ws);
+          const int64_t row = (1 + pairs) * d, first = (n + row) * s.k + k;
+          for (int64_t i = 0; i < 1 + pairs; ++i) prefetch(w, first + (kAhead + i) * s.k, cols);
+          fetch_row<pairs>(w, first, row + 1 < rows ? s.k : 0, cols, d, depth, room.p, ws);
         }
         for (int64_t m = 0; m < s.m; ++m) fetch<pairs>(g + m * s.n + n, rows, gs + m * ldg);
         each_panel(padded(cols, W), [&](int64_t c, int64_t vectors) {
@@ -320,11 +423,8 @@ void nf4_linear(const Nf4Linear& s, Dtype type, const void* x, const Nf4& w, Dty
     using T = decltype(t);
     const T* in = static_cast<const T*>(x);
     T* out = static_cast<T*>(y);
-    static_assert(kFew == 4);
-    if (s.m == 1) return few_rows<T, 1>(s, in, w, wide.get(), out);
-    if (s.m == 2) return few_rows<T, 2>(s, in, w, wide.get(), out);
-    if (s.m == 3) return few_rows<T, 3>(s, in, w, wide.get(), out);
-    if (s.m == 4) return few_rows<T, 4>(s, in, w, wide.get(), out);
+    constexpr int few = kPairs<T> ? 16 : 4;
+    if (s.m <= few) return by_rows<T, few>(s, in, w, wide.get(), out);
     const int64_t chunk = chunk_of(s.m, kChunk);
     for (int64_t m = 0; m < s.m; m += chunk)
       many_rows<T>({at_most(chunk, s.m - m), s.n, s.k}, in + m * s.k, w, wide.get(), out + m * s.n);

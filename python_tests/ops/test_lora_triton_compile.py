@@ -77,6 +77,8 @@ def compile_cases(capability: int) -> None:
         args = (x, *bank, ids, plan(ids, bank[2], block_m), r, 0.1, rng)
         lora_triton.multi_add_(y, *args)
         lora_triton.multi_backward_(torch.empty_like(x), y, *args, True, True)
+        if case == "bf16":
+            lora_triton.apply_(y, x, bank[0].repeat(2, 1), *args[2:-2], [n // 2, n // 2])
         report(case + BY_PLAN)
 
 
