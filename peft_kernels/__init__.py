@@ -27,12 +27,13 @@ from .methods import (
     Head,
     LayerType,
     LoRA,
+    QLoRA,
     TopLayers,
     Union,
     methods,
 )
 from .ops import BackendError, backend
-from .quant import Footprint, NF4Linear, footprint, quantize
+from .quant import Footprint, Int8Linear, NF4Linear, footprint, quantize
 
 __all__ = [
     "IA3",
@@ -47,14 +48,16 @@ __all__ = [
     "FullTuning",
     "Gated",
     "Head",
+    "Int8Linear",
     "LayerType",
     "LoRA",
     "MergeReport",
     "Method",
     "NF4Linear",
-    "TopLayers",
     "Phase",
+    "QLoRA",
     "Stats",
+    "TopLayers",
     "Tuner",
     "Union",
     "__version__",

@@ -168,8 +168,11 @@ EVERY = tuple(_MAKERS)[: tuple(_MAKERS).index("whisper") + 1]
 FAMILIES = EVERY[:5]
 
 
-def make(family: str, dtype: torch.dtype = torch.float32) -> Case:
-    """The family's tiny model in eval mode, its weights large enough that a wrong fold shows."""
+def make(family: str, dtype: torch.dtype = torch.float32, key: str = "") -> Case:
+    """The family's tiny model in eval mode, its weights large enough that a wrong fold shows.
+
+    key: a method that attaching is to find nothing left to prepare for, as QLoRA a quantised base.
+    """
     torch.manual_seed(0)
     model, inputs = _MAKERS[family]()
     with torch.no_grad():
@@ -177,7 +180,10 @@ def make(family: str, dtype: torch.dtype = torch.float32) -> Case:
             if p.dim() == 1:
                 p.add_(torch.randn_like(p) * 0.1)
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-    return Case(model.to(dtype).eval(), inputs)
+    model.to(dtype).eval()
+    if key:
+        METHODS[key](**METHODS[key].tiny).prepare(model)
+    return Case(model, inputs)
 
 
 # -- adapted models ----------------------------------------------------------------------------------------------------
@@ -208,7 +214,7 @@ def over(families):
 
 
 def attached(key, family, dtype=torch.float32, **kwargs):
-    case = make(family, dtype)
+    case = make(family, dtype, key)
     cfg = METHODS[key](**METHODS[key].tiny)
     pk.attach(case.model, cfg, targets_of(key, family), **kwargs)
     return case

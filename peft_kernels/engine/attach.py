@@ -160,6 +160,8 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
             )
     chosen = chosen_sites(model, adapter)
     _guard(model, chosen)
+    if any([part.method.prepare(model) for part, _ in adapter.expanded()]):
+        chosen = chosen_sites(model, adapter)  # sites know their modules' layouts
     for _, _, site in chosen:
         adapted(type(site.module))  # a class that cannot be extended stops here, before anything is changed
     made = [(level, site, cfg.tuner(cfg, site)) for level, cfg, site in chosen]

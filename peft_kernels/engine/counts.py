@@ -19,8 +19,8 @@ class Counts:
 
     trainable: numbers that get a gradient.   changed: numbers of the base whose value a merge changes.
     rank: sum over the changed matrices of an upper bound on the rank of the change.
-    stored: numbers in the saved adapter.   bytes: their size.   total: numbers of the base model, those of packed weights
-    as if these were dense.
+    stored: numbers in the saved adapter.   bytes: their size.   total: numbers of the base model;
+    packed weights count as if they were dense.
     """
 
     trainable: int

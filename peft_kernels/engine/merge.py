@@ -70,7 +70,7 @@ def merge(model: nn.Module, name: str | None = None, *, into: str | None = None,
     _check_ties(model, places)
 
     for path, adapters in places:  # first pass: nothing is written until every weight is known to fit its dtype
-        for key, value in _folded(adapters, names).items():
+        for key, value in _folded(adapters, names, dense).items():
             if not torch.isfinite(value.to(_dtype(adapters.module, key, dense))).all():
                 raise RuntimeError(f"{path}.{key} would not be finite after the merge; the model is unchanged")
     before: dict[str, Any] = {}
@@ -78,7 +78,7 @@ def merge(model: nn.Module, name: str | None = None, *, into: str | None = None,
     state.merged, state.stash = names, before
     try:
         for path, adapters in places:
-            folded = _folded(adapters, names)  # of the packed weights, before they are made dense
+            folded = _folded(adapters, names, dense)  # of the packed weights, before they are made dense
             for place in [p for p in packed if dense and _below(p, path)]:
                 undo = unpack(packed.pop(place), dense)
                 if stash:
@@ -170,8 +170,11 @@ def _check_ties(model: nn.Module, places: list[tuple[str, Adapters]]) -> None:
                 )
 
 
-def _folded(adapters: Adapters, names: list[str]) -> dict[str, Tensor]:
-    """The module's parameters, by path inside it, with the tuners of `names` folded in, in fp32 or wider."""
+def _folded(adapters: Adapters, names: list[str], dense: torch.dtype | None) -> dict[str, Tensor]:
+    """The module's parameters, by path inside it, with the tuners of `names` folded in, in fp32 or wider.
+
+    dense: the packed weights are to become dense, and then keep the rounding with which a tuner was trained.
+    """
     site, module = adapters.site, adapters.module
     with torch.no_grad():
         params = {key: t.detach().to(promoted(t.dtype)) for key, t in base_values(module).items()}
@@ -180,6 +183,8 @@ def _folded(adapters: Adapters, names: list[str]) -> dict[str, Tensor]:
                 if site.kind != "module" and "weight" not in params:
                     raise NotMergeable(f"{site.name}: its weight is parametrized; remove the parametrization first")
                 params = {key: v.to(promoted(v.dtype)) for key, v in tuner.folded(site, params).items()}
+                if dense and tuner.rounds and "weight" in params:
+                    params["weight"] = site.rounded(params["weight"])
     return params
 
 

@@ -111,6 +111,10 @@ class Method:
         """The method's fields at one site, where patterns override them."""
         return self
 
+    def prepare(self, model: nn.Module) -> bool:
+        """Before it is attached: may change the base once and for all, as by quantising it; whether it did."""
+        return False
+
     def expand(self, part: Part) -> list[Part]:
         """What attaching this method as `part` comes to; a recipe has several parts."""
         return [part]
@@ -235,6 +239,7 @@ class Tuner(nn.Module):
     taps: tuple[str, ...] = ()  # inputs of other modules noted for it
     # fold is linear in the distance of the numbers from those of a new tuner: several tuners' distances may be added.
     additive: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False  # on a packed layer it runs with what the format stores of the folded weight
     per_sample: ClassVar[bool] = False  # calibration squares the gradient of each row alone: Stats.fisher
 
     def __init_subclass__(cls, *, method: type[Method] | None = None):
@@ -249,7 +254,12 @@ class Tuner(nn.Module):
         raise NotMergeable(f"{self.site_name}: {type(self).__name__} has no weight-space form")
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
-        return base.site.apply(*self.fold(*base.effective()), *args, **kwargs)
+        return base.site.apply(*self.folded_over(base), *args, **kwargs)
+
+    def folded_over(self, base: Base) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias) with everything below and the tuner folded in."""
+        weight, bias = self.fold(*base.effective())
+        return base.site.rounded(weight) if self.rounds else weight, bias
 
     @classmethod
     def forward_many(cls, base: Any, tuners: dict[int, Tuner], route: Routing, *args: Any, **kwargs: Any) -> Any:

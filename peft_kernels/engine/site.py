@@ -148,6 +148,12 @@ class Site:
     def _weight(self) -> Tensor:
         return self.module.dense() if isinstance(self.module, Packed) else cast(Tensor, self.module.weight)
 
+    def rounded(self, weight: Tensor) -> Tensor:
+        """A weight as a packed module would store it, with the gradient of the weight; elsewhere the weight."""
+        if not isinstance(self.module, Packed):
+            return weight
+        return self.module.rounded(weight) + (weight - weight.detach())  # zeros, with the gradient
+
     def _rows(self, t: Tensor) -> Tensor:
         return t if self.rows is None else self.rows.of(t)
 
@@ -220,7 +226,7 @@ class Site:
         return nn.Parameter(value.to(device, dtype))
 
     def replicate(self) -> nn.Module:
-        """A trainable deep copy of the module (ties inside it stay ties), in the module's own dtype, packed weights dense.
+        """A trainable deep copy of the module (ties inside it stay ties), in its own dtype, packed weights dense.
 
         ValueError where the copy would hold a tuner or a forward that belongs to the module.
         """
@@ -315,7 +321,7 @@ class Base:
         """(weight, bias) of everything below, as if it were merged."""
         if self.tuner is None or self.below is None:
             return self.site.weight, self.site.bias
-        return self.tuner.fold(*self.below.effective())
+        return self.tuner.folded_over(self.below)
 
 
 class Adapters(nn.Module):
@@ -510,7 +516,7 @@ def base_numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def base_values(module: nn.Module) -> dict[str, Tensor]:
-    """Floating parameters and buffers of the base under `module`, by path in it; packed weights dense, in fp32 or wider."""
+    """Floating parameters and buffers of the base in `module`, by path; packed weights dense, in fp32 or wider."""
     return {
         f"{path}.{name}" if path else name: t for path, inner in base_modules(module) for name, t in unpacked(inner)
     }

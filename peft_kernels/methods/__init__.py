@@ -8,6 +8,7 @@ from .gated import Gated
 from .ia3 import IA3
 from .layertype import LayerType
 from .lora import LoRA
+from .qlora import QLoRA
 from .toplayers import TopLayers
 from .union import ByLayer, Union
 
@@ -21,6 +22,7 @@ __all__ = [
     "Head",
     "LayerType",
     "LoRA",
+    "QLoRA",
     "TopLayers",
     "Union",
     "methods",

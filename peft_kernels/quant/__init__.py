@@ -1,0 +1,7 @@
+"""Quantised base models: the packed linear layers, and quantize, which turns those of a model into them."""
+
+from .int8 import Int8Linear
+from .model import KINDS, Footprint, footprint, quantize, quantized
+from .nf4 import NF4Linear
+
+__all__ = ["KINDS", "Footprint", "Int8Linear", "NF4Linear", "footprint", "quantize", "quantized"]
