@@ -133,19 +133,14 @@ void fetch_weights(const Nf4& w, int64_t first, int64_t n, float* room, uint32_t
 #ifdef __AVX512BF16__
   if constexpr (pairs) {
     auto* to = reinterpret_cast<bf16*>(out);
-    if (w.shift >= 6 && first % 64 == 0 && n % 64 == 0) {  // the usual case, without a branch for each block
-      const int64_t block = first >> w.shift;
-      const float* scale = scales(w, block, ((first + n - 1) >> w.shift) - block + 1, room);
-      for (int64_t at = first; at < first + n; at += 64, to += 64) {
-        const Table table(scale[(at >> w.shift) - block]);
-        const uint8_t* p = w.bytes + at / 2;
+    const bool done = each_64(w, first, n, room, [&](const Table& table, const uint8_t* p, int64_t c) {
 #pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i, p += W)
-          _mm512_storeu_si512(to + i * 2 * W,
-                              (__m512i)_mm512_cvtne2ps_pbh((__m512)table.at(p + W / 2), (__m512)table.at(p)));
+      for (int i = 0; i < 64; i += 2 * W) {
+        const __m512 low = (__m512)table.at(p + i / 2), high = (__m512)table.at(p + (i + W) / 2);
+        _mm512_storeu_si512(to + c + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
       }
-      return;
-    }
+    });
+    if (done) return;
     if (n % 2) out[n / 2] = 0;
     each_block(w, first, n, room, [&](int64_t at, int64_t count, float scale) {
       const int64_t stop = at + count;
@@ -185,20 +180,18 @@ void fetch_row(const Nf4& w, int64_t first, int64_t stride, int64_t n, int64_t d
   const int64_t cols = padded(n, W);
 #ifdef __AVX512BF16__
   if constexpr (pairs) {
-    if (w.shift >= 6 && first % 64 == 0 && n % 64 == 0 && stride > 0 && stride % 64 == 0) {
-      const int64_t block = first >> w.shift, count = ((first + n - 1) >> w.shift) - block + 1;
-      const int64_t next = (first + stride) >> w.shift, more = ((first + stride + n - 1) >> w.shift) - next + 1;
-      const float *scale = scales(w, block, count, room), *other = scales(w, next, more, room + room_of(w, n));
-      for (int64_t c = 0; c < n; c += 64) {
-        const Table upper(scale[((first + c) >> w.shift) - block]);
-        const Table lower(other[((first + stride + c) >> w.shift) - next]);
-        const uint8_t *p = w.bytes + (first + c) / 2, *q = p + stride / 2;
+    const int64_t next = (first + stride) >> w.shift, count = ((first + stride + n - 1) >> w.shift) - next + 1;
+    if (stride > 0 && stride % 64 == 0 && w.shift >= 6) {
+      const float* scale = scales(w, next, count, room + room_of(w, n));
+      const bool done = each_64(w, first, n, room, [&](const Table& table, const uint8_t* p, int64_t c) {
+        const Table below(scale[((first + stride + c) >> w.shift) - next]);
 #pragma GCC unroll 4
-        for (int i = 0; i < 64; i += W)
-          _mm512_storeu_si512(out + place(c + i, d, depth, cols),
-                              interleaved(upper.at(p + i / 2), lower.at(q + i / 2)));
-      }
-      return;
+        for (int i = 0; i < 64; i += W) {
+          const __m512i both = interleaved(table.at(p + i / 2), below.at(p + (stride + i) / 2));
+          _mm512_storeu_si512(out + place(c + i, d, depth, cols), both);
+        }
+      });
+      if (done) return;
     }
   }
 #endif
@@ -247,20 +240,20 @@ PK_INLINE void dot_step(const Table& table, const uint8_t* p, const uint32_t* x,
 #ifdef __AVX512BF16__
   if constexpr (pairs) {
     const __m512bh right = _mm512_cvtne2ps_pbh((__m512)table.at(p + W / 2), (__m512)table.at(p));
-#pragma GCC unroll 16
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
       sum[m] = (vec)_mm512_dpbf16_ps((__m512)sum[m], (__m512bh)_mm512_loadu_si512(x + m * ldx), right);
     return;
   }
 #endif
   const vec right = table.at(p);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m) sum[m] = fma(load(reinterpret_cast<const float*>(x + m * ldx)), right, sum[m]);
 }
 
-// total[m] += n weights from `first` on, which is even, times as many of M rows of x, ldx words apart.
+// out[m] = n weights from `first` on, which is even, times as many of M rows of x, ldx words apart.
 template <class T, bool pairs, int M>
-PK_INLINE void dot(const Nf4& w, int64_t first, int64_t n, const uint32_t* x, int64_t ldx, float* room, vec* total) {
+PK_INLINE void dot(const Nf4& w, int64_t first, int64_t n, const uint32_t* x, int64_t ldx, float* room, float* out) {
   using X = std::conditional_t<pairs, T, float>;
   constexpr int U = M == 1 ? 4 : M < 5 ? 2 : 1;  // sums of a row, so that they do not wait for each other
   constexpr int64_t step = pairs ? 2 * W : W;    // weights
@@ -278,25 +271,26 @@ PK_INLINE void dot(const Nf4& w, int64_t first, int64_t n, const uint32_t* x, in
       const int rest = static_cast<int>(at_most(W, count - i));
       float numbers[W] = {};
       for (int j = 0; j < rest; ++j) numbers[j] = number(w, at + i + j, scale);
+#pragma GCC unroll 8  // an index that is no constant would put the sums into memory
       for (int m = 0; m < M; ++m) {
         const X* left = reinterpret_cast<const X*>(x + m * ldx) + (at - first) + i;
         sum[0][m] = fma(load_n(left, rest), load(numbers), sum[0][m]);
       }
     }
   });
-#pragma GCC unroll 16
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
-    for (int u = 0; u < U; ++u) total[m] += sum[u][m];
+#pragma GCC unroll 4
+    for (int u = 1; u < U; ++u) sum[0][m] += sum[u][m];
+    out[m] = hsum(sum[0][m]);
   }
 }
 
 template <class T, int M>
 void few_rows(const Nf4Linear& s, const T* x, const Nf4& w, const float* bias, T* y) {
   constexpr bool pairs = kPairs<T> && M > 1;  // one row is bound by the decoding, and fp32 is free
-  // Columns at a time, of which x stays in the first-level cache; all of them if they are few.
-  constexpr int64_t most = (pairs ? 8192 : 4096) / (M < 3 ? 1 : M < 5 ? 4 : M < 9 ? 8 : 16);
   // A row that starts in the middle of a byte is read from the byte on, and its x from a zero on.
-  const int64_t ldx = padded(words<pairs>(s.k + 1), W) + W, copies = 1 + s.k % 2;
+  const int64_t ldx = padded(words<pairs>(s.k + 1), W), copies = 1 + s.k % 2;
   const Buffer left(copies * M * ldx);
   auto* xs = reinterpret_cast<uint32_t*>(left.p);
   for (int64_t c = 0; c < copies; ++c)
@@ -308,21 +302,13 @@ void few_rows(const Nf4Linear& s, const T* x, const Nf4& w, const float* bias, T
       else
         fetch<false>(x + m * s.k, s.k, to + c);
     }
-  parallel_for(0, blocks(s.n, kFewRows), grain(kFewRows * s.k * M), [&](int64_t begin, int64_t end) {
+  parallel_for(0, s.n, grain(s.k * M), [&](int64_t begin, int64_t end) {
     const Buffer room(room_of(w, s.k + 1));
-    vec total[kFewRows][M];
-    for (int64_t n = begin * kFewRows; n < at_most(s.n, end * kFewRows); n += kFewRows) {
-      const int64_t rows = at_most(kFewRows, s.n - n);
-      std::memset(total, 0, sizeof(total));
-      for (int64_t k = 0; k < s.k; k += most)
-        for (int64_t i = 0; i < rows; ++i) {
-          const int64_t half = (n + i) * s.k % 2, first = (n + i) * s.k - half + k;
-          const int64_t count = at_most(most, s.k + half - k);
-          if (most < s.k) prefetch(w, first + most, most);
-          dot<T, pairs, M>(w, first, count, xs + half * M * ldx + words<pairs>(k), ldx, room.p, total[i]);
-        }
-      for (int64_t i = 0; i < rows; ++i)
-        for (int m = 0; m < M; ++m) y[m * s.n + n + i] = narrow<T>(hsum(total[i][m]) + bias[n + i]);
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t half = n * s.k % 2;
+      float out[M];
+      dot<T, pairs, M>(w, n * s.k - half, s.k + half, xs + half * M * ldx, ldx, room.p, out);
+      for (int m = 0; m < M; ++m) y[m * s.n + n] = narrow<T>(out[m] + bias[n]);
     }
   });
 }
@@ -423,7 +409,7 @@ void nf4_linear(const Nf4Linear& s, Dtype type, const void* x, const Nf4& w, Dty
     using T = decltype(t);
     const T* in = static_cast<const T*>(x);
     T* out = static_cast<T*>(y);
-    constexpr int few = kPairs<T> ? 16 : 4;
+    constexpr int few = kPairs<T> ? 8 : 4;
     if (s.m <= few) return by_rows<T, few>(s, in, w, wide.get(), out);
     const int64_t chunk = chunk_of(s.m, kChunk);
     for (int64_t m = 0; m < s.m; m += chunk)

@@ -7,6 +7,7 @@ import torch
 from ..common.library import unavailable as unavailable
 
 VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
+ON_CUDA: frozenset[str] = frozenset()  # the ops with CUDA launchers; all have CPU ones
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _launch = torch.ops._peft_kernels
