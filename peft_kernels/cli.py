@@ -30,6 +30,7 @@ RELATED = (
     "triton",
     "peft",
 )
+_FORMATS = ("nf4", "int8")
 SWEPT = ("lr", "epochs", "batch_size")  # what --sweep can vary besides the fields of the method
 
 
@@ -80,6 +81,21 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--force", action="store_true", help="replace an earlier result in DIR")
     merge.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default as the model's are"
+    )
+
+    merge.add_argument(
+        "--into", choices=("bf16", "fp16", "fp32"), help="make a quantised model dense; default its own format"
+    )
+
+    convert = command("convert", _convert, "write a model with its linear layers quantised, file by file")
+    convert.add_argument("source", metavar="MODEL_DIR", help="a transformers model in safetensors files")
+    convert.add_argument("--to", required=True, choices=_FORMATS, help="4 bits with block scales, 8 with row scales")
+    convert.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist")
+    convert.add_argument("--force", action="store_true", help="replace an earlier result in DIR")
+    convert.add_argument("--blocksize", type=int, default=64, help="of nf4: weights to a scale; default %(default)s")
+    convert.add_argument("--single-quant", action="store_true", help="of nf4: keep the scales in fp32")
+    convert.add_argument(
+        "--skip", nargs="*", default=["head", "embed"], metavar="ROLE", help="what stays dense; default head embed"
     )
 
     explain = command(
@@ -318,7 +334,17 @@ def _merge(args: argparse.Namespace) -> None:
     from .standalone import standalone, table
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    report = standalone(args.adapter, args.out, args.model, dtype, args.force)
+    report = standalone(args.adapter, args.out, args.model, dtype, args.force, args.into)
+    _print(args, report, lambda: f"{table(report)}\n\n{args.out}: {', '.join(report['files'])}")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from .convert import convert, table
+
+    settings = {"double_quant": not args.single_quant, "blocksize": args.blocksize}
+    report = convert(
+        args.source, args.out, args.to, skip=tuple(args.skip), force=args.force, progress=not args.json, **settings
+    )
     _print(args, report, lambda: f"{table(report)}\n\n{args.out}: {', '.join(report['files'])}")
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .engine.store import read_config
+from .quant import KINDS, NF4Linear, footprint, quantize
+from .shards import shards, tensors
 
 EXTRA = 'pip install "peft-kernels[cli]"'
 TOKENIZER_FILES = (
@@ -62,8 +64,7 @@ def load_for(kind: str, source: str, dropout: float | None = None, **settings: A
                 if ("dropout" in name or "pdrop" in name) and isinstance(value, (int, float)):
                     setattr(config, name, float(dropout))
         # A head for other classes is replaced by a new one.
-        found = getattr(transformers, f"AutoModelFor{kind}")
-        model = found.from_pretrained(source, config=config, ignore_mismatched_sizes=True)
+        model, _ = _pretrained(getattr(transformers, f"AutoModelFor{kind}"), source, config)
     if tokenizer.pad_token is None:  # decoders have none; any token does, since padding is masked
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -92,9 +93,16 @@ def load_model(
         if like.get("type", config.model_type) != config.model_type:
             raise ValueError(f"the adapter was made for a {like['type']} model, this is {config.model_type}")
         wide = torch.promote_types(dtype, config.dtype or torch.float32) if dtype else "auto"
-        model, info = cls.from_pretrained(
-            source, config=config, dtype=wide, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        return _pretrained(cls, source, config, wide)
+
+
+def _pretrained(cls: Any, source: str, config: Any, dtype: Any = "auto") -> tuple[Any, set[str]]:
+    """(model, names of the parameters that its files lack, or hold in another size, new there)."""
+    if _own_format(config):
+        return _packed(cls, source, config, None if dtype == "auto" else dtype)
+    model, info = cls.from_pretrained(
+        source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
     return model, info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
 
 
@@ -111,6 +119,8 @@ def load_base(
 def save_model(model: Any, directory: Path) -> None:
     """Writes weights, config and generation config, and the tokenizer where the model's source has one."""
     transformers, hub, source = need("transformers"), need("transformers.utils"), model.name_or_path
+    if told := quantization_config(model):
+        model.config.quantization_config = told
     with quiet():
         model.save_pretrained(directory)
     # Asked first, because AutoTokenizer makes an empty tokenizer up where there is no file.
@@ -122,6 +132,111 @@ def save_model(model: Any, directory: Path) -> None:
             if tokenizer.pad_token is None and pad is not None:
                 tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
             tokenizer.save_pretrained(directory)
+
+
+# -- quantised models -------------------------------------------------------------------------------------------------
+
+
+def skeleton(source: str | os.PathLike) -> Any:
+    """The model of a directory, of the class that saved it, with its parameters on the meta device."""
+    transformers, source = need("transformers"), os.fspath(source)
+    with _loading(source, "the config"):
+        config = transformers.AutoConfig.from_pretrained(source)
+        cls = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+        with _weightless():
+            return _made(cls, config)
+
+
+def quantization_config(model: nn.Module) -> dict[str, Any] | None:
+    """What config.json says about a model with packed layers, in the words of transformers and bitsandbytes."""
+    found = footprint(model)
+    if not found.packed:
+        return None
+    if len(found.packed) > 1:
+        raise ValueError(f"the model has {found}; one config cannot name several formats")
+    (kind,) = found.packed
+    told: dict[str, Any] = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": list(found.dense)}
+    if kind == "int8":
+        return {**told, "load_in_8bit": True, "load_in_4bit": False}
+    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    return {
+        **told,
+        "load_in_8bit": False,
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": layers[0].double_quant,
+        "bnb_4bit_compute_dtype": str(layers[0].dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": str(layers[0].weight.dtype).removeprefix("torch."),
+    }
+
+
+def _own_format(config: Any) -> str | None:
+    """The kind of `pk.quantize` that a model's files are in, None for other files."""
+    told = getattr(config, "quantization_config", None)
+    if told is None:
+        return None
+    told = told if isinstance(told, dict) else told.to_dict()
+    if told.get("quant_method") != "bitsandbytes":
+        return None
+    return "int8" if told.get("load_in_8bit") else told.get("bnb_4bit_quant_type") if told.get("load_in_4bit") else None
+
+
+def _packed(cls: Any, source: str, config: Any, dtype: torch.dtype | None) -> tuple[Any, set[str]]:
+    """`_pretrained` for files with packed weights: no dense one is ever made, and bitsandbytes is not needed."""
+    kind = _own_format(config)
+    if kind not in KINDS:
+        raise ValueError(f"it is in {kind}; expected one of {', '.join(KINDS)}")
+    del config.quantization_config
+    with _weightless():
+        model = _made(cls, config)
+    shapes, prefix = {name: t.shape for name, t in model.state_dict().items()}, f"{model.base_model_prefix}."
+    given = {name: t for file in shards(source) for name, t in tensors(source, file)}
+    if not shapes.keys() & given.keys():  # the files are of a backbone that this model has inside, or the reverse
+        given = {prefix + name: t for name, t in given.items()} | {
+            name.removeprefix(prefix): t for name, t in given.items() if name.startswith(prefix)
+        }
+    packed = {name.removesuffix(_MARKS[kind]) for name in given if name.endswith(_MARKS[kind])}
+    quantize(model, kind, skip=tuple({*footprint(model).dense} - packed), progress=False)
+    for name, shape in shapes.items():
+        if name in given and name.rpartition(".")[0] not in packed and given[name].shape != shape:
+            del given[name]  # a head for other classes
+    model.load_state_dict(given, strict=False, assign=True)
+    model.tie_weights()
+    missing = {name for name, p in model.named_parameters() if p.is_meta}
+    for module in model.modules():
+        own = {name: p for name, p in module.named_parameters(recurse=False) if p.is_meta}
+        for name, p in own.items():
+            setattr(module, name, nn.Parameter(torch.empty_like(p, device="cpu")))
+        module._is_hf_initialized = not own  # for the next line, which gives the others their first values
+    model.initialize_weights()
+    if (Path(source) / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = need("transformers").GenerationConfig.from_pretrained(source)
+    return (model if dtype is None else model.to(dtype)).eval(), missing
+
+
+_MARKS = {"nf4": ".weight.quant_state.bitsandbytes__nf4", "int8": ".SCB"}  # a key that a packed layer has
+
+
+def _made(cls: Any, config: Any) -> Any:
+    """A model of transformers' class, or of the one that its AutoModel finds."""
+    return (cls.from_config if "Auto" in cls.__name__ else cls._from_config)(config)
+
+
+@contextmanager
+def _weightless() -> Iterator[None]:
+    """Parameters made inside are on the meta device, buffers are not: their values do not come from files."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, p: nn.Parameter | None) -> None:
+        if p is not None and not p.is_meta:  # one that is may be tied
+            p = nn.Parameter(p.detach().to("meta"), p.requires_grad)
+        register(self, name, p)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def random_tokens(model: Any, rows: int = 2, length: int = 8) -> dict[str, Tensor] | None:

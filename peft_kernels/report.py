@@ -9,6 +9,7 @@ from typing import Any
 from .engine.counts import Counts
 from .engine.store import WEIGHTS
 from .files import size
+from .quant import Footprint
 from .tasks import Metric, tasks
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -17,7 +18,7 @@ from .tasks import Metric, tasks
 def table(summary: dict[str, Any]) -> str:
     """The one table that a run prints."""
     n, merged, seconds = Counts(**summary["counts"]), summary["merge"], summary["seconds"]
-    settings, data = summary["settings"], summary["data"]
+    settings, data, base = summary["settings"], summary["data"], Footprint(**summary["base"])
     if not merged["merged"]:
         check, note = "no", merged["reason"]
     else:
@@ -34,6 +35,7 @@ def table(summary: dict[str, Any]) -> str:
         ("rank", f"{n.rank:,}", "of the change, summed over its matrices"),
         ("stored", f"{n.stored:,}", "numbers in the adapter"),
         ("total", f"{n.total:,}", "numbers in the model"),
+        ("base model", size(base.bytes), _formats(base)),
         ("adapter file", size(summary["adapter_bytes"]), WEIGHTS),
         (
             "training",
@@ -49,6 +51,11 @@ def table(summary: dict[str, Any]) -> str:
     ]
     what = f"{len(data['classes'])} classes" if data["classes"] else summary["task"]
     return _lined(f"{_about(summary)}, {what}", rows)
+
+
+def _formats(base: Footprint) -> str:
+    packed = ", ".join(f"{n} layers in {kind}" for kind, n in base.packed.items())
+    return f"{packed}, {base.bytes / base.dense_bytes:.1%} of {size(base.dense_bytes)}" if packed else "dense"
 
 
 def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -26,10 +26,12 @@ def standalone(
     source: str | None = None,
     dtype: torch.dtype | None = None,
     force: bool = False,
+    into: str | None = None,
 ) -> dict[str, Any]:
     """Writes `source` (None: the model that the adapter names) with the adapter merged, and returns the report.
 
     out: whole or absent; force replaces an earlier one.   dtype: of its weights; None: that of the source.
+    into: as of pk.merge, "bf16" and so on makes the packed layers of a quantised model dense; None packs them again.
     What was written is loaded again with plain transformers and compared with model and adapter on random tokens.
     ValueError where the adapter does not fit or the weights of a new part of the model are not in it; RuntimeError
     where model and adapter have no form as weights of the same class.
@@ -40,7 +42,7 @@ def standalone(
         _refuse_unknown(model, new)
         tokens = hf.random_tokens(model)
         adapted, kind, base = _logits(model, tokens), type(model).__name__, model.name_or_path
-        done = merge(model, stash=False)
+        done = merge(model, into=into, stash=False)
         if done.created:
             raise RuntimeError(
                 f"the adapter gives {kind} {len(done.created)} biases ({done.created[0]} ...) that its class has no "

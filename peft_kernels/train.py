@@ -24,6 +24,7 @@ from .engine.merge import merge, unmerge
 from .engine.method import Method
 from .engine.store import CONFIG, WEIGHTS, save
 from .files import output
+from .quant import footprint
 from .resume import Checkpoint, digest
 from .tasks import Task, tasks
 
@@ -260,6 +261,7 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
         },
         "epochs": [row for row in log if f"{watched}_loss" in row],
         "counts": asdict(counts(model)),
+        "base": asdict(footprint(model)),
         "merge": merged_check(model, task, setup.batches("test"), scores),
         "peak_memory_bytes": peak_memory(job.on_cuda),
         "adapter_bytes": (directory / WEIGHTS).stat().st_size,

@@ -66,7 +66,7 @@ class Int8Linear(QuantLinear):
     # -- the packed weight ------------------------------------------------------------------------------------------
 
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
-        w = weight.detach().float()
+        w = weight.detach().float().contiguous()
         scb = w.abs().amax(1) if w.shape[1] else w.new_zeros(len(w))
         scb = torch.where(scb.isfinite(), scb, torch.nan)  # a row that is not finite is NaN throughout
         q = (w * (127.0 / scb).clamp(max=torch.finfo(torch.float32).max)[:, None]).round()

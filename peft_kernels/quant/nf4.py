@@ -102,7 +102,8 @@ class NF4Linear(QuantLinear):
         code = getattr(self, "code2", None)  # its own, once it has one
         code = ops.dynamic_map(weight.device) if code is None else code
         q, absmax2, offset = ops.quantize_absmax(absmax, code, _BLOCKSIZE2)
-        return {"weight": packed, "absmax": absmax2, "absmax_q": q, "code2": code, "offset": offset}
+        own = code.clone()  # safetensors refuses tensors that several layers share
+        return {"weight": packed, "absmax": absmax2, "absmax_q": q, "code2": own, "offset": offset}
 
     def read(self, stored: Stored, dtype: torch.dtype) -> Tensor:
         packed, absmax, nested = _split(stored)
