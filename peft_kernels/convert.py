@@ -88,7 +88,7 @@ def convert(
             "kind": kind,
             **settings,
             "layers": len(chosen),
-            "dense": dense,
+            "dense": list(dense),
             "error": error.relative,
             "bytes": {"before": before, "after": after},
             "files": [*sorted(path.name for path in directory.iterdir()), REPORT],
