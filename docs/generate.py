@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import dataclasses
 import functools
 import importlib
@@ -39,6 +40,7 @@ GROUPS = {
     "Routing": "route AdapterBank checkpoint_context",
     "Training": "fit calibrate penalty hf.Callback",
     "Saving": "save load",
+    "Quantising": "quantize NF4Linear Int8Linear footprint Footprint",
     "Merging and combining": "merge unmerge MergeReport combine CombineReport",
     "Looking": "counts Counts explain",
     "Kernels": "backend BackendError ops",
@@ -219,7 +221,8 @@ def reference_models() -> dict[str, nn.Module]:
 
 
 def _measured(model: nn.Module, method: Method) -> dict[str, str]:
-    """Counts of the method on a reference model, whether it merges there and what combines it, in words."""
+    """Counts of the method on a copy of a reference model, whether it merges there and what combines it, in words."""
+    model = copy.deepcopy(model)  # QLoRA quantises it
     total = sum(p.numel() for p in model.parameters())
     columns = ("trainable", "changed", "rank", "stored")
     try:

@@ -79,10 +79,8 @@ def merge(model: nn.Module, name: str | None = None, *, into: str | None = None,
     try:
         for path, adapters in places:
             folded = _folded(adapters, names, dense)  # of the packed weights, before they are made dense
-            for place in [p for p in packed if dense and _below(p, path)]:
-                undo = unpack(packed.pop(place), dense)
-                if stash:
-                    before[place] = undo
+            if dense:
+                _unpack(packed, [p for p in packed if _below(p, path)], dense, before if stash else None)
             for key, value in folded.items():
                 full, (module, leaf) = f"{path}.{key}" if path else key, _owner(adapters.module, key)
                 if _tensor(module, leaf) is None:
@@ -99,10 +97,8 @@ def merge(model: nn.Module, name: str | None = None, *, into: str | None = None,
                     rounding = max(rounding, difference.abs().max().item())
                     off += torch.linalg.vector_norm(difference, dtype=torch.float64).item() ** 2
                     length += torch.linalg.vector_norm(value, dtype=torch.float64).item() ** 2
-        for place, module in packed.items() if dense else ():
-            undo = unpack(module, dense)
-            if stash:
-                before[place] = undo
+        if dense:
+            _unpack(packed, list(packed), dense, before if stash else None)
     except BaseException:
         if stash:
             unmerge(model)
@@ -189,6 +185,14 @@ def _folded(adapters: Adapters, names: list[str], dense: torch.dtype | None) -> 
 
 
 # -- one tensor of the base, packed or not ----------------------------------------------------------------------------
+
+
+def _unpack(packed: dict[str, Packed], paths: list[str], dense: torch.dtype, stash: dict[str, Any] | None) -> None:
+    """Makes packed layers dense and takes them out of `packed`; what undoes it goes into the stash."""
+    for path in paths:
+        undo = unpack(packed.pop(path), dense)
+        if stash is not None:
+            stash[path] = undo
 
 
 def _owner(module: nn.Module, key: str) -> tuple[nn.Module, str]:

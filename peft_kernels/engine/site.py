@@ -453,7 +453,10 @@ def unpack(module: Packed, dtype: torch.dtype) -> Unpacked:
     """Turns a packed linear into a dense one of `dtype`, in place; what is returned undoes it."""
     cls = type(module) if adapters_of(module) is None else base_class(module)
     before = Unpacked(cls, dict(module._parameters), dict(module._buffers))
-    values = {"weight": module.dense(dtype), "bias": None if module.bias is None else module.bias.detach().to(dtype)}
+    values = {
+        "weight": module.dense(dtype),
+        "bias": None if module.bias is None else module.bias.detach().to(dtype, copy=True),
+    }
     for name, value in values.items():
         module._parameters[name] = None if value is None else nn.Parameter(value, requires_grad=False)
     module._buffers.clear()

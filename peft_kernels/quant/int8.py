@@ -50,13 +50,13 @@ class Int8Linear(QuantLinear):
         A quantised Linear8bitLt of bitsandbytes gives its own tensors, which are shared and not copied. ValueError for
         another kind of layer.
         """
-        held = getattr(linear, "weight", None)
+        held, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
         scb = getattr(held, "SCB", None)
         scb = getattr(getattr(linear, "state", None), "SCB", None) if scb is None else scb
-        if scb is not None and held.dtype == torch.int8:  # type: ignore[union-attr]
-            dtype = torch.float16 if linear.bias is None else linear.bias.dtype  # which the layer itself does not say
-            out = cls._of(linear, held.shape, dtype)  # type: ignore[union-attr]
-            out._hold({"weight": held.data, "scb": scb})  # type: ignore[union-attr]
+        if held is not None and scb is not None and held.dtype == torch.int8:
+            dtype = torch.float16 if bias is None else bias.dtype  # which the layer itself does not say
+            out = cls._of(linear, held.shape, dtype)
+            out._hold({"weight": held.data, "scb": scb})
             return out
         weight = weight_of(linear)
         out = cls._of(linear, weight.shape, weight.dtype)
@@ -70,7 +70,8 @@ class Int8Linear(QuantLinear):
         scb = w.abs().amax(1) if w.shape[1] else w.new_zeros(len(w))
         scb = torch.where(scb.isfinite(), scb, torch.nan)  # a row that is not finite is NaN throughout
         q = (w * (127.0 / scb).clamp(max=torch.finfo(torch.float32).max)[:, None]).round()
-        return {"weight": q.nan_to_num(0.0).clamp(-127, 127).to(torch.int8), "scb": scb}
+        q = q.nan_to_num(0.0).clamp(-127, 127).to(torch.int8)
+        return {"weight": q.contiguous(), "scb": scb}
 
     def read(self, stored: Stored, dtype: torch.dtype) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)

@@ -149,9 +149,10 @@ class NF4Linear(QuantLinear):
         if told.get("quant_type") != "nf4" or tuple(told.get("shape", ())) != shape:
             raise ValueError(f"{told.get('quant_type')} of shape {told.get('shape')}; expected nf4 of {list(shape)}")
         nested = "nested_offset" in told
-        own = {name: beside.pop(key, None) for name, key in (_NESTED_KEYS if nested else _KEYS).items()}
+        keys = _NESTED_KEYS if nested else _KEYS
+        own = {name: beside.pop(key) for name, key in keys.items() if key in beside}
         _check_levels(beside.pop(_LEVELS, None))
-        if any(t is None for t in own.values()) or told.get("nested_blocksize", _BLOCKSIZE2) != _BLOCKSIZE2:
+        if len(own) < len(keys) or told.get("nested_blocksize", _BLOCKSIZE2) != _BLOCKSIZE2:
             raise ValueError(f"it lacks tensors or has nested blocks other than {_BLOCKSIZE2}; quantise it again")
         if nested:
             own["offset"] = torch.tensor(told["nested_offset"], dtype=torch.float32, device=weight.device)
