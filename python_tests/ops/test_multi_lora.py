@@ -230,6 +230,16 @@ def test_apply_writes_into_y_and_has_no_gradient():
     assert torch.equal(y, expected)
 
 
+@pytest.mark.parametrize("slice_n", ((37,), (30, 7)))
+def test_apply_does_not_round_y_in_autocast(slice_n):
+    (y, x, *bank), _ = sliced(slice_n, RANKS)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = y.clone()
+        pk.ops.lora_apply_(out, x, *bank, slice_n=slice_n)
+    pk.ops.lora_apply_(y, x, *bank, slice_n=slice_n)
+    assert torch.equal(out, y)
+
+
 def test_trainable_base_weights_are_trained_and_scaling_is_not():
     x, w, bias, a, b, r_indptr, scaling, ids = problem()
     w.requires_grad_(), bias.requires_grad_()
