@@ -3,9 +3,8 @@
 from ._op import BackendError, all_ops, backend
 from .lora import lora_add, lora_add_, lora_linear
 from .lora_apply import lora_apply_
-from .lora_bank import lora_plan
 from .lora_slices import lora_linear_slices
-from .multi_lora import multi_lora_add, multi_lora_linear
+from .multi_lora import lora_plan, multi_lora_add, multi_lora_linear
 from .rescale import rescale
 
 __all__ = [

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import _philox
 from ._op import Cost, Gradient, Op, Sample
 from .lora import _rows, _wanted
-from .lora_bank import FACTORS, Bank, checked, lora_plan
+from .lora_bank import FACTORS, Bank, checked
 
 # -- references -------------------------------------------------------------------------------------------------------
 
@@ -204,6 +204,19 @@ _linear = Op(
 )
 
 # -- the public calls -------------------------------------------------------------------------------------------------
+
+
+def lora_plan(ids: Tensor, r_indptr: Tensor, block_m: int = 64) -> Tensor:
+    """The rows of a batch in tiles of one adapter each, as GPU kernels take them; one plan serves all layers of a step.
+
+    ids int [M]   r_indptr int [L + 1]. int32 [T, 1 + block_m] on the device of ids, T = ceil(M / block_m) + min(L, M):
+    column 0 is the adapter of the tile, L where it is unused, and rises; the others are its rows in rising order, -1
+    where there are none. Adapters of rank 0 and rows without an adapter get no tiles. Made without waiting for the
+    device, of sizes that follow from shapes alone.
+    """
+    from ..kernels.lora.plan import plan
+
+    return plan(ids, r_indptr, block_m)
 
 
 def multi_lora_linear(
