@@ -159,7 +159,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--no-rivals", action="store_true", help="time ours and the yardstick alone")
     bench.add_argument("--compile", action="store_true", help="HF PEFT and ours under torch.compile too; slow")
     bench.add_argument("--from", dest="source", metavar="FILE", help="show the rows of an earlier --json FILE instead")
-    bench.add_argument("--plot", metavar="PNG", help="draw time and memory against the number of rows")
+    bench.add_argument("--plot", metavar="FILE", help="draw time and memory against the number of rows, .png or .svg")
 
 
 def _add_method(parser: argparse.ArgumentParser, required: bool) -> None:
