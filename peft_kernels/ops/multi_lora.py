@@ -212,10 +212,20 @@ def lora_plan(ids: Tensor, r_indptr: Tensor, block_m: int = 64) -> Tensor:
     ids int [M]   r_indptr int [L + 1]. int32 [T, 1 + block_m] on the device of ids, T = ceil(M / block_m) + min(L, M):
     column 0 is the adapter of the tile, L where it is unused, and rises; the others are its rows in rising order, -1
     where there are none. Adapters of rank 0 and rows without an adapter get no tiles. Made without waiting for the
-    device, of sizes that follow from shapes alone.
+    device, of sizes that follow from shapes alone. Raises ValueError on shapes, dtypes or devices that do not fit.
     """
     from ..kernels.lora.plan import plan
 
+    for name, t in (("ids", ids), ("r_indptr", r_indptr)):
+        if t.dim() != 1 or t.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"lora_plan: {name} is {t.dtype} {tuple(t.shape)}; expected int32 or int64 of one dimension"
+            )
+    if block_m < 1 or not len(r_indptr) or ids.device != r_indptr.device:
+        raise ValueError(
+            f"lora_plan: block_m is {block_m}, r_indptr {tuple(r_indptr.shape)} on {r_indptr.device}, ids on "
+            f"{ids.device}; expected at least 1, [L + 1] and one device"
+        )
     return plan(ids, r_indptr, block_m)
 
 

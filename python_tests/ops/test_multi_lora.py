@@ -215,6 +215,21 @@ def test_a_plan_has_every_row_of_an_adapter_once(ids, ranks, block, dtype):
     assert all(f for f, owner, after in zip(full, owners, owners[1:], strict=False) if owner == after < adapters)
 
 
+@pytest.mark.parametrize(
+    ("ids", "r_indptr", "block_m", "message"),
+    [
+        (torch.zeros(2), torch.tensor([0, 2]), 16, "ids is torch.float32"),
+        (torch.zeros(2, 1, dtype=torch.int64), torch.tensor([0, 2]), 16, "one dimension"),
+        (torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), 16, r"expected at least 1, \[L \+ 1\]"),
+        (torch.zeros(2, dtype=torch.int64), torch.tensor([0, 2]), 0, "block_m is 0"),
+        (torch.zeros(2, dtype=torch.int64), torch.tensor([0, 2], device="meta"), 16, "on meta"),
+    ],
+)
+def test_what_no_plan_can_be_made_of_is_named(ids, r_indptr, block_m, message):
+    with pytest.raises(ValueError, match=message):
+        pk.ops.lora_plan(ids, r_indptr, block_m)
+
+
 def test_apply_writes_into_y_and_has_no_gradient():
     x, _, _, a, b, *rest = problem()
     y = torch.randn(90, 37)
