@@ -25,6 +25,7 @@ from torch import nn
 
 import peft_kernels as pk
 from peft_kernels import cli
+from peft_kernels.bench import results
 from peft_kernels.engine.attach import tuners
 from peft_kernels.engine.method import Method, Part, Tuner, fields
 from peft_kernels.engine.recipe import Recipe
@@ -32,6 +33,7 @@ from peft_kernels.engine.roles import FAMILIES, Family
 from peft_kernels.ops._op import BACKENDS, KERNELS, Op, _has
 
 ROOT = Path(__file__).parents[1]
+RUN = ROOT / "benchmarks" / "results" / "cpu.jsonl"
 
 # Names of `pk` by what they are for; the methods themselves come by the registry.
 GROUPS = {
@@ -93,8 +95,12 @@ def expanded(nav: Any) -> Any:
 
 
 def included(markdown: str) -> str:
-    """`<!-- readme: bench -->` becomes the README's section of that name, which a test holds against the code."""
-    return re.sub(r"<!-- readme: (\w+) -->", lambda match: readme_section(match[1]), markdown)
+    """`<!-- readme: bench -->` becomes the README's section of that name, which a test holds against the code.
+
+    `<!-- lost -->` becomes the table of the cases that a rival won in the committed run.
+    """
+    markdown = re.sub(r"<!-- readme: (\w+) -->", lambda match: readme_section(match[1]), markdown)
+    return markdown.replace("<!-- lost -->\n", results.table(results.read(RUN), lost=True))
 
 
 def readme_section(name: str) -> str:

@@ -150,7 +150,7 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
 def _add_bench(bench: argparse.ArgumentParser) -> None:
     size = bench.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="the headline cases, about a minute")
-    size.add_argument("--all", action="store_true", help="every case; default those that take ten minutes on a CPU")
+    size.add_argument("--all", action="store_true", help="every case; default those that take twenty minutes on a CPU")
     bench.add_argument("--filter", nargs="+", default=[], metavar="WORD", help="cases with all of these in their name")
     bench.add_argument("--list", action="store_true", help="only print the names of the cases")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default cuda if there is one")

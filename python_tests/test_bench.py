@@ -252,26 +252,31 @@ def test_the_command_lists_and_refuses(capsys, tmp_path, few):
 # -- documents and comparisons ----------------------------------------------------------------------------------------
 
 
+PLACE = {"device_name": "A CPU", "versions": {"torch": "2"}, "commit": "abc", "load": 0.5}
+
+
 def row(case, rival, ratio, selection="default"):
     times = {f"{kind}_{p}": ratio * 1e-3 for kind in ("wall", "cpu") for p in ("p20", "p50", "p80")}
     known = {"case": case, "rival": rival, "ratio": ratio, "ratio_cpu": ratio, "over": "frozen", "peak_bytes": 1000}
-    return {**known, **times, "selection": selection}
+    return {**known, **times, **PLACE, "selection": selection}
 
 
 def test_the_table_shows_the_headlines_and_where_we_lose():
-    shown = results.table(
-        [
-            *(
-                row("headline", name, x, "quick")
-                for name, x in (("frozen", 1.0), ("plain torch", 1.5), ("ours (cpu)", 1.1))
-            ),
-            *(row("lost", name, x) for name, x in (("frozen", 1.0), ("plain torch", 1.2), ("ours (cpu)", 1.3))),
-            *(row("won", name, x) for name, x in (("frozen", 1.0), ("plain torch", 1.2), ("ours (cpu)", 1.1))),
-            {"case": "headline", "rival": "HF PEFT", "missing": "peft is not installed"},
-        ]
-    )
-    assert shown.splitlines()[2:] == [
+    rows = [
+        *(
+            row("headline", name, x, "quick")
+            for name, x in (("frozen", 1.0), ("plain torch", 1.5), ("ours (cpu)", 1.1))
+        ),
+        *(row("lost", name, x) for name, x in (("frozen", 1.0), ("plain torch", 1.2), ("ours (cpu)", 1.3))),
+        *(row("won", name, x) for name, x in (("frozen", 1.0), ("plain torch", 1.2), ("ours (cpu)", 1.1))),
+        {"case": "headline", "rival": "HF PEFT", "missing": "peft is not installed", **PLACE},
+    ]
+    shown = results.table(rows)
+    assert shown.splitlines()[0] == "A CPU; torch 2; abc; load 0.5"
+    assert shown.splitlines()[4:] == [
         "| headline | frozen | ours (cpu) **1.10** (1.10) 1.0 kB | plain torch 1.50 (1.50) 1.0 kB |",
+    ]
+    assert results.table(rows, lost=True).splitlines()[4:] == [
         "| lost | frozen | ours (cpu) 1.30 (1.30) 1.0 kB | plain torch **1.20** (1.20) 1.0 kB |",
     ]
 

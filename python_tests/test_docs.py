@@ -91,7 +91,7 @@ def test_the_table_of_tasks_is_the_registry():
 
 
 def test_the_table_of_times_is_the_committed_run():
-    assert section("bench") == results.table(results.read(ROOT / "benchmarks" / "results" / "cpu-avx2.jsonl"))
+    assert section("bench") == results.table(results.read(ROOT / "benchmarks" / "results" / "cpu.jsonl"))
 
 
 def test_the_demo_shown_is_what_tune_prints():
