@@ -411,6 +411,7 @@ def test_bad_routes():
         (["a", "c"], "no adapter 'c'"),
         ([], "expected a list"),
         ("a", "expected a list"),
+        ([["a"]], "expected a list"),
         ([3], "no adapter 3"),
     ):
         with pytest.raises(ValueError, match=message), pk.route(case.model, names):
