@@ -412,7 +412,7 @@ def test_bad_routes():
         ([], "expected a list"),
         ("a", "expected a list"),
         ([["a"]], "expected a list"),
-        ([3], "no adapter 3"),
+        ([3], "expected a list"),
     ):
         with pytest.raises(ValueError, match=message), pk.route(case.model, names):
             pass
