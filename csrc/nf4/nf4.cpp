@@ -8,6 +8,10 @@
 
 #include "common/checks.h"
 
+#ifdef PK_WITH_CUDA
+#include "nf4/nf4.cuh"
+#endif
+
 namespace pk {
 namespace {
 
@@ -23,81 +27,78 @@ int64_t log2_of(int64_t blocksize) {
   return shift;
 }
 
-void check(const Tensor& t, const char* name, ScalarType type, int64_t n) {
+void check(const Tensor& t, const char* name, ScalarType type, int64_t n, const Tensor& like) {
   check_contiguous(t, name);
-  PK_CHECK(t.is_cpu() && t.scalar_type() == type && t.numel() == n, name, " must be on the CPU and hold ", n,
+  check_same_device(t, like, name);
+  PK_CHECK(t.scalar_type() == type && t.numel() == n, name, " must hold ", n,
            type == ScalarType::Float ? " float32" : " uint8");
 }
 
-const float* floats(const Tensor& t) { return static_cast<const float*>(t.data_ptr()); }
-const uint8_t* bytes(const Tensor& t) { return static_cast<const uint8_t*>(t.data_ptr()); }
+float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+uint8_t* bytes(const Tensor& t) { return static_cast<uint8_t*>(t.data_ptr()); }
+
+// Packed weights, the offset of which is read where it is.
+struct Weights {
+  const uint8_t* bytes;
+  int64_t shift;
+  const float* absmax;
+  const uint8_t* q;
+  const float *code, *offset;
+  int64_t block2;
+
+  Nf4 cpu() const { return {bytes, shift, absmax, q, code, offset == nullptr ? 0.0f : *offset, block2}; }
+#ifdef PK_WITH_CUDA
+  Nf4Cuda cuda() const { return {bytes, shift, absmax, q, code, offset, block2}; }
+#endif
+};
 
 // The second level, of n scales.
-Nf4 second(const Tensor& absmax, const Tensor& q, const Tensor& code, const Tensor& offset, int64_t n, int64_t block2) {
+Weights second(const Tensor& absmax, const Tensor& q, const Tensor& code, const Tensor& offset, int64_t n,
+               int64_t block2) {
   PK_CHECK(block2 >= 1, "blocksize2 must be at least 1");
-  check(q, "absmax_q", ScalarType::Byte, n);
-  check(absmax, "absmax", ScalarType::Float, blocks(n, block2));
-  check(code, "code2", ScalarType::Float, 256);
-  check(offset, "offset", ScalarType::Float, 1);
-  return {nullptr, 0, floats(absmax), bytes(q), floats(code), *floats(offset), block2};
+  check(q, "absmax_q", ScalarType::Byte, n, absmax);
+  check(absmax, "absmax", ScalarType::Float, blocks(n, block2), q);
+  check(code, "code2", ScalarType::Float, 256, absmax);
+  check(offset, "offset", ScalarType::Float, 1, absmax);
+  return {nullptr, 0, floats(absmax), bytes(q), floats(code), floats(offset), block2};
 }
 
-Nf4 weights(const Tensor& packed, const Tensor& absmax, int64_t numel, int64_t blocksize, const Optional& q,
-            const Optional& code, const Optional& offset, int64_t block2) {
+// Those that `like`, on the same device, is computed with.
+Weights weights(const Tensor& like, const Tensor& packed, const Tensor& absmax, int64_t numel, int64_t blocksize,
+                const Optional& q, const Optional& code, const Optional& offset, int64_t block2) {
   const int64_t shift = log2_of(blocksize), scales = blocks(numel, blocksize), held = packed.numel();
   check_contiguous(packed, "packed");
-  PK_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && held >= (numel + 1) / 2,
-           "packed must be on the CPU and hold ", (numel + 1) / 2, " uint8");
-  Nf4 w = {nullptr, 0, floats(absmax), nullptr, nullptr, 0.0f, 1};
+  check_same_device(packed, like, "packed");
+  check_same_device(absmax, like, "absmax");
+  PK_CHECK(packed.scalar_type() == ScalarType::Byte && held >= (numel + 1) / 2, "packed must hold ", (numel + 1) / 2,
+           " uint8");
+  Weights w = {nullptr, 0, floats(absmax), nullptr, nullptr, nullptr, 1};
   if (q) {
     PK_CHECK(code.has_value() && offset.has_value(), "absmax_q needs code2 and offset");
     w = second(absmax, *q, *code, *offset, scales, block2);
   } else {
-    check(absmax, "absmax", ScalarType::Float, scales);
+    check(absmax, "absmax", ScalarType::Float, scales, like);
   }
   w.bytes = bytes(packed);
   w.shift = shift;
   return w;
 }
 
-std::tuple<Tensor, Tensor> quantize(const Tensor& w, int64_t blocksize) {
-  check_contiguous(w, "w");
-  const int64_t shift = log2_of(blocksize), numel = w.numel();
-  const Dtype type = dtype_of(w, "w");
-  Tensor packed = new_empty(w, {(numel + 1) / 2, 1}, ScalarType::Byte);
-  Tensor absmax = new_empty(w, {blocks(numel, blocksize)}, ScalarType::Float);
-  PK_DISPATCH_ISA(nf4_quantize, type, w.data_ptr(), numel, shift, static_cast<uint8_t*>(packed.data_ptr()),
-                  static_cast<float*>(absmax.data_ptr()));
-  return {packed, absmax};
+// (packed, absmax) for numel weights
+std::tuple<Tensor, Tensor> new_weights(const Tensor& w, int64_t blocksize) {
+  const int64_t numel = w.numel();
+  return {new_empty(w, {(numel + 1) / 2, 1}, ScalarType::Byte),
+          new_empty(w, {blocks(numel, blocksize)}, ScalarType::Float)};
 }
 
-void dequantize(const Tensor& out, const Tensor& packed, const Tensor& absmax, int64_t blocksize, Optional q,
-                Optional code, Optional offset, int64_t block2) {
-  check_contiguous(out, "out");
-  const Nf4 w = weights(packed, absmax, out.numel(), blocksize, q, code, offset, block2);
-  PK_DISPATCH_ISA(nf4_dequantize, w, out.numel(), dtype_of(out, "out"), out.data_ptr());
-}
-
-std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& code, int64_t block2) {
+// (q, absmax2, offset) for the scales
+std::tuple<Tensor, Tensor, Tensor> new_second(const Tensor& absmax, const Tensor& code, int64_t block2) {
   const int64_t n = absmax.numel();
   PK_CHECK(block2 >= 1, "blocksize2 must be at least 1");
-  check(absmax, "absmax", ScalarType::Float, n);
-  check(code, "code", ScalarType::Float, 256);
-  Tensor q = new_empty(absmax, {n}, ScalarType::Byte);
-  Tensor absmax2 = new_empty(absmax, {blocks(n, block2)}, ScalarType::Float);
-  Tensor offset = new_empty(absmax, {}, ScalarType::Float);
-  *static_cast<float*>(offset.data_ptr()) =
-      PK_DISPATCH_ISA(nf4_quantize_absmax, floats(absmax), n, floats(code), block2, static_cast<uint8_t*>(q.data_ptr()),
-                      static_cast<float*>(absmax2.data_ptr()));
-  return {q, absmax2, offset};
-}
-
-Tensor dequantize_absmax(const Tensor& q, const Tensor& absmax2, const Tensor& code, const Tensor& offset,
-                         int64_t block2) {
-  const Nf4 w = second(absmax2, q, code, offset, q.numel(), block2);
-  Tensor absmax = new_empty(absmax2, {q.numel()}, ScalarType::Float);
-  PK_DISPATCH_ISA(nf4_dequantize_absmax, w, q.numel(), static_cast<float*>(absmax.data_ptr()));
-  return absmax;
+  check(absmax, "absmax", ScalarType::Float, n, code);
+  check(code, "code", ScalarType::Float, 256, absmax);
+  return {new_empty(absmax, {n}, ScalarType::Byte), new_empty(absmax, {blocks(n, block2)}, ScalarType::Float),
+          new_empty(absmax, {}, ScalarType::Float)};
 }
 
 // A result [..., width] beside `like`, [..., last]
@@ -107,20 +108,57 @@ Tensor product(const Tensor& like, int64_t width) {
   return new_empty(like, sizes, like.scalar_type());
 }
 
+void check_bias(const Optional& bias, const Tensor& x, int64_t n) {
+  if (!bias) return;
+  check_contiguous(*bias, "bias");
+  check_same_device(*bias, x, "bias and x");
+  PK_CHECK(bias->numel() == n, "bias must hold ", n, " numbers");
+}
+
+// -- CPU ------------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> quantize(const Tensor& w, int64_t blocksize) {
+  check_contiguous(w, "w");
+  const int64_t shift = log2_of(blocksize);
+  const auto [packed, absmax] = new_weights(w, blocksize);
+  PK_DISPATCH_ISA(nf4_quantize, dtype_of(w, "w"), w.data_ptr(), w.numel(), shift, bytes(packed), floats(absmax));
+  return {packed, absmax};
+}
+
+void dequantize(const Tensor& out, const Tensor& packed, const Tensor& absmax, int64_t blocksize, Optional q,
+                Optional code, Optional offset, int64_t block2) {
+  check_contiguous(out, "out");
+  const Weights w = weights(out, packed, absmax, out.numel(), blocksize, q, code, offset, block2);
+  PK_DISPATCH_ISA(nf4_dequantize, w.cpu(), out.numel(), dtype_of(out, "out"), out.data_ptr());
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& code, int64_t block2) {
+  const auto [q, absmax2, offset] = new_second(absmax, code, block2);
+  *floats(offset) = PK_DISPATCH_ISA(nf4_quantize_absmax, floats(absmax), absmax.numel(), floats(code), block2, bytes(q),
+                                    floats(absmax2));
+  return {q, absmax2, offset};
+}
+
+Tensor dequantize_absmax(const Tensor& q, const Tensor& absmax2, const Tensor& code, const Tensor& offset,
+                         int64_t block2) {
+  const Weights w = second(absmax2, q, code, offset, q.numel(), block2);
+  Tensor absmax = new_empty(absmax2, {q.numel()}, ScalarType::Float);
+  PK_DISPATCH_ISA(nf4_dequantize_absmax, w.cpu(), q.numel(), floats(absmax));
+  return absmax;
+}
+
 Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, int64_t n, int64_t blocksize, Optional bias,
               Optional q, Optional code, Optional offset, int64_t block2) {
   PK_CHECK(x.dim() >= 1 && n >= 0, "x must be [..., in]");
   check_contiguous(x, "x");
   const int64_t k = x.size(x.dim() - 1);
-  const Nf4 w = weights(packed, absmax, n * k, blocksize, q, code, offset, block2);
-  if (bias) {
-    check_contiguous(*bias, "bias");
-    PK_CHECK(bias->is_cpu() && bias->numel() == n, "bias must be on the CPU and hold ", n, " numbers");
-  }
+  const Weights w = weights(x, packed, absmax, n * k, blocksize, q, code, offset, block2);
+  check_bias(bias, x, n);
   const Dtype type = dtype_of(x, "x"), bias_type = bias ? dtype_of(*bias, "bias") : type;
   Tensor y = product(x, n);
   const Nf4Linear s = {n ? y.numel() / n : 0, n, k};
-  PK_DISPATCH_ISA(nf4_linear, s, type, x.data_ptr(), w, bias_type, bias ? bias->data_ptr() : nullptr, y.data_ptr());
+  PK_DISPATCH_ISA(nf4_linear, s, type, x.data_ptr(), w.cpu(), bias_type, bias ? bias->data_ptr() : nullptr,
+                  y.data_ptr());
   return y;
 }
 
@@ -129,21 +167,128 @@ Tensor dgrad(const Tensor& g, const Tensor& packed, const Tensor& absmax, int64_
   PK_CHECK(g.dim() >= 1 && k >= 0, "g must be [..., out]");
   check_contiguous(g, "g");
   const int64_t n = g.size(g.dim() - 1);
-  const Nf4 w = weights(packed, absmax, n * k, blocksize, q, code, offset, block2);
+  const Weights w = weights(g, packed, absmax, n * k, blocksize, q, code, offset, block2);
   Tensor dx = product(g, k);
   const Nf4Linear s = {k ? dx.numel() / k : 0, n, k};
-  PK_DISPATCH_ISA(nf4_dgrad, s, dtype_of(g, "g"), g.data_ptr(), w, dx.data_ptr());
+  PK_DISPATCH_ISA(nf4_dgrad, s, dtype_of(g, "g"), g.data_ptr(), w.cpu(), dx.data_ptr());
   return dx;
 }
+
+// -- CUDA -----------------------------------------------------------------------------------------------------------
+
+#ifdef PK_WITH_CUDA
+std::tuple<Tensor, Tensor> quantize_cuda(const Tensor& w, int64_t blocksize) {
+  check_contiguous(w, "w");
+  const int64_t shift = log2_of(blocksize);
+  const DeviceGuard guard(w.get_device_index());
+  const auto [packed, absmax] = new_weights(w, blocksize);
+  check_cuda(
+      nf4_quantize_cuda(dtype_of(w, "w"), w.data_ptr(), w.numel(), shift, bytes(packed), floats(absmax), stream_of(w)),
+      "quantize_nf4");
+  return {packed, absmax};
+}
+
+void dequantize_cuda(const Tensor& out, const Tensor& packed, const Tensor& absmax, int64_t blocksize, Optional q,
+                     Optional code, Optional offset, int64_t block2) {
+  check_contiguous(out, "out");
+  const int64_t numel = out.numel();
+  const Weights w = weights(out, packed, absmax, numel, blocksize, q, code, offset, block2);
+  const DeviceGuard guard(out.get_device_index());
+  check_cuda(nf4_dequantize_cuda(w.cuda(), {0, numel, 1, numel}, dtype_of(out, "out"), out.data_ptr(), stream_of(out)),
+             "dequantize_nf4_");
+}
+
+// out [rows, columns] = w[row.., column..] of w [n, k]
+void panel_cuda(const Tensor& out, const Tensor& packed, const Tensor& absmax, int64_t n, int64_t k, int64_t row,
+                int64_t column, int64_t blocksize, Optional q, Optional code, Optional offset, int64_t block2) {
+  check_contiguous(out, "out");
+  PK_CHECK(out.dim() == 2 && row >= 0 && column >= 0 && row + out.size(0) <= n && column + out.size(1) <= k,
+           "out must be rows and columns of w [", n, ", ", k, "]");
+  const Weights w = weights(out, packed, absmax, n * k, blocksize, q, code, offset, block2);
+  Nf4Part part = {row * k + column, k, out.size(0), out.size(1)};
+  if (part.columns == k) part = {part.first, out.numel(), 1, out.numel()};
+  const DeviceGuard guard(out.get_device_index());
+  check_cuda(nf4_dequantize_cuda(w.cuda(), part, dtype_of(out, "out"), out.data_ptr(), stream_of(out)), "nf4_panel_");
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_absmax_cuda(const Tensor& absmax, const Tensor& code, int64_t block2) {
+  const DeviceGuard guard(absmax.get_device_index());
+  const auto [q, absmax2, offset] = new_second(absmax, code, block2);
+  check_cuda(nf4_quantize_absmax_cuda(floats(absmax), absmax.numel(), floats(code), block2, bytes(q), floats(absmax2),
+                                      floats(offset), stream_of(absmax)),
+             "quantize_absmax");
+  return {q, absmax2, offset};
+}
+
+Tensor dequantize_absmax_cuda(const Tensor& q, const Tensor& absmax2, const Tensor& code, const Tensor& offset,
+                              int64_t block2) {
+  const Weights w = second(absmax2, q, code, offset, q.numel(), block2);
+  const DeviceGuard guard(q.get_device_index());
+  Tensor absmax = new_empty(absmax2, {q.numel()}, ScalarType::Float);
+  check_cuda(nf4_dequantize_absmax_cuda(w.cuda(), q.numel(), floats(absmax), stream_of(q)), "dequantize_absmax");
+  return absmax;
+}
+
+Nf4Product product_of(const Tensor& u, int64_t n, int64_t k, int64_t last) {
+  const Dtype type = dtype_of(u, "x and g");
+  const int64_t m = last == 0 ? 0 : u.numel() / last;
+  PK_CHECK(std::max(n, k) < int64_t{1} << 30, "weights may have at most 2^30 rows and columns");
+  PK_CHECK(m <= nf4_few_rows(type), "expected at most ", nf4_few_rows(type), " rows; nf4_native.py multiplies more");
+  return {type, static_cast<int>(m), static_cast<int>(n), static_cast<int>(k)};
+}
+
+Tensor new_parts(const Tensor& out, int splits) {
+  return new_empty(out, {splits == 1 ? 0 : splits * out.numel()}, ScalarType::Float);
+}
+
+Tensor linear_cuda(const Tensor& x, const Tensor& packed, const Tensor& absmax, int64_t n, int64_t blocksize,
+                   Optional bias, Optional q, Optional code, Optional offset, int64_t block2) {
+  PK_CHECK(x.dim() >= 1 && n >= 0, "x must be [..., in]");
+  check_contiguous(x, "x");
+  const int64_t k = x.size(x.dim() - 1);
+  const Weights w = weights(x, packed, absmax, n * k, blocksize, q, code, offset, block2);
+  check_bias(bias, x, n);
+  const DeviceGuard guard(x.get_device_index());
+  Tensor y = product(x, n);
+  const Nf4Product p = product_of(y, n, k, n);
+  const int splits = nf4_linear_splits(p);
+  const Tensor parts = new_parts(y, splits);
+  check_cuda(nf4_linear_cuda(p, x.data_ptr(), w.cuda(), bias ? dtype_of(*bias, "bias") : p.type,
+                             bias ? bias->data_ptr() : nullptr, y.data_ptr(), floats(parts), splits, stream_of(x)),
+             "nf4_linear");
+  return y;
+}
+
+Tensor dgrad_cuda(const Tensor& g, const Tensor& packed, const Tensor& absmax, int64_t k, int64_t blocksize, Optional q,
+                  Optional code, Optional offset, int64_t block2) {
+  PK_CHECK(g.dim() >= 1 && k >= 0, "g must be [..., out]");
+  check_contiguous(g, "g");
+  const int64_t n = g.size(g.dim() - 1);
+  const Weights w = weights(g, packed, absmax, n * k, blocksize, q, code, offset, block2);
+  const DeviceGuard guard(g.get_device_index());
+  Tensor dx = product(g, k);
+  const Nf4Product p = product_of(dx, n, k, k);
+  const int splits = nf4_dgrad_splits(p);
+  const Tensor parts = new_parts(dx, splits);
+  check_cuda(nf4_dgrad_cuda(p, g.data_ptr(), w.cuda(), dx.data_ptr(), floats(parts), splits, stream_of(g)),
+             "nf4_linear_dgrad");
+  return dx;
+}
+#endif
 
 }  // namespace
 }  // namespace pk
 
-STABLE_TORCH_LIBRARY_FRAGMENT(_peft_kernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PK_OPS, m) {
   m.def("quantize_nf4(Tensor w, int blocksize) -> (Tensor, Tensor)");
   m.def(
       "dequantize_nf4_(Tensor(a!) out, Tensor packed, Tensor absmax, int blocksize, Tensor? absmax_q, Tensor? code2, "
       "Tensor? offset, int blocksize2) -> ()");
+#ifdef PK_WITH_CUDA
+  m.def(
+      "nf4_panel_(Tensor(a!) out, Tensor packed, Tensor absmax, int n, int k, int row, int column, int blocksize, "
+      "Tensor? absmax_q, Tensor? code2, Tensor? offset, int blocksize2) -> ()");
+#endif
   m.def("quantize_absmax(Tensor absmax, Tensor code, int blocksize2) -> (Tensor, Tensor, Tensor)");
   m.def("dequantize_absmax(Tensor q, Tensor absmax2, Tensor code, Tensor offset, int blocksize2) -> Tensor");
   m.def(
@@ -154,7 +299,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_peft_kernels, m) {
       "Tensor? code2, Tensor? offset, int blocksize2) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(_peft_kernels, CPU, m) {
+#ifndef PK_EMULATE
+STABLE_TORCH_LIBRARY_IMPL(PK_OPS, CPU, m) {
   m.impl("quantize_nf4", TORCH_BOX(&pk::quantize));
   m.impl("dequantize_nf4_", TORCH_BOX(&pk::dequantize));
   m.impl("quantize_absmax", TORCH_BOX(&pk::quantize_absmax));
@@ -162,3 +308,16 @@ STABLE_TORCH_LIBRARY_IMPL(_peft_kernels, CPU, m) {
   m.impl("nf4_linear", TORCH_BOX(&pk::linear));
   m.impl("nf4_linear_dgrad", TORCH_BOX(&pk::dgrad));
 }
+#endif
+
+#ifdef PK_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(PK_OPS, PK_CUDA_KEY, m) {
+  m.impl("quantize_nf4", TORCH_BOX(&pk::quantize_cuda));
+  m.impl("dequantize_nf4_", TORCH_BOX(&pk::dequantize_cuda));
+  m.impl("nf4_panel_", TORCH_BOX(&pk::panel_cuda));
+  m.impl("quantize_absmax", TORCH_BOX(&pk::quantize_absmax_cuda));
+  m.impl("dequantize_absmax", TORCH_BOX(&pk::dequantize_absmax_cuda));
+  m.impl("nf4_linear", TORCH_BOX(&pk::linear_cuda));
+  m.impl("nf4_linear_dgrad", TORCH_BOX(&pk::dgrad_cuda));
+}
+#endif
