@@ -6,7 +6,7 @@
 #include <optional>
 #include <tuple>
 
-#include "common/checks.h"
+#include "lora/lora_glue.h"
 
 #ifdef PK_WITH_CUDA
 #include "nf4/nf4.cuh"
@@ -241,21 +241,36 @@ Tensor new_parts(const Tensor& out, int splits) {
   return new_empty(out, {splits == 1 ? 0 : splits * out.numel()}, ScalarType::Float);
 }
 
+// y = x w^T + bias, or with an update.
+void linear_into(const Tensor& y, const Tensor& x, const Weights& w, const Optional& bias, const Nf4Lora& lora) {
+  const int64_t n = y.size(y.dim() - 1), k = x.size(x.dim() - 1);
+  check_bias(bias, x, n);
+  const Nf4Product p = product_of(y, n, k, n);
+  const int splits = nf4_linear_splits(p);
+  const Tensor parts = new_parts(y, splits);
+  check_cuda(
+      nf4_linear_cuda(p, x.data_ptr(), w.cuda(), bias ? dtype_of(*bias, "bias") : p.type,
+                      bias ? bias->data_ptr() : nullptr, lora, y.data_ptr(), floats(parts), splits, stream_of(x)),
+      "nf4_linear");
+}
+
+void dgrad_into(const Tensor& dx, const Tensor& g, const Weights& w, const Nf4Lora& lora) {
+  const int64_t n = g.size(g.dim() - 1), k = dx.size(dx.dim() - 1);
+  const Nf4Product p = product_of(dx, n, k, k);
+  const int splits = nf4_dgrad_splits(p);
+  const Tensor parts = new_parts(dx, splits);
+  check_cuda(nf4_dgrad_cuda(p, g.data_ptr(), w.cuda(), lora, dx.data_ptr(), floats(parts), splits, stream_of(g)),
+             "nf4_linear_dgrad");
+}
+
 Tensor linear_cuda(const Tensor& x, const Tensor& packed, const Tensor& absmax, int64_t n, int64_t blocksize,
                    Optional bias, Optional q, Optional code, Optional offset, int64_t block2) {
   PK_CHECK(x.dim() >= 1 && n >= 0, "x must be [..., in]");
   check_contiguous(x, "x");
-  const int64_t k = x.size(x.dim() - 1);
-  const Weights w = weights(x, packed, absmax, n * k, blocksize, q, code, offset, block2);
-  check_bias(bias, x, n);
+  const Weights w = weights(x, packed, absmax, n * x.size(x.dim() - 1), blocksize, q, code, offset, block2);
   const DeviceGuard guard(x.get_device_index());
   Tensor y = product(x, n);
-  const Nf4Product p = product_of(y, n, k, n);
-  const int splits = nf4_linear_splits(p);
-  const Tensor parts = new_parts(y, splits);
-  check_cuda(nf4_linear_cuda(p, x.data_ptr(), w.cuda(), bias ? dtype_of(*bias, "bias") : p.type,
-                             bias ? bias->data_ptr() : nullptr, y.data_ptr(), floats(parts), splits, stream_of(x)),
-             "nf4_linear");
+  linear_into(y, x, w, bias, {});
   return y;
 }
 
@@ -263,16 +278,73 @@ Tensor dgrad_cuda(const Tensor& g, const Tensor& packed, const Tensor& absmax, i
                   Optional code, Optional offset, int64_t block2) {
   PK_CHECK(g.dim() >= 1 && k >= 0, "g must be [..., out]");
   check_contiguous(g, "g");
-  const int64_t n = g.size(g.dim() - 1);
-  const Weights w = weights(g, packed, absmax, n * k, blocksize, q, code, offset, block2);
+  const Weights w = weights(g, packed, absmax, g.size(g.dim() - 1) * k, blocksize, q, code, offset, block2);
   const DeviceGuard guard(g.get_device_index());
   Tensor dx = product(g, k);
-  const Nf4Product p = product_of(dx, n, k, k);
-  const int splits = nf4_dgrad_splits(p);
-  const Tensor parts = new_parts(dx, splits);
-  check_cuda(nf4_dgrad_cuda(p, g.data_ptr(), w.cuda(), dx.data_ptr(), floats(parts), splits, stream_of(g)),
-             "nf4_linear_dgrad");
+  dgrad_into(dx, g, w, {});
   return dx;
+}
+
+// The update scale * v f, v being the sum of parts that LoraCuda::shrink made, which `sum` becomes.
+Nf4Lora update(const Tensor& parts, const Tensor& f, int64_t rank_stride, int64_t column_stride, double scale,
+               Tensor& sum) {
+  const bool split = parts.dim() == 3;
+  const int64_t m = parts.size(split ? 1 : 0), ranks = parts.size(split ? 2 : 1);
+  sum = split ? new_empty(parts, {m, ranks}, ScalarType::Float) : parts;
+  Nf4Lora lora;
+  lora.v = floats(parts), lora.parts = split ? static_cast<int>(parts.size(0)) : 1;
+  lora.ranks = static_cast<int>(ranks), lora.scale = static_cast<float>(scale);
+  lora.f = f.data_ptr(), lora.type = dtype_of(f, "a and b");
+  lora.rank_stride = rank_stride, lora.column_stride = column_stride;
+  lora.sum = split ? floats(sum) : nullptr;
+  return lora;
+}
+
+// (y, t)
+std::tuple<Tensor, Tensor> lora_linear_cuda(const Tensor& x, const Tensor& packed, const Tensor& absmax, int64_t n,
+                                            int64_t blocksize, const Tensor& a, const Tensor& b, double scale,
+                                            Optional bias, double p, Optional rng, Optional q, Optional code,
+                                            Optional offset, int64_t block2) {
+  PK_CHECK(x.dim() >= 1 && n >= 0, "x must be [..., in]");
+  Tensor y = product(x, n);
+  const LoraShape s = check_lora(y, x, a, b, "y");
+  const Weights w = weights(x, packed, absmax, s.n * s.k, blocksize, q, code, offset, block2);
+  const LoraCuda cuda(s, x, p, rng);
+  if (s.m == 0 || s.r == 0) {
+    linear_into(y, x, w, bias, {});
+    return {y, new_empty(x, {s.m, s.r}, ScalarType::Float)};
+  }
+  const Tensor parts = cuda.shrink(x, a, s.k, 1, cuda.keep_scale(), cuda.drop());
+  Tensor t = parts;
+  linear_into(y, x, w, bias, update(parts, b, 1, s.r, scale, t));
+  return {y, t};
+}
+
+// (dx, da, db) without dropout, of which the last two may be empty.
+std::tuple<Tensor, Tensor, Tensor> lora_dgrad_cuda(const Tensor& g, const Tensor& x, const Tensor& packed,
+                                                   const Tensor& absmax, int64_t blocksize, const Tensor& a,
+                                                   const Tensor& b, const Tensor& t, double scale, Optional q,
+                                                   Optional code, Optional offset, int64_t block2, bool need_da,
+                                                   bool need_db) {
+  const LoraShape s = check_lora(g, x, a, b, "g");
+  check_lora_t(t, s);
+  check_same_device(t, x, "t and x");
+  const Weights w = weights(x, packed, absmax, s.n * s.k, blocksize, q, code, offset, block2);
+  const LoraCuda cuda(s, x, 0, {});
+  Tensor dx = product(g, s.k);
+  Tensor da = new_empty(a, {need_da ? s.r : 0, s.k}, a.scalar_type());
+  Tensor db = new_empty(b, {need_db ? s.n : 0, s.r}, b.scalar_type());
+  if (s.r == 0) {
+    dgrad_into(dx, g, w, {});
+  } else {
+    const auto factor = static_cast<float>(scale);
+    const Tensor parts = cuda.shrink(g, b, 1, s.r, factor, {});
+    Tensor dt = parts;
+    dgrad_into(dx, g, w, update(parts, a, s.k, 1, 1, dt));
+    if (need_da) cuda.wgrad(da, s.k, 1, x, dt, 1, {});
+    if (need_db) cuda.wgrad(db, 1, s.r, g, t, factor, {});
+  }
+  return {dx, da, db};
 }
 #endif
 
@@ -288,6 +360,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PK_OPS, m) {
   m.def(
       "nf4_panel_(Tensor(a!) out, Tensor packed, Tensor absmax, int n, int k, int row, int column, int blocksize, "
       "Tensor? absmax_q, Tensor? code2, Tensor? offset, int blocksize2) -> ()");
+  m.def(
+      "nf4_lora_linear(Tensor x, Tensor packed, Tensor absmax, int out_features, int blocksize, Tensor a, Tensor b, "
+      "float scale, Tensor? bias, float p, Tensor? rng, Tensor? absmax_q, Tensor? code2, Tensor? offset, int "
+      "blocksize2) -> (Tensor y, Tensor t)");
+  m.def(
+      "nf4_lora_dgrad(Tensor g, Tensor x, Tensor packed, Tensor absmax, int blocksize, Tensor a, Tensor b, Tensor t, "
+      "float scale, Tensor? absmax_q, Tensor? code2, Tensor? offset, int blocksize2, bool need_da, bool need_db) -> "
+      "(Tensor dx, Tensor da, Tensor db)");
 #endif
   m.def("quantize_absmax(Tensor absmax, Tensor code, int blocksize2) -> (Tensor, Tensor, Tensor)");
   m.def("dequantize_absmax(Tensor q, Tensor absmax2, Tensor code, Tensor offset, int blocksize2) -> Tensor");
@@ -319,5 +399,7 @@ STABLE_TORCH_LIBRARY_IMPL(PK_OPS, PK_CUDA_KEY, m) {
   m.impl("dequantize_absmax", TORCH_BOX(&pk::dequantize_absmax_cuda));
   m.impl("nf4_linear", TORCH_BOX(&pk::linear_cuda));
   m.impl("nf4_linear_dgrad", TORCH_BOX(&pk::dgrad_cuda));
+  m.impl("nf4_lora_linear", TORCH_BOX(&pk::lora_linear_cuda));
+  m.impl("nf4_lora_dgrad", TORCH_BOX(&pk::lora_dgrad_cuda));
 }
 #endif

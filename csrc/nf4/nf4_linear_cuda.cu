@@ -31,6 +31,17 @@ __device__ inline float load_as(const void* p, Dtype type, int64_t i) {
   return static_cast<const float*>(p)[i];
 }
 
+struct Args {
+  Nf4Args w;
+  Nf4Product p;
+  const void *in, *bias;
+  Dtype bias_type;
+  void* out;
+  float* parts;               // null: write out
+  int blocks, splits, chunk;  // of rows or columns of w, and of the others; and how many of those
+  Nf4Lora lora;
+};
+
 // c [16 MT, 8 NT] += a b, where a[i][e] is half e % 2 of register e / 2 in numbers, and u four pairs of elements of
 // which `step` says the two for b.
 template <class T, int MT, int NT>
@@ -173,26 +184,14 @@ __device__ inline void store_some(T* out, int64_t row, int columns, int column, 
 
 // -- y = x w^T + bias -------------------------------------------------------------------------------------------------
 
-struct LinearArgs {
-  Nf4Args w;
-  int m, n, k;
-  const void* x;
-  Dtype bias_type;
-  const void* bias;
-  void* y;
-  float* parts;                   // null: write y
-  int row_blocks, splits, chunk;  // columns of a part
-  Nf4Lora lora;
-};
-
 // A block is 128 rows of w, all of x and a chunk of columns; its warps have 32 rows and, in turn, 128 columns. Lane q
 // has 32 of those, which are 16 bytes of a row of w. Row g + 8 h of tile i is row 4 g + 2 i + h of 32.
 template <bool WIDE, class T, int NT>
-__global__ void __launch_bounds__(32 * linear_warps) nf4_linear_kernel(LinearArgs args) {
+__global__ void __launch_bounds__(32 * linear_warps) nf4_linear_kernel(Args args) {
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, warp = threadIdx.x / 32;
   const int team = warp / linear_shares, share = warp % linear_shares;
-  const int part = blockIdx.x / args.row_blocks, n = args.n, k = args.k;
-  const int row = blockIdx.x % args.row_blocks * linear_rows + 32 * team + 4 * g;
+  const int part = blockIdx.x / args.blocks, m = args.p.m, n = args.p.n, k = args.p.k;
+  const int row = blockIdx.x % args.blocks * linear_rows + 32 * team + 4 * g;
   const int first = part * args.chunk + 128 * share, stop = (part + 1) * args.chunk, end = stop < k ? stop : k;
   constexpr int stride = 128 * linear_shares;
   Nf4Piece<WIDE, 4, 4> now, next;
@@ -201,17 +200,17 @@ __global__ void __launch_bounds__(32 * linear_warps) nf4_linear_kernel(LinearArg
   block_sync();
 
   float c[1][2][NT][4] = {};
-  add_update<T>(c[0], args.lora, args.m, n, part * linear_shares + share, args.splits * linear_shares, lane,
+  add_update<T>(c[0], args.lora, m, n, part * linear_shares + share, args.splits * linear_shares, lane,
                 [&](int i, int half) { return row + 2 * i + half; });
-  if (blockIdx.x == 0) sum_update(args.lora, args.m, 32 * linear_warps);
-  const auto* x = static_cast<const T*>(args.x);
+  if (blockIdx.x == 0) sum_update(args.lora, m, 32 * linear_warps);
+  const auto* x = static_cast<const T*>(args.in);
 #pragma unroll 1
   for (int step = first; step < end; step += stride) {
     if (step + stride < end) next.load(args.w, n, k, row, step + stride + 32 * q);
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
       Eight<T> u[NT];
-      load_rows<WIDE>(u, x, args.m, k, step + 32 * q + 8 * t, g);
+      load_rows<WIDE>(u, x, m, k, step + 32 * q + 8 * t, g);
       float v[4][8];
 #pragma unroll
       for (int i = 0; i < 4; ++i) now.numbers(v[i], i, t, table);
@@ -239,37 +238,27 @@ __global__ void __launch_bounds__(32 * linear_warps) nf4_linear_kernel(LinearArg
   for (int j = 0; j < NT; ++j)
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      const int m = 8 * j + 2 * q + side;
-      if (m >= args.m) continue;
+      const int to = 8 * j + 2 * q + side;
+      if (to >= m) continue;
       float v[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) v[i] = c[0][i / 2][j][i % 2 * 2 + side] + bias[i];
       if (args.parts != nullptr)
-        store_some(args.parts, static_cast<int64_t>(part) * args.m + m, n, row, v);
+        store_some(args.parts, static_cast<int64_t>(part) * m + to, n, row, v);
       else
-        store_some(static_cast<T*>(args.y), m, n, row, v);
+        store_some(static_cast<T*>(args.out), to, n, row, v);
     }
 }
 
 // -- dx = g w ---------------------------------------------------------------------------------------------------------
 
-struct DgradArgs {
-  Nf4Args w;
-  int m, n, k;
-  const void* g;
-  void* dx;
-  float* parts;                      // null: write dx
-  int column_blocks, splits, chunk;  // rows of w of a part
-  Nf4Lora lora;
-};
-
 // A block is 64 WORDS columns of w, all of g and a chunk of rows of w, which its warps take 32 at a time. Lane q has 8
 // of those, lanes of g 8 WORDS columns. Row g + 8 h of tile j is column 2 j + h of the eight of a word.
 template <bool WIDE, class T, int NT, int WORDS>
-__global__ void __launch_bounds__(32 * dgrad_warps) nf4_dgrad_kernel(DgradArgs args) {
+__global__ void __launch_bounds__(32 * dgrad_warps) nf4_dgrad_kernel(Args args) {
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, warp = threadIdx.x / 32;
-  const int part = blockIdx.x / args.column_blocks, n = args.n, k = args.k;
-  const int column = (blockIdx.x % args.column_blocks * 8 + g) * 8 * WORDS;
+  const int part = blockIdx.x / args.blocks, m = args.p.m, n = args.p.n, k = args.p.k;
+  const int column = (blockIdx.x % args.blocks * 8 + g) * 8 * WORDS;
   const int first = part * args.chunk + 32 * warp, stop = (part + 1) * args.chunk, end = stop < n ? stop : n;
   constexpr int stride = 32 * dgrad_warps;
   Nf4Piece<WIDE, 8, WORDS> now, next;
@@ -280,14 +269,14 @@ __global__ void __launch_bounds__(32 * dgrad_warps) nf4_dgrad_kernel(DgradArgs a
   float c[WORDS][4][NT][4] = {};
 #pragma unroll
   for (int t = 0; t < WORDS; ++t)
-    add_update<T>(c[t], args.lora, args.m, k, part * dgrad_warps + warp, args.splits * dgrad_warps, lane,
+    add_update<T>(c[t], args.lora, m, k, part * dgrad_warps + warp, args.splits * dgrad_warps, lane,
                   [&](int j, int half) { return column + 8 * t + 2 * j + half; });
-  if (blockIdx.x == 0) sum_update(args.lora, args.m, 32 * dgrad_warps);
-  const auto* from = static_cast<const T*>(args.g);
+  if (blockIdx.x == 0) sum_update(args.lora, m, 32 * dgrad_warps);
+  const auto* from = static_cast<const T*>(args.in);
 #pragma unroll 1
   for (int step = first; step < end; step += stride) {
     Eight<T> u[NT];
-    load_rows<WIDE>(u, from, args.m, n, step + 8 * q, g);
+    load_rows<WIDE>(u, from, m, n, step + 8 * q, g);
     if (step + stride < end) next.load(args.w, n, k, step + stride + 8 * q, column);
 #pragma unroll
     for (int t = 0; t < WORDS; ++t)
@@ -311,17 +300,17 @@ __global__ void __launch_bounds__(32 * dgrad_warps) nf4_dgrad_kernel(DgradArgs a
   for (int j = 0; j < NT; ++j)
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      const int m = 8 * j + 2 * q + side;
-      if (m >= args.m) continue;
+      const int to = 8 * j + 2 * q + side;
+      if (to >= m) continue;
 #pragma unroll
       for (int t = 0; t < WORDS; ++t) {
         float v[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) v[i] = c[t][i / 2][j][i % 2 * 2 + side];
         if (args.parts != nullptr)
-          store_some(args.parts, static_cast<int64_t>(part) * args.m + m, k, column + 8 * t, v);
+          store_some(args.parts, static_cast<int64_t>(part) * m + to, k, column + 8 * t, v);
         else
-          store_some(static_cast<T*>(args.dx), m, k, column + 8 * t, v);
+          store_some(static_cast<T*>(args.out), to, k, column + 8 * t, v);
       }
     }
 }
@@ -342,14 +331,20 @@ __global__ void __launch_bounds__(256) nf4_sum_kernel(const float* parts, int sp
 
 constexpr int shared_bytes = std::max(Nf4Table::bytes, 32 << 10);  // the sums of two warps with 128 for a lane
 
-// f(NT) as a constant, the tiles of 8 rows; fp32 has at most 4.
+// f(NT, WIDE) as constants, NT being the tiles of 8 rows: at most 8, and 4 of fp32. Without vectors there is less
+// choice.
 template <class T, class Call>
-cudaError_t switch_rows(int m, Call&& call) {
-  if (m <= 8) return call(std::integral_constant<int, 1>{});
-  if (m <= 16) return call(std::integral_constant<int, 2>{});
-  if (m <= 32) return call(std::integral_constant<int, 4>{});
-  if constexpr (sizeof(T) == 2)
-    if (m <= 64) return call(std::integral_constant<int, 8>{});
+cudaError_t switch_rows(int m, bool wide, Call&& call) {
+  constexpr int most = sizeof(T) == 4 ? 4 : 8;
+  const auto go = [&](auto tiles) {
+    if (wide) return call(tiles, std::true_type{});
+    if constexpr (decltype(tiles)::value == 2 || decltype(tiles)::value == most) return call(tiles, std::false_type{});
+    return cudaErrorInvalidValue;
+  };
+  if (m <= 8 && wide) return go(std::integral_constant<int, 1>{});
+  if (m <= 16) return go(std::integral_constant<int, 2>{});
+  if (m <= 32 && wide) return go(std::integral_constant<int, 4>{});
+  if (m <= 8 * most) return go(std::integral_constant<int, most>{});
   return cudaErrorInvalidValue;
 }
 
@@ -382,28 +377,17 @@ int nf4_linear_splits(const Nf4Product& p) {
 cudaError_t nf4_linear_cuda(const Nf4Product& p, const void* x, const Nf4Cuda& w, Dtype bias_type, const void* bias,
                             const Nf4Lora& lora, void* y, float* parts, int splits, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return cudaSuccess;
-  const bool split = splits > 1, wide = p.k % 32 == 0 && aligned16(x, w.bytes);
-  const LinearArgs args = {nf4_args(w),
-                           p.m,
-                           p.n,
-                           p.k,
-                           x,
-                           bias_type,
-                           bias,
-                           y,
-                           split ? parts : nullptr,
-                           ceil_div(p.n, linear_rows),
-                           splits,
-                           chunk_of(p.k, splits, 128 * linear_shares),
-                           lora};
+  const bool wide = p.k % 32 == 0 && aligned16(x, w.bytes);
+  Args args = {nf4_args(w), p, x, bias, bias_type, y, splits > 1 ? parts : nullptr};
+  args.blocks = ceil_div(p.n, linear_rows), args.splits = splits, args.lora = lora;
+  args.chunk = chunk_of(p.k, splits, 128 * linear_shares);
   return switch_dtype(p.type, [&](auto t) {
     using T = decltype(t);
-    const cudaError_t done = switch_rows<T>(p.m, [&](auto tiles) {
-      const auto kernel = wide ? nf4_linear_kernel<true, T, decltype(tiles)::value>
-                               : nf4_linear_kernel<false, T, decltype(tiles)::value>;
-      return launch(kernel, dim3(args.row_blocks * splits), dim3(32 * linear_warps), shared_bytes, stream, args);
+    const cudaError_t done = switch_rows<T>(p.m, wide, [&](auto tiles, auto vectors) {
+      const auto kernel = nf4_linear_kernel<decltype(vectors)::value, T, decltype(tiles)::value>;
+      return launch(kernel, dim3(args.blocks * splits), dim3(32 * linear_warps), shared_bytes, stream, args);
     });
-    if (done != cudaSuccess || !split) return done;
+    if (done != cudaSuccess || splits == 1) return done;
     return launch_sum<T>(parts, splits, static_cast<int64_t>(p.m) * p.n, bias_type, bias, p.n, y, stream);
   });
 }
@@ -415,27 +399,18 @@ int nf4_dgrad_splits(const Nf4Product& p) {
 cudaError_t nf4_dgrad_cuda(const Nf4Product& p, const void* g, const Nf4Cuda& w, const Nf4Lora& lora, void* dx,
                            float* parts, int splits, cudaStream_t stream) {
   if (p.m == 0 || p.k == 0) return cudaSuccess;
-  const bool split = splits > 1, wide = p.k % 32 == 0 && p.n % 8 == 0 && aligned16(g, w.bytes);
-  const DgradArgs args = {nf4_args(w),
-                          p.m,
-                          p.n,
-                          p.k,
-                          g,
-                          dx,
-                          split ? parts : nullptr,
-                          ceil_div(p.k, dgrad_columns(p.m)),
-                          splits,
-                          chunk_of(p.n, splits, 32 * dgrad_warps),
-                          lora};
+  const bool wide = p.k % 32 == 0 && p.n % 8 == 0 && aligned16(g, w.bytes);
+  Args args = {nf4_args(w), p, g, nullptr, p.type, dx, splits > 1 ? parts : nullptr};
+  args.blocks = ceil_div(p.k, dgrad_columns(p.m)), args.splits = splits, args.lora = lora;
+  args.chunk = chunk_of(p.n, splits, 32 * dgrad_warps);
   return switch_dtype(p.type, [&](auto t) {
     using T = decltype(t);
-    const cudaError_t done = switch_rows<T>(p.m, [&](auto tiles) {
+    const cudaError_t done = switch_rows<T>(p.m, wide, [&](auto tiles, auto vectors) {
       constexpr int words = dgrad_words(decltype(tiles)::value);
-      const auto kernel = wide ? nf4_dgrad_kernel<true, T, decltype(tiles)::value, words>
-                               : nf4_dgrad_kernel<false, T, decltype(tiles)::value, words>;
-      return launch(kernel, dim3(args.column_blocks * splits), dim3(32 * dgrad_warps), shared_bytes, stream, args);
+      const auto kernel = nf4_dgrad_kernel<decltype(vectors)::value, T, decltype(tiles)::value, words>;
+      return launch(kernel, dim3(args.blocks * splits), dim3(32 * dgrad_warps), shared_bytes, stream, args);
     });
-    if (done != cudaSuccess || !split) return done;
+    if (done != cudaSuccess || splits == 1) return done;
     return launch_sum<T>(parts, splits, static_cast<int64_t>(p.m) * p.k, p.type, nullptr, p.k, dx, stream);
   });
 }

@@ -158,9 +158,14 @@ def why_not_nf4_lora_linear(x, packed, absmax, n, blocksize, a, b, scale, bias, 
 
 
 def nf4_lora_linear(x, packed, absmax, n, blocksize, a, b, scale, bias, p, rng, *nested):
-    x = x.contiguous()
+    x, a, b = x.contiguous(), a.contiguous(), b.contiguous()
+    if n and _of_cuda(x) and not _by_panels(x):
+        absmax, nested = _whole(absmax, *nested)
+        bias = None if bias is None else bias.contiguous()
+        args = (x, _bytes(packed), absmax, n, blocksize, a, b, scale, bias, p, rng, *nested)
+        return _ops.nf4_lora_linear.default(*args)
     y = nf4_linear(x, packed, absmax, n, blocksize, bias, *nested)
-    return y, _ops.lora_add_.default(y, x, a.contiguous(), b.contiguous(), scale, p, rng)
+    return y, _ops.lora_add_.default(y, x, a, b, scale, p, rng)
 
 
 def why_not_nf4_lora_linear_backward(g, x, packed, absmax, blocksize, a, b, *rest) -> str:
@@ -169,8 +174,13 @@ def why_not_nf4_lora_linear_backward(g, x, packed, absmax, blocksize, a, b, *res
 
 def nf4_lora_linear_backward(g, x, packed, absmax, blocksize, a, b, t, scale, p, rng, *rest):
     *nested, needs = rest
-    g, x, a, b = (v.contiguous() for v in (g, x, a, b))
-    dx = nf4_linear_dgrad(g, packed, absmax, x.shape[-1], blocksize, *nested) if needs[0] else None
-    da, db = _ops.lora_backward_.default(dx, g, x, a, b, t, scale, p, rng, needs[1], needs[2])
+    g, x, a, b, t = (v.contiguous() for v in (g, x, a, b, t))
+    if needs[0] and p == 0 and x.shape[-1] and _of_cuda(x) and not _by_panels(x):
+        absmax, nested = _whole(absmax, *nested)
+        args = (g, x, _bytes(packed), absmax, blocksize, a, b, t, scale, *nested, needs[1], needs[2])
+        dx, da, db = _ops.nf4_lora_dgrad.default(*args)
+    else:
+        dx = nf4_linear_dgrad(g, packed, absmax, x.shape[-1], blocksize, *nested) if needs[0] else None
+        da, db = _ops.lora_backward_.default(dx, g, x, a, b, t, scale, p, rng, needs[1], needs[2])
     outs = zip((dx, da, db), (x, a, b), needs, strict=True)
     return tuple(out if need else like.new_empty(0) for out, like, need in outs)
