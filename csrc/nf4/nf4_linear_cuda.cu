@@ -38,7 +38,7 @@ struct Args {
   Dtype bias_type;
   void* out;
   float* parts;               // null: write out
-  int blocks, splits, chunk;  // of rows or columns of w, and of the others; and how many of those
+  int blocks, splits, chunk;  // of the result's columns; parts of the sum, and how much of it a part has
   Nf4Lora lora;
 };
 
@@ -150,8 +150,8 @@ __device__ inline void sum_update(const Nf4Lora& lora, int m, int threads) {
   }
 }
 
-// Adds up c of `count` warps, in pairs and in order, in that of index 0. The first warp of each such team has `first`
-// of the numbers in shared memory. All threads of the block come here.
+// Adds up c of the `count` warps of each team, in pairs and in order, in the one of index 0. All threads of the block
+// come here, done with what was in shared memory.
 template <int A, int B, int C, int D>
 __device__ inline void add_up(float (&c)[A][B][C][D], float* shared, int team, int index, int count, int lane) {
   constexpr int size = A * B * C * D;

@@ -206,6 +206,21 @@ def test_what_is_not_finite_stays_apart(m, dtype):
     assert dx.isnan().all(0).tolist() == dx.isnan().any(0).tolist() == [False] * 32 + [True] * 64
 
 
+def test_views_and_expanded_scales_have_the_same_bits():
+    """Bytes under any dtype and orientation; scales in 8 bits, and the numbers they stand for."""
+    n, k = 24, 80
+    packed, absmax, blocksize, nested = _packed(n, k)
+    (x,) = _drawn(f32, (5, k))
+    with pk.backend("cuda"):
+        expanded = pk.ops.dequantize_absmax(nested[0], absmax, *nested[1:])
+        first = OPS["nf4_linear"].run(x, packed, absmax, n, blocksize, None, *nested)
+        plain = expanded, n, blocksize, None, None, None, None, 256
+        assert torch.equal(OPS["nf4_linear"].run(x, packed, *plain), first)
+        for storage in (torch.int8, f16, bf16, f32, torch.float64):
+            assert torch.equal(OPS["nf4_linear"].run(x, packed.view(-1).view(storage), *plain), first)
+        assert torch.equal(OPS["nf4_linear"].run(x, packed.T, *plain), first)
+
+
 # -- with LoRA --------------------------------------------------------------------------------------------------------
 
 
