@@ -7,31 +7,14 @@
 #include <tuple>
 #include <vector>
 
-#include "lora/lora_glue.h"
+#include "lora/lora_launch.h"
 
 namespace pk {
 namespace {
 
-void check_dx(const std::optional<Tensor>& dx, const Tensor& x) {
-  if (!dx) return;
-  check_same_shape(*dx, x, "dx and x");
-  check_contiguous(*dx, "dx");
-}
-
-LoraDropout dropout_of(double p, const std::optional<Tensor>& rng) {
-  if (p == 0) return {};
-  check_rng(p, rng);
-  PK_CHECK(rng->is_cpu(), "rng must be on the CPU");
-  const auto* words = static_cast<const uint64_t*>(rng->data_ptr());
-  return {words[0], words[1], static_cast<uint32_t>(std::nearbyint(p * 65536))};
-}
-
-LoraIn in(const Tensor& t, const char* name) { return {t.data_ptr(), dtype_of(t, name)}; }
-LoraOut out(const Tensor& t, const char* name) { return {t.data_ptr(), dtype_of(t, name)}; }
-
 Tensor lora_add_cpu(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b, double scale, double p,
                     std::optional<Tensor> rng) {
-  const LoraShape s = check_lora(y, x, a, b, "y");
+  const LoraShape s = check(y, x, a, b, "y");
   const LoraDropout drop = dropout_of(p, rng);
   Tensor t = new_empty(x, {s.m, s.r}, ScalarType::Float);
   const std::vector<LoraSlice> slices = {{s.n, s.r, in(b, "b"), static_cast<float>(scale), {}, out(y, "y")}};
@@ -42,9 +25,9 @@ Tensor lora_add_cpu(const Tensor& y, const Tensor& x, const Tensor& a, const Ten
 std::tuple<Tensor, Tensor> lora_backward_cpu(std::optional<Tensor> dx, const Tensor& g, const Tensor& x,
                                              const Tensor& a, const Tensor& b, const Tensor& t, double scale, double p,
                                              std::optional<Tensor> rng, bool need_da, bool need_db) {
-  const LoraShape s = check_lora(g, x, a, b, "g");
+  const LoraShape s = check(g, x, a, b, "g");
   const LoraDropout drop = dropout_of(p, rng);
-  check_lora_t(t, s);
+  check_t(t, s);
   check_dx(dx, x);
   Tensor da = new_empty(a, {need_da ? s.r : 0, s.k}, a.scalar_type());
   Tensor db = new_empty(b, {need_db ? s.n : 0, s.r}, b.scalar_type());
@@ -104,7 +87,7 @@ std::tuple<Tensor, std::vector<Tensor>> lora_slices_backward_cpu(std::optional<T
                                                                  bool need_da, bool need_db) {
   const LoraShape s = check_slices(gs, x, a, bs, scales, "g");
   const LoraDropout drop = dropout_of(p, rng);
-  check_lora_t(t, s);
+  check_t(t, s);
   check_dx(dx, x);
   Tensor da = new_empty(a, {need_da ? s.r : 0, s.k}, a.scalar_type());
   std::vector<Tensor> dbs;
@@ -172,7 +155,7 @@ Sorted sorted(const LoraShape& s, const Tensor& r_indptr, const Tensor& scaling,
 void multi_lora_add_cpu(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& bt, const Tensor& r_indptr,
                         const Tensor& scaling, const Tensor& ids, std::optional<Tensor> /*plan*/, int64_t /*r_max*/,
                         double p, std::optional<Tensor> rng) {
-  const LoraShape s = check_lora(y, x, a, bt, "y", true);
+  const LoraShape s = check(y, x, a, bt, "y", true);
   const LoraDropout drop = dropout_of(p, rng);
   const Sorted by = sorted(s, r_indptr, scaling, ids);
   PK_DISPATCH_ISA(multi_lora_add, s, by.groups, out(y, "y"), in(x, "x"), in(a, "a"), in(bt, "bt"), drop);
@@ -181,7 +164,7 @@ void multi_lora_add_cpu(const Tensor& y, const Tensor& x, const Tensor& a, const
 void lora_apply_cpu(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& bt, const Tensor& r_indptr,
                     const Tensor& scaling, const Tensor& ids, std::optional<Tensor> /*plan*/, int64_t /*r_max*/,
                     std::vector<int64_t> slice_n) {
-  const LoraShape s = check_lora(y, x, a, bt, "y", true, static_cast<int64_t>(slice_n.size()));
+  const LoraShape s = check(y, x, a, bt, "y", true, static_cast<int64_t>(slice_n.size()));
   int64_t columns = 0;
   for (const int64_t n : slice_n) {
     PK_CHECK(n > 0, "slice_n must be widths of at least 1");
@@ -197,7 +180,7 @@ std::tuple<Tensor, Tensor> multi_lora_backward_cpu(std::optional<Tensor> dx, con
                                                    const Tensor& scaling, const Tensor& ids,
                                                    std::optional<Tensor> /*plan*/, int64_t /*r_max*/, double p,
                                                    std::optional<Tensor> rng, bool need_da, bool need_dbt) {
-  const LoraShape s = check_lora(g, x, a, bt, "g", true);
+  const LoraShape s = check(g, x, a, bt, "g", true);
   const LoraDropout drop = dropout_of(p, rng);
   const Sorted by = sorted(s, r_indptr, scaling, ids);
   check_dx(dx, x);
@@ -214,7 +197,7 @@ std::tuple<Tensor, Tensor> multi_lora_backward_cpu(std::optional<Tensor> dx, con
 #ifdef PK_WITH_CUDA
 Tensor lora_add_cuda(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b, double scale, double p,
                      std::optional<Tensor> rng) {
-  const LoraShape s = check_lora(y, x, a, b, "y");
+  const LoraShape s = check(y, x, a, b, "y");
   const LoraCuda cuda(s, x, p, rng);
   if (s.m == 0 || s.r == 0) return new_empty(x, {s.m, s.r}, ScalarType::Float);
   return cuda.add(y, x, a, b, 1, s.r, static_cast<float>(scale));
@@ -223,8 +206,8 @@ Tensor lora_add_cuda(const Tensor& y, const Tensor& x, const Tensor& a, const Te
 std::tuple<Tensor, Tensor> lora_backward_cuda(std::optional<Tensor> dx, const Tensor& g, const Tensor& x,
                                               const Tensor& a, const Tensor& b, const Tensor& t, double scale, double p,
                                               std::optional<Tensor> rng, bool need_da, bool need_db) {
-  const LoraShape s = check_lora(g, x, a, b, "g");
-  check_lora_t(t, s);
+  const LoraShape s = check(g, x, a, b, "g");
+  check_t(t, s);
   check_same_device(t, x, "t and x");
   check_dx(dx, x);
   const LoraCuda cuda(s, x, p, rng);
@@ -244,7 +227,7 @@ std::tuple<Tensor, Tensor> lora_backward_cuda(std::optional<Tensor> dx, const Te
 void multi_lora_add_cuda(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& bt, const Tensor& r_indptr,
                          const Tensor& scaling, const Tensor& /*ids*/, std::optional<Tensor> plan, int64_t r_max,
                          double p, std::optional<Tensor> rng) {
-  const LoraShape s = check_lora(y, x, a, bt, "y", true);
+  const LoraShape s = check(y, x, a, bt, "y", true);
   LoraCuda cuda(s, x, p, rng);
   cuda.take(r_indptr, scaling, plan, r_max);
   if (s.m > 0 && s.r > 0 && s.n > 0) cuda.add(y, x, a, bt, s.n, 1, 1);
@@ -255,7 +238,7 @@ std::tuple<Tensor, Tensor> multi_lora_backward_cuda(std::optional<Tensor> dx, co
                                                     const Tensor& scaling, const Tensor& /*ids*/,
                                                     std::optional<Tensor> plan, int64_t r_max, double p,
                                                     std::optional<Tensor> rng, bool need_da, bool need_dbt) {
-  const LoraShape s = check_lora(g, x, a, bt, "g", true);
+  const LoraShape s = check(g, x, a, bt, "g", true);
   check_dx(dx, x);
   LoraCuda cuda(s, x, p, rng);
   cuda.take(r_indptr, scaling, plan, r_max);

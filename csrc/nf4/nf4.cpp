@@ -6,7 +6,7 @@
 #include <optional>
 #include <tuple>
 
-#include "lora/lora_glue.h"
+#include "lora/lora_launch.h"
 
 #ifdef PK_WITH_CUDA
 #include "nf4/nf4.cuh"
@@ -27,7 +27,7 @@ int64_t log2_of(int64_t blocksize) {
   return shift;
 }
 
-void check(const Tensor& t, const char* name, ScalarType type, int64_t n, const Tensor& like) {
+void check_holds(const Tensor& t, const char* name, ScalarType type, int64_t n, const Tensor& like) {
   check_contiguous(t, name);
   check_same_device(t, like, name);
   PK_CHECK(t.scalar_type() == type && t.numel() == n, name, " must hold ", n,
@@ -56,10 +56,10 @@ struct Weights {
 Weights second(const Tensor& absmax, const Tensor& q, const Tensor& code, const Tensor& offset, int64_t n,
                int64_t block2) {
   PK_CHECK(block2 >= 1, "blocksize2 must be at least 1");
-  check(q, "absmax_q", ScalarType::Byte, n, absmax);
-  check(absmax, "absmax", ScalarType::Float, blocks(n, block2), q);
-  check(code, "code2", ScalarType::Float, 256, absmax);
-  check(offset, "offset", ScalarType::Float, 1, absmax);
+  check_holds(q, "absmax_q", ScalarType::Byte, n, absmax);
+  check_holds(absmax, "absmax", ScalarType::Float, blocks(n, block2), q);
+  check_holds(code, "code2", ScalarType::Float, 256, absmax);
+  check_holds(offset, "offset", ScalarType::Float, 1, absmax);
   return {nullptr, 0, floats(absmax), bytes(q), floats(code), floats(offset), block2};
 }
 
@@ -77,7 +77,7 @@ Weights weights(const Tensor& like, const Tensor& packed, const Tensor& absmax, 
     PK_CHECK(code.has_value() && offset.has_value(), "absmax_q needs code2 and offset");
     w = second(absmax, *q, *code, *offset, scales, block2);
   } else {
-    check(absmax, "absmax", ScalarType::Float, scales, like);
+    check_holds(absmax, "absmax", ScalarType::Float, scales, like);
   }
   w.bytes = bytes(packed);
   w.shift = shift;
@@ -95,8 +95,8 @@ std::tuple<Tensor, Tensor> new_weights(const Tensor& w, int64_t blocksize) {
 std::tuple<Tensor, Tensor, Tensor> new_second(const Tensor& absmax, const Tensor& code, int64_t block2) {
   const int64_t n = absmax.numel();
   PK_CHECK(block2 >= 1, "blocksize2 must be at least 1");
-  check(absmax, "absmax", ScalarType::Float, n, code);
-  check(code, "code", ScalarType::Float, 256, absmax);
+  check_holds(absmax, "absmax", ScalarType::Float, n, code);
+  check_holds(code, "code", ScalarType::Float, 256, absmax);
   return {new_empty(absmax, {n}, ScalarType::Byte), new_empty(absmax, {blocks(n, block2)}, ScalarType::Float),
           new_empty(absmax, {}, ScalarType::Float)};
 }
@@ -147,18 +147,22 @@ Tensor dequantize_absmax(const Tensor& q, const Tensor& absmax2, const Tensor& c
   return absmax;
 }
 
+void linear_into(const Tensor& y, const Tensor& x, const Weights& w, const Optional& bias, const Nf4Lora& lora) {
+  const int64_t n = y.size(y.dim() - 1);
+  check_bias(bias, x, n);
+  const Dtype type = dtype_of(x, "x"), bias_type = bias ? dtype_of(*bias, "bias") : type;
+  const Nf4Linear s = {n ? y.numel() / n : 0, n, x.size(x.dim() - 1)};
+  PK_DISPATCH_ISA(nf4_linear, s, type, x.data_ptr(), w.cpu(), bias_type, bias ? bias->data_ptr() : nullptr, lora,
+                  y.data_ptr());
+}
+
 Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, int64_t n, int64_t blocksize, Optional bias,
               Optional q, Optional code, Optional offset, int64_t block2) {
   PK_CHECK(x.dim() >= 1 && n >= 0, "x must be [..., in]");
   check_contiguous(x, "x");
-  const int64_t k = x.size(x.dim() - 1);
-  const Weights w = weights(x, packed, absmax, n * k, blocksize, q, code, offset, block2);
-  check_bias(bias, x, n);
-  const Dtype type = dtype_of(x, "x"), bias_type = bias ? dtype_of(*bias, "bias") : type;
+  const Weights w = weights(x, packed, absmax, n * x.size(x.dim() - 1), blocksize, q, code, offset, block2);
   Tensor y = product(x, n);
-  const Nf4Linear s = {n ? y.numel() / n : 0, n, k};
-  PK_DISPATCH_ISA(nf4_linear, s, type, x.data_ptr(), w.cpu(), bias_type, bias ? bias->data_ptr() : nullptr,
-                  y.data_ptr());
+  linear_into(y, x, w, bias, {});
   return y;
 }
 
@@ -170,8 +174,48 @@ Tensor dgrad(const Tensor& g, const Tensor& packed, const Tensor& absmax, int64_
   const Weights w = weights(g, packed, absmax, n * k, blocksize, q, code, offset, block2);
   Tensor dx = product(g, k);
   const Nf4Linear s = {k ? dx.numel() / k : 0, n, k};
-  PK_DISPATCH_ISA(nf4_dgrad, s, dtype_of(g, "g"), g.data_ptr(), w.cpu(), dx.data_ptr());
+  PK_DISPATCH_ISA(nf4_dgrad, s, dtype_of(g, "g"), g.data_ptr(), w.cpu(), {}, dx.data_ptr());
   return dx;
+}
+
+std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, int64_t blocksize,
+                                       const Tensor& a, const Tensor& b, double scale, Optional bias, double p,
+                                       Optional rng, Optional q, Optional code, Optional offset, int64_t block2) {
+  PK_CHECK(x.dim() >= 1 && b.dim() == 2, "x must be [..., in], b [out, r]");
+  Tensor y = product(x, b.size(0));
+  const LoraShape s = check(y, x, a, b, "y");
+  const Weights w = weights(x, packed, absmax, s.n * s.k, blocksize, q, code, offset, block2);
+  const LoraDropout drop = dropout_of(p, rng);
+  Tensor t = new_empty(x, {s.m, s.r}, ScalarType::Float);
+  auto* ts = static_cast<float*>(t.data_ptr());
+  PK_DISPATCH_ISA(lora_add, s, {}, in(x, "x"), in(a, "a"), drop, ts);
+  linear_into(y, x, w, bias, {ts, s.r, in(b, "b"), static_cast<float>(scale), {}});
+  return {y, t};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& g, const Tensor& x, const Tensor& packed,
+                                                 const Tensor& absmax, int64_t blocksize, const Tensor& a,
+                                                 const Tensor& b, const Tensor& t, double scale, double p, Optional rng,
+                                                 Optional q, Optional code, Optional offset, int64_t block2,
+                                                 bool need_dx, bool need_da, bool need_db) {
+  const LoraShape s = check(g, x, a, b, "g");
+  check_t(t, s);
+  const Weights w = weights(x, packed, absmax, s.n * s.k, blocksize, q, code, offset, block2);
+  const LoraDropout drop = dropout_of(p, rng);
+  const auto unwanted = [](const Tensor& like) { return new_empty(like, {0}, like.scalar_type()); };
+  Tensor dx = need_dx ? product(x, s.k) : unwanted(x);
+  Tensor da = need_da ? new_empty(a, {s.r, s.k}, a.scalar_type()) : unwanted(a);
+  Tensor db = need_db ? new_empty(b, {s.n, s.r}, b.scalar_type()) : unwanted(b);
+  Tensor dt = new_empty(t, {need_dx ? s.m : 0, s.r}, ScalarType::Float);
+  auto* dts = need_dx ? static_cast<float*>(dt.data_ptr()) : nullptr;
+  const std::vector<LoraSlice> slices = {
+      {s.n, s.r, in(b, "b"), static_cast<float>(scale), in(g, "g"), need_db ? out(db, "db") : LoraOut{}}};
+  PK_DISPATCH_ISA(lora_backward, s, slices, {}, in(x, "x"), in(a, "a"), static_cast<const float*>(t.data_ptr()), drop,
+                  need_da ? out(da, "da") : LoraOut{}, dts);
+  if (need_dx)
+    PK_DISPATCH_ISA(nf4_dgrad, Nf4Linear{s.m, s.n, s.k}, dtype_of(g, "g"), g.data_ptr(), w.cpu(),
+                    Nf4Lora{dts, s.r, in(a, "a"), 1, drop}, dx.data_ptr());
+  return {dx, da, db};
 }
 
 // -- CUDA -----------------------------------------------------------------------------------------------------------
@@ -242,7 +286,7 @@ Tensor new_parts(const Tensor& out, int splits) {
 }
 
 // y = x w^T + bias, or with an update.
-void linear_into(const Tensor& y, const Tensor& x, const Weights& w, const Optional& bias, const Nf4Lora& lora) {
+void linear_into_cuda(const Tensor& y, const Tensor& x, const Weights& w, const Optional& bias, const Nf4Update& lora) {
   const int64_t n = y.size(y.dim() - 1), k = x.size(x.dim() - 1);
   check_bias(bias, x, n);
   const Nf4Product p = product_of(y, n, k, n);
@@ -254,7 +298,7 @@ void linear_into(const Tensor& y, const Tensor& x, const Weights& w, const Optio
       "nf4_linear");
 }
 
-void dgrad_into(const Tensor& dx, const Tensor& g, const Weights& w, const Nf4Lora& lora) {
+void dgrad_into_cuda(const Tensor& dx, const Tensor& g, const Weights& w, const Nf4Update& lora) {
   const int64_t n = g.size(g.dim() - 1), k = dx.size(dx.dim() - 1);
   const Nf4Product p = product_of(dx, n, k, k);
   const int splits = nf4_dgrad_splits(p);
@@ -270,7 +314,7 @@ Tensor linear_cuda(const Tensor& x, const Tensor& packed, const Tensor& absmax, 
   const Weights w = weights(x, packed, absmax, n * x.size(x.dim() - 1), blocksize, q, code, offset, block2);
   const DeviceGuard guard(x.get_device_index());
   Tensor y = product(x, n);
-  linear_into(y, x, w, bias, {});
+  linear_into_cuda(y, x, w, bias, {});
   return y;
 }
 
@@ -281,69 +325,78 @@ Tensor dgrad_cuda(const Tensor& g, const Tensor& packed, const Tensor& absmax, i
   const Weights w = weights(g, packed, absmax, g.size(g.dim() - 1) * k, blocksize, q, code, offset, block2);
   const DeviceGuard guard(g.get_device_index());
   Tensor dx = product(g, k);
-  dgrad_into(dx, g, w, {});
+  dgrad_into_cuda(dx, g, w, {});
   return dx;
 }
 
-// The update scale * v f, v being the sum of parts that LoraCuda::shrink made, which `sum` becomes.
-Nf4Lora update(const Tensor& parts, const Tensor& f, int64_t rank_stride, int64_t column_stride, double scale,
-               Tensor& sum) {
+// scale * v f, v being the sum of parts that LoraCuda::shrink made, which `sum` becomes.
+Nf4Update update(const Tensor& parts, const Tensor& f, int64_t rank_stride, int64_t column_stride, double scale,
+                 Tensor& sum) {
   const bool split = parts.dim() == 3;
   const int64_t m = parts.size(split ? 1 : 0), ranks = parts.size(split ? 2 : 1);
   sum = split ? new_empty(parts, {m, ranks}, ScalarType::Float) : parts;
-  Nf4Lora lora;
-  lora.v = floats(parts), lora.parts = split ? static_cast<int>(parts.size(0)) : 1;
-  lora.ranks = static_cast<int>(ranks), lora.scale = static_cast<float>(scale);
-  lora.f = f.data_ptr(), lora.type = dtype_of(f, "a and b");
-  lora.rank_stride = rank_stride, lora.column_stride = column_stride;
-  lora.sum = split ? floats(sum) : nullptr;
-  return lora;
+  Nf4Update to;
+  to.v = floats(parts), to.parts = split ? static_cast<int>(parts.size(0)) : 1;
+  to.ranks = static_cast<int>(ranks), to.scale = static_cast<float>(scale);
+  to.f = f.data_ptr(), to.type = dtype_of(f, "a and b");
+  to.rank_stride = rank_stride, to.column_stride = column_stride;
+  to.sum = split ? floats(sum) : nullptr;
+  return to;
 }
 
-// (y, t)
-std::tuple<Tensor, Tensor> lora_linear_cuda(const Tensor& x, const Tensor& packed, const Tensor& absmax, int64_t n,
+std::tuple<Tensor, Tensor> lora_linear_cuda(const Tensor& x, const Tensor& packed, const Tensor& absmax,
                                             int64_t blocksize, const Tensor& a, const Tensor& b, double scale,
                                             Optional bias, double p, Optional rng, Optional q, Optional code,
                                             Optional offset, int64_t block2) {
-  PK_CHECK(x.dim() >= 1 && n >= 0, "x must be [..., in]");
-  Tensor y = product(x, n);
-  const LoraShape s = check_lora(y, x, a, b, "y");
+  PK_CHECK(x.dim() >= 1 && b.dim() == 2, "x must be [..., in], b [out, r]");
+  Tensor y = product(x, b.size(0));
+  const LoraShape s = check(y, x, a, b, "y");
   const Weights w = weights(x, packed, absmax, s.n * s.k, blocksize, q, code, offset, block2);
   const LoraCuda cuda(s, x, p, rng);
   if (s.m == 0 || s.r == 0) {
-    linear_into(y, x, w, bias, {});
+    linear_into_cuda(y, x, w, bias, {});
     return {y, new_empty(x, {s.m, s.r}, ScalarType::Float)};
   }
   const Tensor parts = cuda.shrink(x, a, s.k, 1, cuda.keep_scale(), cuda.drop());
+  if (s.n == 0) return {y, cuda.sum(parts)};
   Tensor t = parts;
-  linear_into(y, x, w, bias, update(parts, b, 1, s.r, scale, t));
+  linear_into_cuda(y, x, w, bias, update(parts, b, 1, s.r, scale, t));
   return {y, t};
 }
 
-// (dx, da, db) without dropout, of which the last two may be empty.
-std::tuple<Tensor, Tensor, Tensor> lora_dgrad_cuda(const Tensor& g, const Tensor& x, const Tensor& packed,
-                                                   const Tensor& absmax, int64_t blocksize, const Tensor& a,
-                                                   const Tensor& b, const Tensor& t, double scale, Optional q,
-                                                   Optional code, Optional offset, int64_t block2, bool need_da,
-                                                   bool need_db) {
-  const LoraShape s = check_lora(g, x, a, b, "g");
-  check_lora_t(t, s);
+std::tuple<Tensor, Tensor, Tensor> lora_backward_cuda(const Tensor& g, const Tensor& x, const Tensor& packed,
+                                                      const Tensor& absmax, int64_t blocksize, const Tensor& a,
+                                                      const Tensor& b, const Tensor& t, double scale, double p,
+                                                      Optional rng, Optional q, Optional code, Optional offset,
+                                                      int64_t block2, bool need_dx, bool need_da, bool need_db) {
+  const LoraShape s = check(g, x, a, b, "g");
+  check_t(t, s);
   check_same_device(t, x, "t and x");
   const Weights w = weights(x, packed, absmax, s.n * s.k, blocksize, q, code, offset, block2);
-  const LoraCuda cuda(s, x, 0, {});
-  Tensor dx = product(g, s.k);
-  Tensor da = new_empty(a, {need_da ? s.r : 0, s.k}, a.scalar_type());
-  Tensor db = new_empty(b, {need_db ? s.n : 0, s.r}, b.scalar_type());
+  const LoraCuda cuda(s, x, p, rng);
+  const auto unwanted = [](const Tensor& like) { return new_empty(like, {0}, like.scalar_type()); };
+  Tensor dx = need_dx ? product(x, s.k) : unwanted(x);
+  Tensor da = need_da ? new_empty(a, {s.r, s.k}, a.scalar_type()) : unwanted(a);
+  Tensor db = need_db ? new_empty(b, {s.n, s.r}, b.scalar_type()) : unwanted(b);
   if (s.r == 0) {
-    dgrad_into(dx, g, w, {});
-  } else {
-    const auto factor = static_cast<float>(scale);
+    if (need_dx) dgrad_into_cuda(dx, g, w, {});
+    return {dx, da, db};
+  }
+  const auto factor = static_cast<float>(scale);
+  if (need_dx || need_da) {
     const Tensor parts = cuda.shrink(g, b, 1, s.r, factor, {});
     Tensor dt = parts;
-    dgrad_into(dx, g, w, update(parts, a, s.k, 1, 1, dt));
-    if (need_da) cuda.wgrad(da, s.k, 1, x, dt, 1, {});
-    if (need_db) cuda.wgrad(db, 1, s.r, g, t, factor, {});
+    if (need_dx && p == 0 && s.k > 0) {
+      dgrad_into_cuda(dx, g, w, update(parts, a, s.k, 1, 1, dt));
+    } else if (need_dx) {  // dropout is of the update alone
+      dgrad_into_cuda(dx, g, w, {});
+      dt = cuda.expand(dx, a, s.k, 1, cuda.keep_scale(), cuda.drop(), parts);
+    } else {
+      dt = cuda.sum(parts);
+    }
+    if (need_da) cuda.wgrad(da, s.k, 1, x, dt, cuda.keep_scale(), cuda.drop());
   }
+  if (need_db) cuda.wgrad(db, 1, s.r, g, t, factor, {});
   return {dx, da, db};
 }
 #endif
@@ -360,14 +413,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PK_OPS, m) {
   m.def(
       "nf4_panel_(Tensor(a!) out, Tensor packed, Tensor absmax, int n, int k, int row, int column, int blocksize, "
       "Tensor? absmax_q, Tensor? code2, Tensor? offset, int blocksize2) -> ()");
-  m.def(
-      "nf4_lora_linear(Tensor x, Tensor packed, Tensor absmax, int out_features, int blocksize, Tensor a, Tensor b, "
-      "float scale, Tensor? bias, float p, Tensor? rng, Tensor? absmax_q, Tensor? code2, Tensor? offset, int "
-      "blocksize2) -> (Tensor y, Tensor t)");
-  m.def(
-      "nf4_lora_dgrad(Tensor g, Tensor x, Tensor packed, Tensor absmax, int blocksize, Tensor a, Tensor b, Tensor t, "
-      "float scale, Tensor? absmax_q, Tensor? code2, Tensor? offset, int blocksize2, bool need_da, bool need_db) -> "
-      "(Tensor dx, Tensor da, Tensor db)");
 #endif
   m.def("quantize_absmax(Tensor absmax, Tensor code, int blocksize2) -> (Tensor, Tensor, Tensor)");
   m.def("dequantize_absmax(Tensor q, Tensor absmax2, Tensor code, Tensor offset, int blocksize2) -> Tensor");
@@ -377,6 +422,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PK_OPS, m) {
   m.def(
       "nf4_linear_dgrad(Tensor g, Tensor packed, Tensor absmax, int in_features, int blocksize, Tensor? absmax_q, "
       "Tensor? code2, Tensor? offset, int blocksize2) -> Tensor");
+  m.def(
+      "nf4_lora_linear(Tensor x, Tensor packed, Tensor absmax, int blocksize, Tensor a, Tensor b, float scale, "
+      "Tensor? bias, float p, Tensor? rng, Tensor? absmax_q, Tensor? code2, Tensor? offset, int blocksize2) -> "
+      "(Tensor y, Tensor t)");
+  m.def(
+      "nf4_lora_linear_backward(Tensor g, Tensor x, Tensor packed, Tensor absmax, int blocksize, Tensor a, Tensor b, "
+      "Tensor t, float scale, float p, Tensor? rng, Tensor? absmax_q, Tensor? code2, Tensor? offset, int blocksize2, "
+      "bool need_dx, bool need_da, bool need_db) -> (Tensor dx, Tensor da, Tensor db)");
 }
 
 #ifndef PK_EMULATE
@@ -387,6 +440,8 @@ STABLE_TORCH_LIBRARY_IMPL(PK_OPS, CPU, m) {
   m.impl("dequantize_absmax", TORCH_BOX(&pk::dequantize_absmax));
   m.impl("nf4_linear", TORCH_BOX(&pk::linear));
   m.impl("nf4_linear_dgrad", TORCH_BOX(&pk::dgrad));
+  m.impl("nf4_lora_linear", TORCH_BOX(&pk::lora_linear));
+  m.impl("nf4_lora_linear_backward", TORCH_BOX(&pk::lora_backward));
 }
 #endif
 
@@ -400,6 +455,6 @@ STABLE_TORCH_LIBRARY_IMPL(PK_OPS, PK_CUDA_KEY, m) {
   m.impl("nf4_linear", TORCH_BOX(&pk::linear_cuda));
   m.impl("nf4_linear_dgrad", TORCH_BOX(&pk::dgrad_cuda));
   m.impl("nf4_lora_linear", TORCH_BOX(&pk::lora_linear_cuda));
-  m.impl("nf4_lora_dgrad", TORCH_BOX(&pk::lora_dgrad_cuda));
+  m.impl("nf4_lora_linear_backward", TORCH_BOX(&pk::lora_backward_cuda));
 }
 #endif

@@ -45,7 +45,7 @@ int nf4_few_rows(Dtype type);  // the most that these kernels take
 
 // An update of low rank of the result, scale * v f, v [m, ranks] being the sum of `parts` arrays, which goes to `sum`
 // if that is not null. Element (rank, column) of f is f[rank * rank_stride + column * column_stride].
-struct Nf4Lora {
+struct Nf4Update {
   const float* v = nullptr;
   int parts = 0, ranks = 0;
   const void* f = nullptr;
@@ -59,10 +59,10 @@ struct Nf4Lora {
 // splits > 1.
 int nf4_linear_splits(const Nf4Product& p);
 cudaError_t nf4_linear_cuda(const Nf4Product& p, const void* x, const Nf4Cuda& w, Dtype bias_type, const void* bias,
-                            const Nf4Lora& lora, void* y, float* parts, int splits, cudaStream_t stream);
+                            const Nf4Update& update, void* y, float* parts, int splits, cudaStream_t stream);
 
 int nf4_dgrad_splits(const Nf4Product& p);
-cudaError_t nf4_dgrad_cuda(const Nf4Product& p, const void* g, const Nf4Cuda& w, const Nf4Lora& lora, void* dx,
+cudaError_t nf4_dgrad_cuda(const Nf4Product& p, const void* g, const Nf4Cuda& w, const Nf4Update& update, void* dx,
                            float* parts, int splits, cudaStream_t stream);
 
 }  // namespace pk

@@ -39,7 +39,7 @@ struct Args {
   void* out;
   float* parts;               // null: write out
   int blocks, splits, chunk;  // of the result's columns; parts of the sum, and how much of it a part has
-  Nf4Lora lora;
+  Nf4Update update;
 };
 
 // c [16 MT, 8 NT] += a b, where a[i][e] is half e % 2 of register e / 2 in numbers, and u four pairs of elements of
@@ -85,21 +85,21 @@ __device__ inline void load_rows(Eight<T> (&u)[NT], const T* data, int m, int co
 // c += the parts of an update index, index + count .., by tensor cores as two bf16 parts of either operand, but for
 // fp32. column_of(i, half) is that of row g + 8 half of tile i.
 template <class T, int MT, int NT, class Column>
-__device__ inline void add_update(float (&c)[MT][NT][4], const Nf4Lora& lora, int m, int columns, int index, int count,
-                                  int lane, Column&& column_of) {
+__device__ inline void add_update(float (&c)[MT][NT][4], const Nf4Update& update, int m, int columns, int index,
+                                  int count, int lane, Column&& column_of) {
   const int g = lane / 4, q = lane % 4;
 #pragma unroll 1
-  for (int part = index; part < lora.parts; part += count)
+  for (int part = index; part < update.parts; part += count)
 #pragma unroll 1
-    for (int rank = 4 * q; rank - 4 * q < lora.ranks; rank += 16) {
+    for (int rank = 4 * q; rank - 4 * q < update.ranks; rank += 16) {
       float v[NT][4], a[MT][8];
 #pragma unroll
       for (int j = 0; j < NT; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int64_t row = static_cast<int64_t>(part) * m + 8 * j + g;
-          const bool inside = 8 * j + g < m && rank + e < lora.ranks;
-          v[j][e] = inside ? lora.scale * lora.v[row * lora.ranks + rank + e] : 0;
+          const bool inside = 8 * j + g < m && rank + e < update.ranks;
+          v[j][e] = inside ? update.scale * update.v[row * update.ranks + rank + e] : 0;
         }
 #pragma unroll
       for (int i = 0; i < MT; ++i)
@@ -107,8 +107,8 @@ __device__ inline void add_update(float (&c)[MT][NT][4], const Nf4Lora& lora, in
         for (int e = 0; e < 8; ++e) {
           const int column = column_of(i, e / 2 % 2), at = rank + e / 4 * 2 + e % 2;
           a[i][e] = 0;
-          if (column < columns && at < lora.ranks)
-            a[i][e] = load_as(lora.f, lora.type, at * lora.rank_stride + column * lora.column_stride);
+          if (column < columns && at < update.ranks)
+            a[i][e] = load_as(update.f, update.type, at * update.rank_stride + column * update.column_stride);
         }
       if constexpr (sizeof(T) == 4) {
         mma_f32(c, a, v);
@@ -140,13 +140,13 @@ __device__ inline void add_update(float (&c)[MT][NT][4], const Nf4Lora& lora, in
 }
 
 // sum [m, ranks] of the parts of an update, by the threads of a block.
-__device__ inline void sum_update(const Nf4Lora& lora, int m, int threads) {
-  if (lora.sum == nullptr) return;
-  const int size = m * lora.ranks;
+__device__ inline void sum_update(const Nf4Update& update, int m, int threads) {
+  if (update.sum == nullptr) return;
+  const int size = m * update.ranks;
   for (int i = threadIdx.x; i < size; i += threads) {
     float sum = 0;
-    for (int part = 0; part < lora.parts; ++part) sum += lora.v[static_cast<int64_t>(part) * size + i];
-    lora.sum[i] = sum;
+    for (int part = 0; part < update.parts; ++part) sum += update.v[static_cast<int64_t>(part) * size + i];
+    update.sum[i] = sum;
   }
 }
 
@@ -200,9 +200,9 @@ __global__ void __launch_bounds__(32 * linear_warps) nf4_linear_kernel(Args args
   block_sync();
 
   float c[1][2][NT][4] = {};
-  add_update<T>(c[0], args.lora, m, n, part * linear_shares + share, args.splits * linear_shares, lane,
+  add_update<T>(c[0], args.update, m, n, part * linear_shares + share, args.splits * linear_shares, lane,
                 [&](int i, int half) { return row + 2 * i + half; });
-  if (blockIdx.x == 0) sum_update(args.lora, m, 32 * linear_warps);
+  if (blockIdx.x == 0) sum_update(args.update, m, 32 * linear_warps);
   const auto* x = static_cast<const T*>(args.in);
 #pragma unroll 1
   for (int step = first; step < end; step += stride) {
@@ -269,9 +269,9 @@ __global__ void __launch_bounds__(32 * dgrad_warps) nf4_dgrad_kernel(Args args) 
   float c[WORDS][4][NT][4] = {};
 #pragma unroll
   for (int t = 0; t < WORDS; ++t)
-    add_update<T>(c[t], args.lora, m, k, part * dgrad_warps + warp, args.splits * dgrad_warps, lane,
+    add_update<T>(c[t], args.update, m, k, part * dgrad_warps + warp, args.splits * dgrad_warps, lane,
                   [&](int j, int half) { return column + 8 * t + 2 * j + half; });
-  if (blockIdx.x == 0) sum_update(args.lora, m, 32 * dgrad_warps);
+  if (blockIdx.x == 0) sum_update(args.update, m, 32 * dgrad_warps);
   const auto* from = static_cast<const T*>(args.in);
 #pragma unroll 1
   for (int step = first; step < end; step += stride) {
@@ -375,11 +375,11 @@ int nf4_linear_splits(const Nf4Product& p) {
 }
 
 cudaError_t nf4_linear_cuda(const Nf4Product& p, const void* x, const Nf4Cuda& w, Dtype bias_type, const void* bias,
-                            const Nf4Lora& lora, void* y, float* parts, int splits, cudaStream_t stream) {
+                            const Nf4Update& update, void* y, float* parts, int splits, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return cudaSuccess;
   const bool wide = p.k % 32 == 0 && aligned16(x, w.bytes);
   Args args = {nf4_args(w), p, x, bias, bias_type, y, splits > 1 ? parts : nullptr};
-  args.blocks = ceil_div(p.n, linear_rows), args.splits = splits, args.lora = lora;
+  args.blocks = ceil_div(p.n, linear_rows), args.splits = splits, args.update = update;
   args.chunk = chunk_of(p.k, splits, 128 * linear_shares);
   return switch_dtype(p.type, [&](auto t) {
     using T = decltype(t);
@@ -396,12 +396,12 @@ int nf4_dgrad_splits(const Nf4Product& p) {
   return splits_of(p.n, ceil_div(p.k, dgrad_columns(p.m)), 128, 32 * dgrad_warps);
 }
 
-cudaError_t nf4_dgrad_cuda(const Nf4Product& p, const void* g, const Nf4Cuda& w, const Nf4Lora& lora, void* dx,
+cudaError_t nf4_dgrad_cuda(const Nf4Product& p, const void* g, const Nf4Cuda& w, const Nf4Update& update, void* dx,
                            float* parts, int splits, cudaStream_t stream) {
   if (p.m == 0 || p.k == 0) return cudaSuccess;
   const bool wide = p.k % 32 == 0 && p.n % 8 == 0 && aligned16(g, w.bytes);
   Args args = {nf4_args(w), p, g, nullptr, p.type, dx, splits > 1 ? parts : nullptr};
-  args.blocks = ceil_div(p.k, dgrad_columns(p.m)), args.splits = splits, args.lora = lora;
+  args.blocks = ceil_div(p.k, dgrad_columns(p.m)), args.splits = splits, args.update = update;
   args.chunk = chunk_of(p.n, splits, 32 * dgrad_warps);
   return switch_dtype(p.type, [&](auto t) {
     using T = decltype(t);

@@ -11,14 +11,15 @@ from ..common.library import unavailable as unavailable
 VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
 
 # The ops with CUDA launchers; all have CPU ones.
-ON_CUDA = frozenset(
-    ("quantize_nf4", "dequantize_nf4", "quantize_absmax", "dequantize_absmax", "nf4_linear", "nf4_linear_dgrad")
-    + ("nf4_lora_linear", "nf4_lora_linear_backward")
-)
+ON_CUDA = frozenset(do + kind for do in ("quantize_", "dequantize_") for kind in ("nf4", "absmax")) | {
+    "nf4_linear",
+    "nf4_linear_dgrad",
+    "nf4_lora_linear",
+    "nf4_lora_linear_backward",
+}
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _ops = torch.ops._peft_kernels
-
 
 # CUDA multiplies up to so many rows with packed weights. For more, W is read panel by panel into a workspace of this
 # size, which stays in the L2 cache, and multiplied by torch.
@@ -159,13 +160,13 @@ def why_not_nf4_lora_linear(x, packed, absmax, n, blocksize, a, b, scale, bias, 
 
 def nf4_lora_linear(x, packed, absmax, n, blocksize, a, b, scale, bias, p, rng, *nested):
     x, a, b = x.contiguous(), a.contiguous(), b.contiguous()
-    if n and _of_cuda(x) and not _by_panels(x):
-        absmax, nested = _whole(absmax, *nested)
-        bias = None if bias is None else bias.contiguous()
-        args = (x, _bytes(packed), absmax, n, blocksize, a, b, scale, bias, p, rng, *nested)
-        return _ops.nf4_lora_linear.default(*args)
-    y = nf4_linear(x, packed, absmax, n, blocksize, bias, *nested)
-    return y, _ops.lora_add_.default(y, x, a, b, scale, p, rng)
+    if _by_panels(x):
+        y = nf4_linear(x, packed, absmax, n, blocksize, bias, *nested)
+        return y, _ops.lora_add_.default(y, x, a, b, scale, p, rng)
+    absmax, nested = _whole(absmax, *nested)
+    bias = None if bias is None else bias.contiguous()
+    args = (x, _bytes(packed), absmax, blocksize, a, b, scale, bias, p, rng)
+    return _ops.nf4_lora_linear.default(*args, *nested)
 
 
 def why_not_nf4_lora_linear_backward(g, x, packed, absmax, blocksize, a, b, *rest) -> str:
@@ -175,12 +176,11 @@ def why_not_nf4_lora_linear_backward(g, x, packed, absmax, blocksize, a, b, *res
 def nf4_lora_linear_backward(g, x, packed, absmax, blocksize, a, b, t, scale, p, rng, *rest):
     *nested, needs = rest
     g, x, a, b, t = (v.contiguous() for v in (g, x, a, b, t))
-    if needs[0] and p == 0 and x.shape[-1] and _of_cuda(x) and not _by_panels(x):
-        absmax, nested = _whole(absmax, *nested)
-        args = (g, x, _bytes(packed), absmax, blocksize, a, b, t, scale, *nested, needs[1], needs[2])
-        dx, da, db = _ops.nf4_lora_dgrad.default(*args)
-    else:
+    if _by_panels(x):
         dx = nf4_linear_dgrad(g, packed, absmax, x.shape[-1], blocksize, *nested) if needs[0] else None
         da, db = _ops.lora_backward_.default(dx, g, x, a, b, t, scale, p, rng, needs[1], needs[2])
-    outs = zip((dx, da, db), (x, a, b), needs, strict=True)
-    return tuple(out if need else like.new_empty(0) for out, like, need in outs)
+        outs = zip((dx, da, db), (x, a, b), needs, strict=True)
+        return tuple(out if need else like.new_empty(0) for out, like, need in outs)
+    absmax, nested = _whole(absmax, *nested)
+    args = (g, x, _bytes(packed), absmax, blocksize, a, b, t, scale, p, rng)
+    return _ops.nf4_lora_linear_backward.default(*args, *nested, *needs)

@@ -1,54 +1,15 @@
-// What the glue of LoRA shares with that of ops that have a LoRA in them: checks, and the CUDA launchers over tensors.
+// The CUDA launchers of LoRA over tensors, for the glue of the ops that have a LoRA in them.
 #pragma once
 
 #include <algorithm>
-#include <cmath>
-#include <optional>
 
-#include "common/checks.h"
-#include "lora/lora_cpu.h"
+#include "lora/lora_checks.h"
 
 #ifdef PK_WITH_CUDA
 #include "lora/lora.cuh"
-#endif
 
 namespace pk {
 
-// y or g [..., n]; b is [n, r] or, in a bank of many adapters, [r, n], and a has `slices` rows for each rank
-inline LoraShape check_lora(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b, const char* y_name,
-                            bool bank = false, int64_t slices = 1) {
-  const int64_t dims = x.dim();
-  const char* expected =
-      bank ? "a must be [R, k] for each slice, bt [R, n], x [..., k], " : "a must be [r, k], b [n, r], x [..., k], ";
-  PK_CHECK(a.dim() == 2 && b.dim() == 2 && dims >= 1 && y.dim() == dims, expected, y_name, " [..., n]");
-  const LoraShape s = {x.size(dims - 1) == 0 ? 0 : x.numel() / x.size(dims - 1), a.size(1), b.size(bank ? 1 : 0),
-                       b.size(bank ? 0 : 1)};
-  PK_CHECK(x.size(dims - 1) == s.k && y.size(dims - 1) == s.n && a.size(0) == slices * s.r && y.numel() == s.m * s.n,
-           expected, y_name, " [..., n]");
-  PK_CHECK(a.scalar_type() == b.scalar_type(), "a and b must have the same dtype");
-  check_contiguous(y, y_name);
-  check_contiguous(x, "x");
-  check_contiguous(a, "a");
-  check_contiguous(b, "b");
-  check_same_device(y, x, "y, g and x");
-  check_same_device(a, x, "a and x");
-  check_same_device(b, x, "b and x");
-  return s;
-}
-
-inline void check_lora_t(const Tensor& t, const LoraShape& s) {
-  PK_CHECK(t.dim() == 2 && t.size(0) == s.m && t.size(1) == s.r && t.scalar_type() == ScalarType::Float,
-           "t must be the [m, r] float32 that the forward returned");
-  check_contiguous(t, "t");
-}
-
-inline void check_rng(double p, const std::optional<Tensor>& rng) {
-  PK_CHECK(p > 0 && p <= 1, "p must be between 0 and 1");
-  PK_CHECK(rng.has_value() && rng->scalar_type() == ScalarType::Long && rng->numel() == 2 && rng->is_contiguous(),
-           "dropout needs rng, an int64 tensor (seed, offset)");
-}
-
-#ifdef PK_WITH_CUDA
 // The products of README.md on the current stream, over the rows of one adapter or of a plan.
 class LoraCuda {
  public:
@@ -188,6 +149,6 @@ class LoraCuda {
   LoraRng drop_;
   float keep_scale_ = 1;
 };
-#endif
 
 }  // namespace pk
+#endif
