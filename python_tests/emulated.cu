@@ -53,10 +53,6 @@ __device__ void mma_tile(const float* a, const float* b, float* c, F&& multiply)
   for (int i = 0; i < 4; ++i) c[at(i)] = fc[i];
 }
 
-__device__ uint32_t f16_pair(float low, float high) {
-  return narrow<f16>(low).bits | static_cast<uint32_t>(narrow<f16>(high).bits) << 16;
-}
-
 __global__ void mma_kernel(const float* a, const float* b, float* c, int kind) {
   mma_tile(a, b, c, [&](const float (&fa)[8], const float (&fb)[4], float (&fc)[4]) {
     if (kind == 0) {

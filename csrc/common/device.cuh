@@ -13,10 +13,16 @@
 // What takes PTX, or a launch. emulate/device.h has the same on the CPU.
 namespace pk {
 
-// Two bf16, rounded to nearest even, the low one in the low half.
+// Two numbers of 16 bits, rounded to nearest even, the low one in the low half.
 __device__ inline uint32_t bf16_pair(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+__device__ inline uint32_t f16_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
 
@@ -187,6 +193,9 @@ __device__ inline Pack<T, N> load_pack(const T* p) {
 }
 
 __device__ inline float float_of(uint32_t bits) { return __uint_as_float(bits); }
+__device__ inline uint32_t bits_of(float x) { return __float_as_uint(x); }
+// a b + c, rounded twice.
+__device__ inline float multiply_then_add(float a, float b, float c) { return __fadd_rn(__fmul_rn(a, b), c); }
 __device__ inline void block_sync() { __syncthreads(); }
 __device__ inline uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 

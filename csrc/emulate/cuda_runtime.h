@@ -335,6 +335,13 @@ inline float __uint_as_float(uint32_t bits) {
   return x;
 }
 
+// Of two roundings, whatever the compiler may contract.
+inline float __fmul_rn(float a, float b) {
+  volatile float product = a * b;
+  return product;
+}
+inline float __fadd_rn(float a, float b) { return a + b; }
+
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b >> 32; }
 
 // -- handlers of the compiler's checks --------------------------------------------------------------------------------

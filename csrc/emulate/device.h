@@ -58,6 +58,11 @@ inline uint32_t bf16_pair(float low, float high) {
   return bits(low) | static_cast<uint32_t>(bits(high)) << 16;
 }
 
+inline uint32_t f16_pair(float low, float high) {
+  const auto bits = [](float x) { return __half_as_ushort(__float2half_rn(x)); };
+  return bits(low) | static_cast<uint32_t>(bits(high)) << 16;
+}
+
 inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   emulate::Mma mine;
   for (int i = 0; i < 8; ++i) mine.a[i] = emulate::bf16_of(a[i / 2], i % 2);
