@@ -32,13 +32,20 @@ def _runnable():
             yield pytest.param(op, name, device, id=f"{op.name}-{name}-{device}", marks=marks)
 
 
+def _slowly(params):
+    """For laws that run several kernels: NF4's linear layers take so long in the interpreter that those are slow tests."""
+    for p in params:
+        op, name, _ = p.values
+        slow = [pytest.mark.slow] if name == "triton" and op.name.startswith("nf4_l") else []
+        yield pytest.param(*p.values, id=p.id, marks=[*p.marks, *slow])
+
+
 RUNNABLE = list(_runnable())
+RUNNABLE_BACK = [p for p in RUNNABLE if p.values[0].gradient is not None]
 LORA_BACKENDS = [p.values[1] for p in RUNNABLE if p.values[0].name == "lora_add" and p.values[2] == "cpu"]
 every_kernel = pytest.mark.parametrize(("op", "name", "device"), RUNNABLE)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-differentiable_kernels = pytest.mark.parametrize(
-    ("op", "name", "device"), [p for p in RUNNABLE if p.values[0].gradient is not None]
-)
+differentiable_kernels = pytest.mark.parametrize(("op", "name", "device"), RUNNABLE_BACK)
 every_differentiable = pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
 
 
@@ -50,7 +57,7 @@ def _assert_as_good(out, plain, truth, what):
 def test_the_kernels_are_here():
     """Neither the binary nor Triton may be missing where the laws below are claimed to have run."""
     names = {(p.values[0].family, p.values[1]) for p in RUNNABLE}
-    assert {("lora", "cpu"), ("lora", "triton"), ("rescale", "cpu")} <= names
+    assert {("lora", "cpu"), ("lora", "triton"), ("nf4", "triton"), ("rescale", "cpu")} <= names
 
 
 @every_kernel
@@ -65,7 +72,7 @@ def test_error(op, name, device, dtype):
             _assert_as_good(out, p, t, f"{sample.id}, output {i}")
 
 
-@differentiable_kernels
+@pytest.mark.parametrize(("op", "name", "device"), _slowly(RUNNABLE_BACK))
 @every_dtype
 def test_gradient_is_the_vjp_of_the_reference(op, name, device, dtype):
     for sample in op.samples(dtype, device):
@@ -77,7 +84,7 @@ def test_gradient_is_the_vjp_of_the_reference(op, name, device, dtype):
             _assert_as_good(g, p, t, f"{sample.id}, gradient of argument {sample.differentiable[i]}")
 
 
-@differentiable_kernels
+@pytest.mark.parametrize(("op", "name", "device"), _slowly(RUNNABLE_BACK))
 def test_each_gradient_alone(op, name, device):
     """Asking for one gradient gives the bits that asking for all gives."""
     for sample in op.samples(torch.float32, device):
@@ -166,7 +173,7 @@ def test_functorch(op):
     assert torch.allclose(torch.func.vmap(call)(stacked), torch.stack([plain(a), plain(tangent)]), atol=1e-6)
 
 
-@every_kernel
+@pytest.mark.parametrize(("op", "name", "device"), _slowly(RUNNABLE))
 def test_inputs_are_not_modified_and_runs_repeat(op, name, device):
     for sample in op.samples(torch.float32, device):
         before = tree_map(lambda a: a.clone() if isinstance(a, Tensor) else a, sample.args)

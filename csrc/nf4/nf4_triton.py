@@ -1,9 +1,9 @@
 """NF4 in Triton: quantise, dequantise, and linear layers that decode packed weights on their way into the product.
 
-y = x W^T and dx = g W are one kernel: a program decodes tiles of W along the sum, each just before its product. They are
-rounded to x's dtype, as dequantize_nf4 rounds them, and go to the tensor cores (fp32: FMA, never TF32). LoRA is added to
-the same sums. Where the result alone gives too few programs, the sum is cut into parts, which a second kernel adds in a
-fixed order; nothing is atomic.
+y = x W^T and dx = g W are one kernel: a program decodes tiles of W along the sum, each just before its product. They
+are rounded to x's dtype, as dequantize_nf4 rounds them, and go to the tensor cores (fp32: FMA, never TF32). LoRA is
+added to the same sums. Where the result alone gives too few programs, the sum is cut into parts, which a second kernel
+adds in a fixed order; nothing is atomic.
 
 A byte holds two neighbours of a row if K is even, and is then loaded once for both; if K is odd, once for each. Blocks
 are flat, so a row may start within one: GROUP, the largest power of two that divides K, the block and the tile, is how
@@ -117,10 +117,10 @@ def nf4_absmax_quantize_kernel(
     tl.store(absmax2_ptr + blocks, absmax2, mask=blocks * block2 < n)
     q = tl.zeros([ROWS, WIDTH], tl.int32)  # how many midpoints of the code are below; of 255, for NaN all
     for i in tl.static_range(8):
-        step: tl.constexpr = 128 >> i
-        low, high = tl.load(code_ptr + q + (step - 1)), tl.load(code_ptr + q + step)
+        upper = q + (128 >> i)
+        low, high = tl.load(code_ptr + upper - 1), tl.load(code_ptr + upper)
         midpoint = ((low.to(tl.float64) + high.to(tl.float64)) * 0.5).to(tl.float32)
-        q = tl.where(units <= midpoint, q, q + step)
+        q = tl.where(units <= midpoint, q, upper)
     tl.store(q_ptr + at, q.to(tl.uint8), mask=mask)
 
 
@@ -151,12 +151,12 @@ def level_table():
 
 @triton.jit
 def weights(
-    table, rows, first_column, N, K, packed_ptr, absmax_ptr, q_ptr, code_ptr, offset_ptr,
+    table, rows, first_column, N, K, row_bytes, packed_ptr, absmax_ptr, q_ptr, code_ptr, offset_ptr,
     COLUMNS: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr, BLOCK2: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """W [N, K] in fp32, COLUMNS from `first_column` on of each of the rows; 0 outside of W.
 
-    PAIRS: no byte is of two rows.   SHIFT: log2 of the block
+    PAIRS: no byte is of two rows, which have row_bytes each.   SHIFT: log2 of the block
     """
     ROWS: tl.constexpr = rows.shape[0]
     long_rows = rows.to(tl.int64)[:, None]
@@ -165,7 +165,8 @@ def weights(
     scale = scales((long_rows * K + groups) >> SHIFT, there, absmax_ptr, q_ptr, code_ptr, offset_ptr, BLOCK2)
     if PAIRS:
         pairs = first_column // 2 + tl.arange(0, COLUMNS // 2)[None, :]
-        two = tl.load(packed_ptr + long_rows * (K // 2) + pairs, mask=(rows[:, None] < N) & (2 * pairs < K), other=0)
+        mask = (rows[:, None] < N) & (pairs < row_bytes)
+        two = tl.load(packed_ptr + long_rows * row_bytes + pairs, mask=mask, other=0)
         index = tl.join(two >> 4, two & 15)  # [ROWS, COLUMNS // 2, 2]
     else:
         columns = first_column + tl.arange(0, COLUMNS)[None, :]
@@ -178,13 +179,13 @@ def weights(
 
 @triton.jit
 def nf4_dequantize_kernel(
-    out_ptr, packed_ptr, absmax_ptr, q_ptr, code_ptr, offset_ptr, numel,
+    out_ptr, packed_ptr, absmax_ptr, q_ptr, code_ptr, offset_ptr, numel, held,
     SIZE: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr, BLOCK2: tl.constexpr,
 ):  # fmt: skip
-    """SIZE elements, as if all were one row."""
+    """SIZE elements, as if all, in `held` bytes, were one row."""
     first = tl.program_id(0).to(tl.int64) * SIZE
     w = weights(
-        level_table(), tl.arange(0, 1), first, 1, numel, packed_ptr, absmax_ptr, q_ptr, code_ptr, offset_ptr,
+        level_table(), tl.arange(0, 1), first, 1, numel, held, packed_ptr, absmax_ptr, q_ptr, code_ptr, offset_ptr,
         SIZE, GROUP, SHIFT, BLOCK2, True,
     )  # fmt: skip
     at = first + tl.arange(0, SIZE)[None, :]
@@ -230,13 +231,13 @@ def nf4_product_kernel(
         u = tl.load(u_rows + depth[None, :], mask=(rows[:, None] < M) & (depth[None, :] < C), other=0.0)  # [BM, BC]
         if BACK:
             w = weights(
-                table, depth, first, N, K, packed_ptr, absmax_ptr, q_ptr, code_ptr, offset_ptr,
+                table, depth, first, N, K, K // 2, packed_ptr, absmax_ptr, q_ptr, code_ptr, offset_ptr,
                 BD, GROUP, SHIFT, BLOCK2, PAIRS,
             )  # fmt: skip
             w = tl.trans(cast(w, u_ptr.dtype.element_ty))
         else:
             w = weights(
-                table, columns, step * BC, N, K, packed_ptr, absmax_ptr, q_ptr, code_ptr, offset_ptr,
+                table, columns, step * BC, N, K, K // 2, packed_ptr, absmax_ptr, q_ptr, code_ptr, offset_ptr,
                 BC, GROUP, SHIFT, BLOCK2, PAIRS,
             )  # fmt: skip
             w = cast(w, u_ptr.dtype.element_ty)
@@ -382,8 +383,8 @@ def dequantize_nf4(packed, absmax, shape, blocksize, dtype, *nested):
     if numel:
         with torch.cuda.device_of(packed):
             nf4_dequantize_kernel[(triton.cdiv(numel, size),)](
-                out, *w.tensors, numel, SIZE=size, GROUP=min(size, blocksize), SHIFT=w.shift, BLOCK2=w.block2,
-                num_warps=4, **_EXACT,
+                out, *w.tensors, numel, (numel + 1) // 2, SIZE=size, GROUP=min(size, blocksize), SHIFT=w.shift,
+                BLOCK2=w.block2, num_warps=4, **_EXACT,
             )  # fmt: skip
     return out
 
