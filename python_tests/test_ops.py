@@ -33,11 +33,12 @@ def _runnable():
 
 
 def _slowly(params):
-    """For laws that run several kernels: NF4's linear layers take so long in the interpreter that those are slow tests."""
-    for p in params:
-        op, name, _ = p.values
-        slow = [pytest.mark.slow] if name == "triton" and op.name.startswith("nf4_l") else []
-        yield pytest.param(*p.values, id=p.id, marks=[*p.marks, *slow])
+    """For laws that run several kernels, which takes NF4's linear layers long in the interpreter: slow tests there."""
+    slow = [p.values[1] == "triton" and p.values[0].name.startswith("nf4_l") for p in params]
+    return [
+        pytest.param(*p.values, id=p.id, marks=[*p.marks, pytest.mark.slow] if s else p.marks)
+        for p, s in zip(params, slow, strict=True)
+    ]
 
 
 RUNNABLE = list(_runnable())

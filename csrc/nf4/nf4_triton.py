@@ -399,7 +399,7 @@ def quantize_absmax(absmax, code, blocksize2):
     absmax2 = torch.empty(blocks, dtype=torch.float32, device=absmax.device)
     offset = torch.empty((), dtype=torch.float32, device=absmax.device)
     with torch.cuda.device_of(absmax):
-        nf4_absmax_sum_kernel[(splits,)](absmax, sums, n, chunk, BLOCK=block, num_warps=4)
+        nf4_absmax_sum_kernel[(splits,)](absmax, sums, n, chunk, BLOCK=block, num_warps=4, **_EXACT)
         nf4_absmax_quantize_kernel[(max(1, triton.cdiv(blocks, rows)),)](
             absmax, code, sums, q, absmax2, offset, n, splits, blocksize2, ROWS=rows, WIDTH=width,
             num_warps=8 if width > 2048 else 4, **_EXACT,

@@ -4,6 +4,7 @@ A child process, where Triton does not interpret, runs them on CPU tensors under
 launch compiles exactly what a GPU of that target would run, down to the cubin, and stops there.
 """
 
+import itertools
 import json
 import os
 import re
@@ -97,18 +98,11 @@ NF4 = {
     "odd_decode": ("float16", "float32", 1, 101, 51, 3, 32, True),
 }
 LORA_KERNELS = {"lora_shrink_kernel", "lora_expand_kernel", "lora_wgrad_kernel"}
-LORA_LOOPS = {"lora_shrink_kernel", "lora_wgrad_kernel"}
-# kernels of a product, those of them with a loop long enough to pipeline, and those that must not contract or estimate
+NF4_PRODUCT, NF4_EXACT = {"nf4_product_kernel"}, {"nf4_quantize_kernel", "nf4_dequantize_kernel"}
+# what launches, on which cases; kernels of products, those with a loop long enough to pipeline, those with exact bits
 FAMILIES = {
-    "lora": (_lora, LORA, LORA_KERNELS, LORA_LOOPS, set()),
-    "lora_by_plan": (_lora_by_plan, LORA, LORA_KERNELS, LORA_LOOPS, set()),
-    "nf4": (
-        _nf4,
-        NF4,
-        {"nf4_product_kernel"},
-        {"nf4_product_kernel"},
-        {"nf4_quantize_kernel", "nf4_dequantize_kernel"},
-    ),
+    "lora": ((_lora, _lora_by_plan), LORA, LORA_KERNELS, LORA_KERNELS - {"lora_expand_kernel"}, set()),
+    "nf4": ((_nf4,), NF4, NF4_PRODUCT, NF4_PRODUCT, NF4_EXACT),
 }
 
 
@@ -128,30 +122,26 @@ def compile_cases(capability: int, family: str) -> None:
     launch = JITFunction.run
 
     def run(kernel, *args, grid, warmup, **options):
-        if kernel.__name__.startswith(family.split("_")[0]):  # not those of another family
+        if kernel.__name__.startswith(family):  # not those of another family
             compiled.append((kernel.__name__, launch(kernel, *args, grid=grid, warmup=True, **options)))
 
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = run
     launches, cases, *_ = FAMILIES[family]
-    for case, (low, high, *sizes) in cases.items():
-        launches(getattr(torch, low), getattr(torch, high), *sizes)
+    for (case, (low, high, *sizes)), launch_all in itertools.product(cases.items(), launches):
+        launch_all(getattr(torch, low), getattr(torch, high), *sizes)
         for name, kernel in compiled:
             ptx = kernel.asm["ptx"]
             found = [mark for mark, pattern in MARKS.items() if re.search(pattern, ptx)]
             found += ["contracts"] * kernel.metadata.enable_fp_fusion
             ok = bool(kernel.asm["cubin"]) and f".target sm_{capability}" in ptx
-            print(json.dumps((case, name, ok, kernel.metadata.shared, found)))
+            print(json.dumps((case + launch_all.__name__, name, ok, kernel.metadata.shared, found)))
         compiled.clear()
 
 
 @pytest.mark.parametrize(
     ("family", "capability"),
-    [
-        *((family, 80) for family in FAMILIES),
-        *((family, 90) for family in FAMILIES if family != "nf4"),
-        pytest.param("nf4", 90, marks=pytest.mark.slow),
-    ],
+    [("lora", 80), ("lora", 90), ("nf4", 80), pytest.param("nf4", 90, marks=pytest.mark.slow)],
 )
 def test_compiles_for(family, capability, tmp_path):
     pytest.importorskip("triton")
@@ -160,19 +150,20 @@ def test_compiles_for(family, capability, tmp_path):
     child = subprocess.run([sys.executable, __file__, str(capability), family], env=env, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     compiled = [json.loads(line) for line in child.stdout.splitlines()]
-    _, cases, products, loops, exact = FAMILIES[family]
-    for case in cases:
+    launches, cases, products, loops, exact = FAMILIES[family]
+    for case in (case + launch.__name__ for case in cases for launch in launches):
         assert {name for at, name, *_ in compiled if at == case} >= products | exact, case
     for case, name, ok, shared, found in compiled:
         where = f"{case} {name}: {shared} bytes of shared memory, {found}"
         assert ok and shared <= SMEM, where
         assert not {"tf32", "atomic"} & set(found), where  # fp32 stays fp32, runs stay bit-identical
         if name in products:
-            assert ("mma" in found) == (case != "fp32"), where
-        if name in loops and case != "odd_decode":
+            assert ("mma" in found) != case.startswith("fp32"), where
+        if name in loops and not case.startswith("odd_decode"):
             assert "pipelined" in found, where  # loads are pipelined, which needs them to be vectors
         if name in exact:
-            assert not {"fma", "contracts", "approximate"} & set(found), where  # the bits of the reference
+            assert not {"fma", "approximate"} & set(found), where  # the bits of the reference
+        assert family != "nf4" or "contracts" not in found, where  # scales of the second level round twice
 
 
 if __name__ == "__main__":
