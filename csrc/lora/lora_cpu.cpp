@@ -556,15 +556,15 @@ void lora_add(const LoraShape& s, const std::vector<LoraSlice>& slices, LoraIn x
 }
 
 void lora_backward(const LoraShape& s, const std::vector<LoraSlice>& slices, LoraOut dx, LoraIn x, LoraIn a,
-                   const float* t, const LoraDropout& drop, LoraOut da) {
+                   const float* t, const LoraDropout& drop, LoraOut da, float* dt_out) {
   each(slices, s, const_cast<float*>(t), [&](const LoraSlice& own, const Group& u) {
     if (own.out.data) wgrad(own.out, true, &u, 1, own.g, own.n, own.scale, {});
   });
-  if (s.r == 0 || (!dx.data && !da.data)) return;
-  const Buffer buffer(s.m * s.r);
-  const Group dt = columns(s.m, buffer.p, s.r, s.r);
-  // The factor of what dropout keeps goes into dt, for both of its uses.
-  each(slices, s, buffer.p, [&](const LoraSlice& own, const Group& u) {
+  if (s.r == 0 || (!dx.data && !da.data && !dt_out)) return;
+  const Buffer buffer(dt_out ? 0 : s.m * s.r);
+  const Group dt = columns(s.m, dt_out ? dt_out : buffer.p, s.r, s.r);
+  // The factor of what dropout keeps goes into dt, for all of its uses.
+  each(slices, s, dt.t, [&](const LoraSlice& own, const Group& u) {
     if (s.m) shrink(&u, 1, own.g, own.b, false, own.n, own.scale * drop.scale(), {});
   });
   if (da.data) wgrad(da, false, &dt, 1, x, s.k, 1.0f, Dropout(drop));

@@ -50,10 +50,10 @@ struct LoraGroup {
 PK_DECLARE_ISA(void lora_add(const LoraShape& s, const std::vector<LoraSlice>& slices, LoraIn x, LoraIn a,
                              const LoraDropout& drop, float* t);)
 
-// With dt_s = scale * g b: dx += drop'(dt a), da = dt^T drop(x), each db = scale * g^T t_s; each only if its data is
-// not null.
+// With dt_s = scale * g b: dx += drop'(dt a), da = dt^T drop(x), each db = scale * g^T t_s, and dt [m, r] itself, times
+// what dropout multiplies with; each only if its data is not null.
 PK_DECLARE_ISA(void lora_backward(const LoraShape& s, const std::vector<LoraSlice>& slices, LoraOut dx, LoraIn x,
-                                  LoraIn a, const float* t, const LoraDropout& drop, LoraOut da);)
+                                  LoraIn a, const float* t, const LoraDropout& drop, LoraOut da, float* dt = nullptr);)
 
 // Over the rows of each group, whose factors are rows of a [R, k] and bt [R, n], b transposed: y += scale * t b^T.
 PK_DECLARE_ISA(void multi_lora_add(const LoraShape& s, const std::vector<LoraGroup>& groups, LoraOut y, LoraIn x,

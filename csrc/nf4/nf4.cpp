@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "common/checks.h"
+#include "lora/lora_checks.h"
 
 namespace pk {
 namespace {
@@ -23,7 +24,7 @@ int64_t log2_of(int64_t blocksize) {
   return shift;
 }
 
-void check(const Tensor& t, const char* name, ScalarType type, int64_t n) {
+void check_holds(const Tensor& t, const char* name, ScalarType type, int64_t n) {
   check_contiguous(t, name);
   PK_CHECK(t.is_cpu() && t.scalar_type() == type && t.numel() == n, name, " must be on the CPU and hold ", n,
            type == ScalarType::Float ? " float32" : " uint8");
@@ -35,10 +36,10 @@ const uint8_t* bytes(const Tensor& t) { return static_cast<const uint8_t*>(t.dat
 // The second level, of n scales.
 Nf4 second(const Tensor& absmax, const Tensor& q, const Tensor& code, const Tensor& offset, int64_t n, int64_t block2) {
   PK_CHECK(block2 >= 1, "blocksize2 must be at least 1");
-  check(q, "absmax_q", ScalarType::Byte, n);
-  check(absmax, "absmax", ScalarType::Float, blocks(n, block2));
-  check(code, "code2", ScalarType::Float, 256);
-  check(offset, "offset", ScalarType::Float, 1);
+  check_holds(q, "absmax_q", ScalarType::Byte, n);
+  check_holds(absmax, "absmax", ScalarType::Float, blocks(n, block2));
+  check_holds(code, "code2", ScalarType::Float, 256);
+  check_holds(offset, "offset", ScalarType::Float, 1);
   return {nullptr, 0, floats(absmax), bytes(q), floats(code), *floats(offset), block2};
 }
 
@@ -53,7 +54,7 @@ Nf4 weights(const Tensor& packed, const Tensor& absmax, int64_t numel, int64_t b
     PK_CHECK(code.has_value() && offset.has_value(), "absmax_q needs code2 and offset");
     w = second(absmax, *q, *code, *offset, scales, block2);
   } else {
-    check(absmax, "absmax", ScalarType::Float, scales);
+    check_holds(absmax, "absmax", ScalarType::Float, scales);
   }
   w.bytes = bytes(packed);
   w.shift = shift;
@@ -81,8 +82,8 @@ void dequantize(const Tensor& out, const Tensor& packed, const Tensor& absmax, i
 std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& code, int64_t block2) {
   const int64_t n = absmax.numel();
   PK_CHECK(block2 >= 1, "blocksize2 must be at least 1");
-  check(absmax, "absmax", ScalarType::Float, n);
-  check(code, "code", ScalarType::Float, 256);
+  check_holds(absmax, "absmax", ScalarType::Float, n);
+  check_holds(code, "code", ScalarType::Float, 256);
   Tensor q = new_empty(absmax, {n}, ScalarType::Byte);
   Tensor absmax2 = new_empty(absmax, {blocks(n, block2)}, ScalarType::Float);
   Tensor offset = new_empty(absmax, {}, ScalarType::Float);
@@ -107,20 +108,25 @@ Tensor product(const Tensor& like, int64_t width) {
   return new_empty(like, sizes, like.scalar_type());
 }
 
-Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, int64_t n, int64_t blocksize, Optional bias,
-              Optional q, Optional code, Optional offset, int64_t block2) {
-  PK_CHECK(x.dim() >= 1 && n >= 0, "x must be [..., in]");
-  check_contiguous(x, "x");
-  const int64_t k = x.size(x.dim() - 1);
-  const Nf4 w = weights(packed, absmax, n * k, blocksize, q, code, offset, block2);
+void linear_into(const Tensor& y, const Tensor& x, const Nf4& w, const Optional& bias, const Nf4Lora& lora) {
+  const int64_t n = y.size(y.dim() - 1);
   if (bias) {
     check_contiguous(*bias, "bias");
     PK_CHECK(bias->is_cpu() && bias->numel() == n, "bias must be on the CPU and hold ", n, " numbers");
   }
   const Dtype type = dtype_of(x, "x"), bias_type = bias ? dtype_of(*bias, "bias") : type;
+  const Nf4Linear s = {n ? y.numel() / n : 0, n, x.size(x.dim() - 1)};
+  PK_DISPATCH_ISA(nf4_linear, s, type, x.data_ptr(), w, bias_type, bias ? bias->data_ptr() : nullptr, lora,
+                  y.data_ptr());
+}
+
+Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, int64_t n, int64_t blocksize, Optional bias,
+              Optional q, Optional code, Optional offset, int64_t block2) {
+  PK_CHECK(x.dim() >= 1 && n >= 0, "x must be [..., in]");
+  check_contiguous(x, "x");
+  const Nf4 w = weights(packed, absmax, n * x.size(x.dim() - 1), blocksize, q, code, offset, block2);
   Tensor y = product(x, n);
-  const Nf4Linear s = {n ? y.numel() / n : 0, n, k};
-  PK_DISPATCH_ISA(nf4_linear, s, type, x.data_ptr(), w, bias_type, bias ? bias->data_ptr() : nullptr, y.data_ptr());
+  linear_into(y, x, w, bias, {});
   return y;
 }
 
@@ -132,8 +138,48 @@ Tensor dgrad(const Tensor& g, const Tensor& packed, const Tensor& absmax, int64_
   const Nf4 w = weights(packed, absmax, n * k, blocksize, q, code, offset, block2);
   Tensor dx = product(g, k);
   const Nf4Linear s = {k ? dx.numel() / k : 0, n, k};
-  PK_DISPATCH_ISA(nf4_dgrad, s, dtype_of(g, "g"), g.data_ptr(), w, dx.data_ptr());
+  PK_DISPATCH_ISA(nf4_dgrad, s, dtype_of(g, "g"), g.data_ptr(), w, {}, dx.data_ptr());
   return dx;
+}
+
+std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, int64_t blocksize,
+                                       const Tensor& a, const Tensor& b, double scale, Optional bias, double p,
+                                       Optional rng, Optional q, Optional code, Optional offset, int64_t block2) {
+  PK_CHECK(x.dim() >= 1 && b.dim() == 2, "x must be [..., in], b [out, r]");
+  Tensor y = product(x, b.size(0));
+  const LoraShape s = check(y, x, a, b, "y");
+  const Nf4 w = weights(packed, absmax, s.n * s.k, blocksize, q, code, offset, block2);
+  const LoraDropout drop = dropout_of(p, rng);
+  Tensor t = new_empty(x, {s.m, s.r}, ScalarType::Float);
+  auto* ts = static_cast<float*>(t.data_ptr());
+  PK_DISPATCH_ISA(lora_add, s, {}, in(x, "x"), in(a, "a"), drop, ts);
+  linear_into(y, x, w, bias, {ts, s.r, in(b, "b"), static_cast<float>(scale), {}});
+  return {y, t};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& g, const Tensor& x, const Tensor& packed,
+                                                 const Tensor& absmax, int64_t blocksize, const Tensor& a,
+                                                 const Tensor& b, const Tensor& t, double scale, double p, Optional rng,
+                                                 Optional q, Optional code, Optional offset, int64_t block2,
+                                                 bool need_dx, bool need_da, bool need_db) {
+  const LoraShape s = check(g, x, a, b, "g");
+  check_t(t, s);
+  const Nf4 w = weights(packed, absmax, s.n * s.k, blocksize, q, code, offset, block2);
+  const LoraDropout drop = dropout_of(p, rng);
+  const auto unwanted = [](const Tensor& like) { return new_empty(like, {0}, like.scalar_type()); };
+  Tensor dx = need_dx ? product(x, s.k) : unwanted(x);
+  Tensor da = need_da ? new_empty(a, {s.r, s.k}, a.scalar_type()) : unwanted(a);
+  Tensor db = need_db ? new_empty(b, {s.n, s.r}, b.scalar_type()) : unwanted(b);
+  Tensor dt = new_empty(t, {need_dx ? s.m : 0, s.r}, ScalarType::Float);
+  auto* dts = need_dx ? static_cast<float*>(dt.data_ptr()) : nullptr;
+  const std::vector<LoraSlice> slices = {
+      {s.n, s.r, in(b, "b"), static_cast<float>(scale), in(g, "g"), need_db ? out(db, "db") : LoraOut{}}};
+  PK_DISPATCH_ISA(lora_backward, s, slices, {}, in(x, "x"), in(a, "a"), static_cast<const float*>(t.data_ptr()), drop,
+                  need_da ? out(da, "da") : LoraOut{}, dts);
+  if (need_dx)
+    PK_DISPATCH_ISA(nf4_dgrad, Nf4Linear{s.m, s.n, s.k}, dtype_of(g, "g"), g.data_ptr(), w,
+                    Nf4Lora{dts, s.r, in(a, "a"), 1, drop}, dx.data_ptr());
+  return {dx, da, db};
 }
 
 }  // namespace
@@ -152,6 +198,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_peft_kernels, m) {
   m.def(
       "nf4_linear_dgrad(Tensor g, Tensor packed, Tensor absmax, int in_features, int blocksize, Tensor? absmax_q, "
       "Tensor? code2, Tensor? offset, int blocksize2) -> Tensor");
+  m.def(
+      "nf4_lora_linear(Tensor x, Tensor packed, Tensor absmax, int blocksize, Tensor a, Tensor b, float scale, "
+      "Tensor? bias, float p, Tensor? rng, Tensor? absmax_q, Tensor? code2, Tensor? offset, int blocksize2) -> "
+      "(Tensor y, Tensor t)");
+  m.def(
+      "nf4_lora_linear_backward(Tensor g, Tensor x, Tensor packed, Tensor absmax, int blocksize, Tensor a, Tensor b, "
+      "Tensor t, float scale, float p, Tensor? rng, Tensor? absmax_q, Tensor? code2, Tensor? offset, int blocksize2, "
+      "bool need_dx, bool need_da, bool need_db) -> (Tensor dx, Tensor da, Tensor db)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_peft_kernels, CPU, m) {
@@ -161,4 +215,6 @@ STABLE_TORCH_LIBRARY_IMPL(_peft_kernels, CPU, m) {
   m.impl("dequantize_absmax", TORCH_BOX(&pk::dequantize_absmax));
   m.impl("nf4_linear", TORCH_BOX(&pk::linear));
   m.impl("nf4_linear_dgrad", TORCH_BOX(&pk::dgrad));
+  m.impl("nf4_lora_linear", TORCH_BOX(&pk::lora_linear));
+  m.impl("nf4_lora_linear_backward", TORCH_BOX(&pk::lora_backward));
 }

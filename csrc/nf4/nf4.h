@@ -5,6 +5,7 @@
 
 #include "common/isa.h"
 #include "common/switch.h"
+#include "lora/lora_cpu.h"
 
 namespace pk {
 
@@ -23,6 +24,15 @@ struct Nf4Linear {
   int64_t m, n, k;  // x, dx [m, k]   w [n, k]   y, g [m, n]
 };
 
+// A term of rank r beside that of the weights: drop'(scale * u f), where f is stored as [columns, r] in the forward.
+struct Nf4Lora {
+  const float* u = nullptr;  // [m, r]
+  int64_t r = 0;
+  LoraIn f;  // [n, r] in the forward, [r, k] in the backward
+  float scale = 1;
+  LoraDropout drop;
+};
+
 }  // namespace pk
 
 PK_DECLARE_ISA(void nf4_quantize(Dtype type, const void* w, int64_t numel, int64_t shift, uint8_t* bytes,
@@ -33,7 +43,8 @@ PK_DECLARE_ISA(void nf4_quantize(Dtype type, const void* w, int64_t numel, int64
                                          float* absmax2);
                void nf4_dequantize_absmax(const Nf4& w, int64_t n, float* absmax);)
 
-// y = x w^T + bias, where bias may be null, and dx = g w. x, y, g and dx are of one type.
+// y = x w^T + bias + lora, where bias may be null, and dx = g w + lora. x, y, g and dx are of one type.
 PK_DECLARE_ISA(void nf4_linear(const Nf4Linear& s, Dtype type, const void* x, const Nf4& w, Dtype bias_type,
-                               const void* bias, void* y);
-               void nf4_dgrad(const Nf4Linear& s, Dtype type, const void* g, const Nf4& w, void* dx);)
+                               const void* bias, const Nf4Lora& lora, void* y);
+               void nf4_dgrad(const Nf4Linear& s, Dtype type, const void* g, const Nf4& w, const Nf4Lora& lora,
+                              void* dx);)

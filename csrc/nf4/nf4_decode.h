@@ -130,8 +130,24 @@ PK_INLINE void each_block(const Nf4& w, int64_t first, int64_t n, float* room, c
 // Floats of `room` for n weights at any place.
 inline int64_t room_of(const Nf4& w, int64_t n) { return w.q ? (n >> w.shift) + 2 : 0; }
 
+// Calls f(table, bytes, i) for weights first + i to first + i + 63, if they all lie so that they share a scale: the
+// usual case, with a length that the compiler knows. Otherwise false.
+template <class F>
+PK_INLINE bool each_64(const Nf4& w, int64_t first, int64_t n, float* room, const F& f) {
+  if (w.shift < 6 || first % 64 || n % 64) return false;
+  const int64_t block = first >> w.shift;
+  const float* scale = scales(w, block, ((first + n - 1) >> w.shift) - block + 1, room);
+  for (int64_t i = 0; i < n; i += 64) f(Table(scale[((first + i) >> w.shift) - block]), w.bytes + (first + i) / 2, i);
+  return true;
+}
+
 // out[i] = weight first + i for i < n.
 inline void decode(const Nf4& w, int64_t first, int64_t n, float* room, float* out) {
+  const bool done = each_64(w, first, n, room, [&](const Table& table, const uint8_t* p, int64_t c) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 64; i += W) store(out + c + i, table.at(p + i / 2));
+  });
+  if (done) return;
   each_block(w, first, n, room, [&](int64_t at, int64_t count, float scale) {
     const int64_t stop = at + count;
     if (at % 2) *out++ = number(w, at++, scale);

@@ -3,6 +3,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "lora/lora_dropout.h"
 #include "nf4/nf4_decode.h"
 
 namespace pk::PK_ISA {
@@ -12,6 +13,8 @@ constexpr int64_t kFew = 4;               // rows of x up to which weights go fr
 constexpr int64_t kFewRows = 16;          // rows of W beside few rows of x
 constexpr int64_t kDepth = 256;           // columns of W that the forward decodes at a time
 constexpr int64_t kRows = 48;             // rows of W beside them: whole tiles of 4, 6, 8, 12 and 24
+constexpr int64_t kGroup = 8;             // stripes of so many rows that take turns with one chunk of x, if their
+constexpr int64_t kSumFloats = 3 << 15;   // sums fit in the second-level cache beside it: 384 KiB
 constexpr int64_t kChunk = 512;           // rows of x, for each of which W is decoded anew
 constexpr int64_t kSlab = 128;            // rows of W that the backward decodes at a time
 constexpr int64_t kCols = 192;            // columns of W beside them: whole panels
@@ -133,19 +136,14 @@ void fetch_weights(const Nf4& w, int64_t first, int64_t n, float* room, uint32_t
 #ifdef __AVX512BF16__
   if constexpr (pairs) {
     auto* to = reinterpret_cast<bf16*>(out);
-    if (w.shift >= 6 && first % 64 == 0 && n % 64 == 0) {  // the usual case, without a branch for each block
-      const int64_t block = first >> w.shift;
-      const float* scale = scales(w, block, ((first + n - 1) >> w.shift) - block + 1, room);
-      for (int64_t at = first; at < first + n; at += 64, to += 64) {
-        const Table table(scale[(at >> w.shift) - block]);
-        const uint8_t* p = w.bytes + at / 2;
+    const bool done = each_64(w, first, n, room, [&](const Table& table, const uint8_t* p, int64_t c) {
 #pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i, p += W)
-          _mm512_storeu_si512(to + i * 2 * W,
-                              (__m512i)_mm512_cvtne2ps_pbh((__m512)table.at(p + W / 2), (__m512)table.at(p)));
+      for (int i = 0; i < 64; i += 2 * W) {
+        const __m512 low = (__m512)table.at(p + i / 2), high = (__m512)table.at(p + (i + W) / 2);
+        _mm512_storeu_si512(to + c + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
       }
-      return;
-    }
+    });
+    if (done) return;
     if (n % 2) out[n / 2] = 0;
     each_block(w, first, n, room, [&](int64_t at, int64_t count, float scale) {
       const int64_t stop = at + count;
@@ -185,20 +183,18 @@ void fetch_row(const Nf4& w, int64_t first, int64_t stride, int64_t n, int64_t d
   const int64_t cols = padded(n, W);
 #ifdef __AVX512BF16__
   if constexpr (pairs) {
-    if (w.shift >= 6 && first % 64 == 0 && n % 64 == 0 && stride > 0 && stride % 64 == 0) {
-      const int64_t block = first >> w.shift, count = ((first + n - 1) >> w.shift) - block + 1;
-      const int64_t next = (first + stride) >> w.shift, more = ((first + stride + n - 1) >> w.shift) - next + 1;
-      const float *scale = scales(w, block, count, room), *other = scales(w, next, more, room + room_of(w, n));
-      for (int64_t c = 0; c < n; c += 64) {
-        const Table upper(scale[((first + c) >> w.shift) - block]);
-        const Table lower(other[((first + stride + c) >> w.shift) - next]);
-        const uint8_t *p = w.bytes + (first + c) / 2, *q = p + stride / 2;
+    const int64_t next = (first + stride) >> w.shift, count = ((first + stride + n - 1) >> w.shift) - next + 1;
+    if (stride > 0 && stride % 64 == 0 && w.shift >= 6) {
+      const float* scale = scales(w, next, count, room + room_of(w, n));
+      const bool done = each_64(w, first, n, room, [&](const Table& table, const uint8_t* p, int64_t c) {
+        const Table below(scale[((first + stride + c) >> w.shift) - next]);
 #pragma GCC unroll 4
-        for (int i = 0; i < 64; i += W)
-          _mm512_storeu_si512(out + place(c + i, d, depth, cols),
-                              interleaved(upper.at(p + i / 2), lower.at(q + i / 2)));
-      }
-      return;
+        for (int i = 0; i < 64; i += W) {
+          const __m512i both = interleaved(table.at(p + i / 2), below.at(p + (stride + i) / 2));
+          _mm512_storeu_si512(out + place(c + i, d, depth, cols), both);
+        }
+      });
+      if (done) return;
     }
   }
 #endif
@@ -239,6 +235,23 @@ std::unique_ptr<float[]> widened(Dtype type, const void* v, int64_t n) {
   return out;
 }
 
+// -- LoRA ------------------------------------------------------------------------------------------------------------
+
+// out[i] = scale * v[i] for i < n, then zeros to the end of a vector.
+void scaled(const float* v, int64_t n, float scale, float* out) {
+  for (int64_t i = 0; i < n; i += W) store(out + i, load_n(v + i, static_cast<int>(at_most(W, n - i))) * scale);
+}
+
+// n elements of the factor from row * n on, then zeros to the end of a vector.
+void factor_row(const Nf4Lora& lora, int64_t first, int64_t n, float* out) {
+  switch_dtype(lora.f.type, [&](auto t) {
+    const auto* in = static_cast<const decltype(t)*>(lora.f.data) + first;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, load(in + i));
+    if (i < n) store(out + i, load_n(in + i, static_cast<int>(n - i)));
+  });
+}
+
 // -- the forward ----------------------------------------------------------------------------------------------------
 
 // sum[m] += weights at p times x[m], with W weights in fp32, or twice as many in pairs.
@@ -247,20 +260,21 @@ PK_INLINE void dot_step(const Table& table, const uint8_t* p, const uint32_t* x,
 #ifdef __AVX512BF16__
   if constexpr (pairs) {
     const __m512bh right = _mm512_cvtne2ps_pbh((__m512)table.at(p + W / 2), (__m512)table.at(p));
-#pragma GCC unroll 16
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
       sum[m] = (vec)_mm512_dpbf16_ps((__m512)sum[m], (__m512bh)_mm512_loadu_si512(x + m * ldx), right);
     return;
   }
 #endif
   const vec right = table.at(p);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m) sum[m] = fma(load(reinterpret_cast<const float*>(x + m * ldx)), right, sum[m]);
 }
 
-// total[m] += n weights from `first` on, which is even, times as many of M rows of x, ldx words apart.
+// The lanes of out[m] together are n weights from `first` on, which is even, times as many of M rows of x, ldx words
+// apart.
 template <class T, bool pairs, int M>
-PK_INLINE void dot(const Nf4& w, int64_t first, int64_t n, const uint32_t* x, int64_t ldx, float* room, vec* total) {
+PK_INLINE void dot(const Nf4& w, int64_t first, int64_t n, const uint32_t* x, int64_t ldx, float* room, vec* out) {
   using X = std::conditional_t<pairs, T, float>;
   constexpr int U = M == 1 ? 4 : M < 5 ? 2 : 1;  // sums of a row, so that they do not wait for each other
   constexpr int64_t step = pairs ? 2 * W : W;    // weights
@@ -278,25 +292,26 @@ PK_INLINE void dot(const Nf4& w, int64_t first, int64_t n, const uint32_t* x, in
       const int rest = static_cast<int>(at_most(W, count - i));
       float numbers[W] = {};
       for (int j = 0; j < rest; ++j) numbers[j] = number(w, at + i + j, scale);
+#pragma GCC unroll 8  // an index that is no constant would put the sums into memory
       for (int m = 0; m < M; ++m) {
         const X* left = reinterpret_cast<const X*>(x + m * ldx) + (at - first) + i;
         sum[0][m] = fma(load_n(left, rest), load(numbers), sum[0][m]);
       }
     }
   });
-#pragma GCC unroll 16
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
-    for (int u = 0; u < U; ++u) total[m] += sum[u][m];
+#pragma GCC unroll 4
+    for (int u = 1; u < U; ++u) sum[0][m] += sum[u][m];
+    out[m] = sum[0][m];
   }
 }
 
 template <class T, int M>
-void few_rows(const Nf4Linear& s, const T* x, const Nf4& w, const float* bias, T* y) {
+void few_rows(const Nf4Linear& s, const T* x, const Nf4& w, const float* bias, const Nf4Lora& lora, T* y) {
   constexpr bool pairs = kPairs<T> && M > 1;  // one row is bound by the decoding, and fp32 is free
-  // Columns at a time, of which x stays in the first-level cache; all of them if they are few.
-  constexpr int64_t most = (pairs ? 8192 : 4096) / (M < 3 ? 1 : M < 5 ? 4 : M < 9 ? 8 : 16);
   // A row that starts in the middle of a byte is read from the byte on, and its x from a zero on.
-  const int64_t ldx = padded(words<pairs>(s.k + 1), W) + W, copies = 1 + s.k % 2;
+  const int64_t ldx = padded(words<pairs>(s.k + 1), W), copies = 1 + s.k % 2;
   const Buffer left(copies * M * ldx);
   auto* xs = reinterpret_cast<uint32_t*>(left.p);
   for (int64_t c = 0; c < copies; ++c)
@@ -308,38 +323,37 @@ void few_rows(const Nf4Linear& s, const T* x, const Nf4& w, const float* bias, T
       else
         fetch<false>(x + m * s.k, s.k, to + c);
     }
-  parallel_for(0, blocks(s.n, kFewRows), grain(kFewRows * s.k * M), [&](int64_t begin, int64_t end) {
-    const Buffer room(room_of(w, s.k + 1));
-    vec total[kFewRows][M];
-    for (int64_t n = begin * kFewRows; n < at_most(s.n, end * kFewRows); n += kFewRows) {
-      const int64_t rows = at_most(kFewRows, s.n - n);
-      std::memset(total, 0, sizeof(total));
-      for (int64_t k = 0; k < s.k; k += most)
-        for (int64_t i = 0; i < rows; ++i) {
-          const int64_t half = (n + i) * s.k % 2, first = (n + i) * s.k - half + k;
-          const int64_t count = at_most(most, s.k + half - k);
-          if (most < s.k) prefetch(w, first + most, most);
-          dot<T, pairs, M>(w, first, count, xs + half * M * ldx + words<pairs>(k), ldx, room.p, total[i]);
-        }
-      for (int64_t i = 0; i < rows; ++i)
-        for (int m = 0; m < M; ++m) y[m * s.n + n + i] = narrow<T>(hsum(total[i][m]) + bias[n + i]);
+  const int64_t rank = padded(lora.r, W);
+  const Buffer ts(M * rank);
+  for (int m = 0; m < M; ++m) scaled(lora.u + m * lora.r, lora.r, lora.scale, ts.p + m * rank);
+  parallel_for(0, s.n, grain(s.k * M), [&](int64_t begin, int64_t end) {
+    const Buffer room(room_of(w, s.k + 1)), line(rank);
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t half = n * s.k % 2;
+      vec out[M];
+      dot<T, pairs, M>(w, n * s.k - half, s.k + half, xs + half * M * ldx, ldx, room.p, out);
+      factor_row(lora, n * lora.r, lora.r, line.p);
+      for (int m = 0; m < M; ++m) {
+        for (int64_t i = 0; i < rank; i += W) out[m] = fma(load(ts.p + m * rank + i), load(line.p + i), out[m]);
+        y[m * s.n + n] = narrow<T>(hsum(out[m]) + bias[n]);
+      }
     }
   });
 }
 
 // few_rows of the M of s, which is at most `most`.
 template <class T, int most>
-void by_rows(const Nf4Linear& s, const T* x, const Nf4& w, const float* bias, T* y) {
-  if (s.m == most) return few_rows<T, most>(s, x, w, bias, y);
-  if constexpr (most > 1) by_rows<T, most - 1>(s, x, w, bias, y);
+void by_rows(const Nf4Linear& s, const T* x, const Nf4& w, const float* bias, const Nf4Lora& lora, T* y) {
+  if (s.m == most) return few_rows<T, most>(s, x, w, bias, lora, y);
+  if constexpr (most > 1) by_rows<T, most - 1>(s, x, w, bias, lora, y);
 }
 
 template <class T>
-void many_rows(const Nf4Linear& s, const T* x, const Nf4& w, const float* bias, T* y) {
+void many_rows(const Nf4Linear& s, const T* x, const Nf4& w, const float* bias, const Nf4Lora& lora, T* y) {
   constexpr bool pairs = kPairs<T>;
-  const int64_t mp = padded(s.m, W);
-  // x^T chunk by chunk of kDepth, in each panel by panel.
-  const Buffer right(words<pairs>(s.k) * mp);
+  const int64_t mp = padded(s.m, W), ldc = mp + W, r = lora.r;
+  // x^T chunk by chunk of kDepth, in each panel by panel, and t^T, panel by panel.
+  const Buffer right(words<pairs>(s.k) * mp), terms(r * mp);
   auto* xs = reinterpret_cast<uint32_t*>(right.p);
   parallel_for(0, blocks(s.k, kDepth), grain(kDepth * mp), [&](int64_t begin, int64_t end) {
     alignas(64) uint32_t line[kDepth];
@@ -357,46 +371,79 @@ void many_rows(const Nf4Linear& s, const T* x, const Nf4& w, const float* bias, 
       });
     }
   });
+  for (int64_t d = 0; d < r; ++d)
+    for (int64_t c = 0; c < mp; ++c) terms.p[place(c, d, r, mp)] = c < s.m ? lora.scale * lora.u[c * r + d] : 0.0f;
+  // Rows of W whose sums stay in the second-level cache, beside the chunk of x^T that all of them meet in turn.
+  const int64_t group = kRows * std::max<int64_t>(1, at_most(kGroup, kSumFloats / (kRows * ldc)));
   parallel_for(0, blocks(s.n, kRows), grain(kRows * s.k * mp), [&](int64_t begin, int64_t end) {
+    const int64_t stop = at_most(s.n, end * kRows);
     constexpr int64_t ldw = words<pairs>(kDepth) + 16;  // not a power of two, or rows would evict each other
-    const int64_t ldc = mp + W;
-    const Buffer left(kRows * ldw), sums(kRows * ldc), room(room_of(w, kDepth));
+    const Buffer left(kRows * std::max(ldw, r)), sums(group * ldc), room(room_of(w, kDepth));
     auto* ws = reinterpret_cast<uint32_t*>(left.p);
     alignas(64) float line[kRows];
-    for (int64_t n = begin * kRows; n < at_most(s.n, end * kRows); n += kRows) {
-      const int64_t rows = at_most(kRows, s.n - n);
-      std::memset(sums.p, 0, rows * ldc * sizeof(float));
+    const auto each_stripe = [&](int64_t top, const auto& f) {
+      for (int64_t n = top; n < at_most(stop, top + group); n += kRows)
+        f(n, at_most(kRows, stop - n), sums.p + (n - top) * ldc);
+    };
+    for (int64_t top = begin * kRows; top < stop; top += group) {
+      std::memset(sums.p, 0, at_most(group, stop - top) * ldc * sizeof(float));
+      if (r)
+        each_stripe(top, [&](int64_t n, int64_t rows, float* c) {
+          factor_row(lora, n * r, rows * r, left.p);
+          each_panel(mp, [&](int64_t col, int64_t vectors) {
+            const auto* panel = reinterpret_cast<const uint32_t*>(terms.p) + col * r;
+            run<false>({c + col, ldc, ws, r, panel, vectors * W, r}, rows, vectors);
+          });
+        });
       for (int64_t k = 0; k < s.k; k += kDepth) {
         const int64_t cols = at_most(kDepth, s.k - k), depth = words<pairs>(cols);
-        for (int64_t i = 0; i < rows; ++i) {
-          prefetch(w, (n + i) * s.k + k + kDepth, kDepth);
-          fetch_weights<pairs>(w, (n + i) * s.k + k, cols, room.p, ws + i * ldw);
-        }
-        each_panel(mp, [&](int64_t c, int64_t vectors) {
-          const uint32_t* panel = xs + words<pairs>(k) * mp + c * depth;
-          run<pairs>({sums.p + c, ldc, ws, ldw, panel, vectors * W, depth}, rows, vectors);
+        each_stripe(top, [&](int64_t n, int64_t rows, float* c) {
+          for (int64_t i = 0; i < rows; ++i) {
+            prefetch(w, (n + i) * s.k + k + kDepth, kDepth);
+            fetch_weights<pairs>(w, (n + i) * s.k + k, cols, room.p, ws + i * ldw);
+          }
+          each_panel(mp, [&](int64_t col, int64_t vectors) {
+            const uint32_t* panel = xs + words<pairs>(k) * mp + col * depth;
+            run<pairs>({c + col, ldc, ws, ldw, panel, vectors * W, depth}, rows, vectors);
+          });
         });
       }
-      for (int64_t m = 0; m < s.m; ++m) {
-        for (int64_t i = 0; i < rows; ++i) line[i] = sums.p[i * ldc + m] + bias[n + i];
-        put(line, rows, y + m * s.n + n);
-      }
+      each_stripe(top, [&](int64_t n, int64_t rows, const float* c) {
+        for (int64_t m = 0; m < s.m; ++m) {
+          for (int64_t i = 0; i < rows; ++i) line[i] = c[i * ldc + m] + bias[n + i];
+          put(line, rows, y + m * s.n + n);
+        }
+      });
     }
   });
 }
 
 // -- the backward ---------------------------------------------------------------------------------------------------
 
+// Of rows `first` on of all.
 template <class T>
-void back(const Nf4Linear& s, const T* g, const Nf4& w, T* dx) {
+void back(const Nf4Linear& s, int64_t first, const T* g, const Nf4& w, const Nf4Lora& lora, T* dx) {
   constexpr bool pairs = kPairs<T>;
   constexpr int64_t ldg = words<pairs>(kSlab) + 16, ldc = kCols + W;
+  const int64_t r = lora.r;
+  const Dropout drop(lora.drop);
   parallel_for(0, blocks(s.k, kCols), grain(kCols * s.n * s.m), [&](int64_t begin, int64_t end) {
-    const Buffer left(s.m * ldg), right(words<pairs>(kSlab) * kCols), sums(s.m * ldc), room(2 * room_of(w, kCols));
+    const Buffer left(s.m * ldg), right(std::max(words<pairs>(kSlab), r) * kCols), sums(s.m * ldc);
+    const Buffer room(2 * room_of(w, kCols));
     auto *gs = reinterpret_cast<uint32_t*>(left.p), *ws = reinterpret_cast<uint32_t*>(right.p);
+    alignas(64) float line[kCols];
     for (int64_t k = begin * kCols; k < at_most(s.k, end * kCols); k += kCols) {
-      const int64_t cols = at_most(kCols, s.k - k);
+      const int64_t cols = at_most(kCols, s.k - k), width = padded(cols, W);
       std::memset(sums.p, 0, s.m * ldc * sizeof(float));
+      for (int64_t d = 0; d < r; ++d) {
+        factor_row(lora, d * s.k + k, cols, line);
+        for (int64_t c = 0; c < width; c += W) std::memcpy(ws + place(c, d, r, width), line + c, sizeof(vec));
+      }
+      const auto* terms = reinterpret_cast<const uint32_t*>(lora.u);
+      each_panel(width, [&](int64_t c, int64_t vectors) {
+        run<false>({sums.p + c, ldc, terms, r, ws + c * r, vectors * W, r}, s.m, vectors);
+      });
+      for (int64_t m = 0; drop && m < s.m; ++m) drop(sums.p + m * ldc, first + m, k, cols);
       for (int64_t n = 0; n < s.n; n += kSlab) {
         const int64_t rows = at_most(kSlab, s.n - n), depth = words<pairs>(rows);
         for (int64_t d = 0; d < depth; ++d) {
@@ -405,7 +452,7 @@ void back(const Nf4Linear& s, const T* g, const Nf4& w, T* dx) {
           fetch_row<pairs>(w, first, row + 1 < rows ? s.k : 0, cols, d, depth, room.p, ws);
         }
         for (int64_t m = 0; m < s.m; ++m) fetch<pairs>(g + m * s.n + n, rows, gs + m * ldg);
-        each_panel(padded(cols, W), [&](int64_t c, int64_t vectors) {
+        each_panel(width, [&](int64_t c, int64_t vectors) {
           run<pairs>({sums.p + c, ldc, gs, ldg, ws + c * depth, vectors * W, depth}, s.m, vectors);
         });
       }
@@ -417,27 +464,33 @@ void back(const Nf4Linear& s, const T* g, const Nf4& w, T* dx) {
 }  // namespace
 
 void nf4_linear(const Nf4Linear& s, Dtype type, const void* x, const Nf4& w, Dtype bias_type, const void* bias,
-                void* y) {
+                const Nf4Lora& lora, void* y) {
   const auto wide = widened(bias_type, bias, s.n);
   switch_dtype(type, [&](auto t) {
     using T = decltype(t);
     const T* in = static_cast<const T*>(x);
     T* out = static_cast<T*>(y);
-    constexpr int few = kPairs<T> ? 16 : 4;
-    if (s.m <= few) return by_rows<T, few>(s, in, w, wide.get(), out);
+    constexpr int few = kPairs<T> ? 8 : 4;
+    if (s.m <= few) return by_rows<T, few>(s, in, w, wide.get(), lora, out);
     const int64_t chunk = chunk_of(s.m, kChunk);
-    for (int64_t m = 0; m < s.m; m += chunk)
-      many_rows<T>({at_most(chunk, s.m - m), s.n, s.k}, in + m * s.k, w, wide.get(), out + m * s.n);
+    for (int64_t m = 0; m < s.m; m += chunk) {
+      Nf4Lora own = lora;
+      own.u += m * lora.r;
+      many_rows<T>({at_most(chunk, s.m - m), s.n, s.k}, in + m * s.k, w, wide.get(), own, out + m * s.n);
+    }
   });
 }
 
-void nf4_dgrad(const Nf4Linear& s, Dtype type, const void* g, const Nf4& w, void* dx) {
+void nf4_dgrad(const Nf4Linear& s, Dtype type, const void* g, const Nf4& w, const Nf4Lora& lora, void* dx) {
   switch_dtype(type, [&](auto t) {
     using T = decltype(t);
     const int64_t chunk = chunk_of(s.m, kBackChunk);
-    for (int64_t m = 0; m < s.m; m += chunk)
-      back<T>({at_most(chunk, s.m - m), s.n, s.k}, static_cast<const T*>(g) + m * s.n, w,
+    for (int64_t m = 0; m < s.m; m += chunk) {
+      Nf4Lora own = lora;
+      own.u += m * lora.r;
+      back<T>({at_most(chunk, s.m - m), s.n, s.k}, m, static_cast<const T*>(g) + m * s.n, w, own,
               static_cast<T*>(dx) + m * s.k);
+    }
   });
 }
 

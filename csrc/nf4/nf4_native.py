@@ -7,6 +7,7 @@ import torch
 from ..common.library import unavailable as unavailable
 
 VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
+ON_CUDA: frozenset[str] = frozenset()  # the ops with CUDA launchers; all have CPU ones
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _launch = torch.ops._peft_kernels
@@ -96,9 +97,11 @@ def why_not_nf4_lora_linear(x, packed, absmax, n, blocksize, a, b, scale, bias, 
 
 
 def nf4_lora_linear(x, packed, absmax, n, blocksize, a, b, scale, bias, p, rng, *nested):
-    x = x.contiguous()
-    y = nf4_linear(x, packed, absmax, n, blocksize, bias, *nested)
-    return y, _launch.lora_add_.default(y, x, a.contiguous(), b.contiguous(), scale, p, rng)
+    absmax, nested = _whole(absmax, *nested)
+    x, a, b = x.contiguous(), a.contiguous(), b.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    args = (x, _bytes(packed), absmax, blocksize, a, b, scale, bias, p, rng)
+    return _launch.nf4_lora_linear.default(*args, *nested)
 
 
 def why_not_nf4_lora_linear_backward(g, x, packed, absmax, blocksize, a, b, *rest) -> str:
@@ -107,8 +110,7 @@ def why_not_nf4_lora_linear_backward(g, x, packed, absmax, blocksize, a, b, *res
 
 def nf4_lora_linear_backward(g, x, packed, absmax, blocksize, a, b, t, scale, p, rng, *rest):
     *nested, needs = rest
+    absmax, nested = _whole(absmax, *nested)
     g, x, a, b = (v.contiguous() for v in (g, x, a, b))
-    dx = nf4_linear_dgrad(g, packed, absmax, x.shape[-1], blocksize, *nested) if needs[0] else None
-    da, db = _launch.lora_backward_.default(dx, g, x, a, b, t, scale, p, rng, needs[1], needs[2])
-    outs = zip((dx, da, db), (x, a, b), needs, strict=True)
-    return tuple(out if need else like.new_empty(0) for out, like, need in outs)
+    args = (g, x, _bytes(packed), absmax, blocksize, a, b, t, scale, p, rng)
+    return _launch.nf4_lora_linear_backward.default(*args, *nested, *needs)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import peft_kernels as pk
 from peft_kernels.bench.measure import peak_bytes
-from peft_kernels.check import DTYPES, compare
+from peft_kernels.check import DTYPES, compare, double, outputs
 from peft_kernels.ops import nf4
 
 OPS = pk.ops.all_ops()
@@ -271,22 +271,49 @@ def test_the_kernels_have_the_bits_of_the_reference(n, k, blocksize, dtype, magn
     blocksize=st.sampled_from((32, 64, 256, 4096)),
     dtype=st.sampled_from(DTYPES),
     nested=st.booleans(),
+    r=st.sampled_from((0, 1, 8, 19, 200)),
+    p=st.sampled_from((0.0, 0.3)),
 )
-def test_linear_layers_on_any_shape(m, n, k, blocksize, dtype, nested):
-    """y and dx against fp64, by the law of all ops."""
+def test_linear_layers_on_any_shape(m, n, k, blocksize, dtype, nested, r, p):
+    """Every result against fp64, by the law of all ops."""
     packed, absmax, nested = packed_weight(n, k, blocksize, nested, seed=m)
     made = torch.Generator().manual_seed(m)
     x, g, bias = (torch.randn(s, generator=made).to(dtype) for s in ((m, k), (m, n), (n,)))
-    rest = (*(nested.values() or (None,) * 3), 256)
-    for op, args in (
-        (OPS["nf4_linear"], (x, packed, absmax, n, blocksize, bias, *rest)),
-        (OPS["nf4_linear_dgrad"], (g, packed, absmax, k, blocksize, *rest)),
+    a, b = (torch.randn(s, generator=made) for s in ((r, k), (n, r)))
+    rest, lora = (*(nested.values() or (None,) * 3), 256), (a * k**-0.5, b, 0.5)
+    drop = (p, torch.tensor([m, n]) if p else None)
+    forward = (x, packed, absmax, n, blocksize, *lora, bias, *drop, *rest)
+    t = OPS["nf4_lora_linear"].reference(*forward)[1]
+    for name, args in (
+        ("nf4_linear", (x, packed, absmax, n, blocksize, bias, *rest)),
+        ("nf4_linear_dgrad", (g, packed, absmax, k, blocksize, *rest)),
+        ("nf4_lora_linear", forward),
+        ("nf4_lora_linear_backward", (g, x, packed, absmax, blocksize, *lora[:2], t, 0.5, *drop, *rest, (True,) * 3)),
     ):
+        op = OPS[name]
         with pk.backend("cpu"):
             ours = op.run(*args)
-        wide = tuple(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
-        _, wrong = compare(ours, op.reference(*args), op.reference(*wide))
-        assert not wrong, f"{op.name} {m=} {n=} {k=} {blocksize=} {dtype=}: {wrong}"
+        results = (ours, op.reference(*args), op.reference(*double(args)))
+        for own, plain, truth in zip(*map(outputs, results), strict=True):
+            _, wrong = compare(own, plain, truth)
+            assert not wrong, f"{name} {m=} {n=} {k=} {blocksize=} {dtype=} {r=} {p=}: {wrong}"
+
+
+@pytest.mark.parametrize("m", [1, 4, 9, 300])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_lora_is_accumulated_before_the_only_rounding(m, p):
+    """Sums of fp16 operands are those of the same numbers in fp32, so a result has their bits, rounded."""
+    packed, absmax, _ = packed_weight(50, 224)
+    x, g, a, b = (torch.randn(s).half() for s in ((m, 224), (m, 50), (7, 224), (50, 7)))
+    drop, own = (p, torch.tensor([1, 2]) if p else None), (None, None, None, 256)
+    results = []
+    for cast in (torch.half, torch.float):
+        xc, gc, ac, bc = (t.to(cast) for t in (x, g, a, b))
+        with pk.backend("cpu"):
+            y, t = OPS["nf4_lora_linear"].run(xc, packed, absmax, 50, 64, ac, bc, 0.5, None, *drop, *own)
+            back = (gc, xc, packed, absmax, 64, ac, bc, t, 0.5, *drop, *own, (True, False, False))
+            results.append((y, OPS["nf4_lora_linear_backward"].run(*back)[0]))
+    assert all(torch.equal(low, wide.half()) for low, wide in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("m", [1, 3, 8, 70, 600])
@@ -352,6 +379,8 @@ from peft_kernels import _C
 assert _C.cpu_isa() == own.sys.argv[1]
 own.test_the_kernels_have_the_bits_of_the_reference()
 own.test_linear_layers_on_any_shape()
+for m in (1, 9):
+    own.test_lora_is_accumulated_before_the_only_rounding(m, 0.3)
 for m in (1, 8, 70):
     own.test_rows_and_blocks_that_are_not_finite_stay_apart(m)
 """
