@@ -32,13 +32,21 @@ def _runnable():
             yield pytest.param(op, name, device, id=f"{op.name}-{name}-{device}", marks=marks)
 
 
+def _slowly(params):
+    """For laws that run several kernels, which takes NF4's linear layers long in the interpreter: slow tests there."""
+    slow = [p.values[1] == "triton" and p.values[0].name.startswith("nf4_l") for p in params]
+    return [
+        pytest.param(*p.values, id=p.id, marks=[*p.marks, pytest.mark.slow] if s else p.marks)
+        for p, s in zip(params, slow, strict=True)
+    ]
+
+
 RUNNABLE = list(_runnable())
+RUNNABLE_BACK = [p for p in RUNNABLE if p.values[0].gradient is not None]
 LORA_BACKENDS = [p.values[1] for p in RUNNABLE if p.values[0].name == "lora_add" and p.values[2] == "cpu"]
 every_kernel = pytest.mark.parametrize(("op", "name", "device"), RUNNABLE)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-differentiable_kernels = pytest.mark.parametrize(
-    ("op", "name", "device"), [p for p in RUNNABLE if p.values[0].gradient is not None]
-)
+differentiable_kernels = pytest.mark.parametrize(("op", "name", "device"), RUNNABLE_BACK)
 every_differentiable = pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
 
 
@@ -50,7 +58,7 @@ def _assert_as_good(out, plain, truth, what):
 def test_the_kernels_are_here():
     """Neither the binary nor Triton may be missing where the laws below are claimed to have run."""
     names = {(p.values[0].family, p.values[1]) for p in RUNNABLE}
-    assert {("lora", "cpu"), ("lora", "triton"), ("rescale", "cpu")} <= names
+    assert {("lora", "cpu"), ("lora", "triton"), ("nf4", "triton"), ("rescale", "cpu")} <= names
 
 
 @every_kernel
@@ -72,7 +80,7 @@ def test_error(op, name, device, dtype):
             _assert_as_good(out, p, t, f"{sample.id}, output {i}")
 
 
-@differentiable_kernels
+@pytest.mark.parametrize(("op", "name", "device"), _slowly(RUNNABLE_BACK))
 @every_dtype
 def test_gradient_is_the_vjp_of_the_reference(op, name, device, dtype):
     for sample in op.samples(dtype, device):
@@ -84,7 +92,7 @@ def test_gradient_is_the_vjp_of_the_reference(op, name, device, dtype):
             _assert_as_good(g, p, t, f"{sample.id}, gradient of argument {sample.differentiable[i]}")
 
 
-@differentiable_kernels
+@pytest.mark.parametrize(("op", "name", "device"), _slowly(RUNNABLE_BACK))
 def test_each_gradient_alone(op, name, device):
     """Asking for one gradient gives the bits that asking for all gives; of kernels that are interpreted, in turn."""
     slow = device == "cpu" and name in ("triton", "cuda")

@@ -15,7 +15,7 @@ from peft_kernels.check import DTYPES, compare, double, outputs
 from peft_kernels.ops import nf4
 
 OPS = pk.ops.all_ops()
-every_backend = pytest.mark.parametrize("backend", ["reference", "cpu"])
+every_backend = pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 
 
 def packed_weight(n, k, blocksize=64, nested=False, seed=0):

@@ -1,0 +1,170 @@
+"""The Triton kernels compile for real GPUs, on a machine that has none.
+
+A child process, where Triton does not interpret, runs them on CPU tensors under a driver that only names a target: each
+launch compiles exactly what a GPU of that target would run, down to the cubin, and stops there.
+"""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+SMEM = 99 * 1024  # the most a block may have on sm_86 and sm_89, the smallest of the GPUs served
+MARKS = {
+    "mma": r"mma\.sync|wgmma",
+    "tf32": "tf32",
+    "atomic": r"\b(atom|red)\.",
+    "pipelined": r"cp\.async",
+    "fma": r"\bfma\.",
+    "approximate": r"\bdiv\.(full|approx)|\brcp\.approx",
+}
+
+
+def _lora(dtype, adapter, m, k, n, r):
+    """One adapter. Dropout is in x's kernels and not in g's, so one p compiles both."""
+    import torch
+
+    from peft_kernels.kernels.lora import lora_triton
+
+    x, y = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype)
+    a, b = torch.empty(r, k, dtype=adapter), torch.empty(n, r, dtype=adapter)
+    rng = torch.tensor([1, 2])
+    t = lora_triton.add_(y, x, a, b, 2.0, 0.1, rng)
+    lora_triton.backward_(torch.empty_like(x), y, x, a, b, t, 2.0, 0.1, rng, True, True)
+
+
+def _lora_by_plan(dtype, adapter, m, k, n, r):
+    """Four adapters, rows by a plan."""
+    import torch
+
+    from peft_kernels.kernels.lora import lora_triton
+    from peft_kernels.kernels.lora.plan import plan
+
+    x, y, rng = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype), torch.tensor([1, 2])
+    ids = torch.arange(m, dtype=torch.int32) % 4
+    bank = (
+        torch.empty(4 * r, k, dtype=adapter),
+        torch.empty(4 * r, n, dtype=adapter),
+        torch.arange(5) * r,
+        torch.ones(4),
+    )
+    args = (x, *bank, ids, plan(ids, bank[2], 64 if r == 16 else 16), r, 0.1, rng)
+    lora_triton.multi_add_(y, *args)
+    lora_triton.multi_backward_(torch.empty_like(x), y, *args, True, True)
+    if dtype == adapter == torch.bfloat16 and r == 16:
+        lora_triton.apply_(y, x, bank[0].repeat(2, 1), *args[2:-2], [n // 2, n // 2])
+
+
+def _nf4(dtype, adapter, m, k, n, r, blocksize, nested):
+    """Quantised, read back, and a linear layer, forward and backward."""
+    import torch
+
+    from peft_kernels.kernels.nf4 import nf4_triton
+
+    x, g, rng = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype), torch.tensor([1, 2])
+    a, b, bias = (torch.empty(s, dtype=adapter) for s in ((r, k), (n, r), (n,)))
+    packed, absmax = nf4_triton.quantize_nf4(torch.empty(n, k, dtype=dtype), blocksize)
+    second = (None, None, None, 256)
+    if nested:
+        code = torch.empty(256)
+        q, absmax, offset = nf4_triton.quantize_absmax(absmax, code, 256)
+        second = (q, code, offset, 256)
+        nf4_triton.dequantize_absmax(q, absmax, code, offset, 256)
+    else:
+        nf4_triton.nf4_linear(x, packed, absmax, n, blocksize, bias, *second)
+    nf4_triton.dequantize_nf4(packed, absmax, (n, k), blocksize, dtype, *second)
+    lora = (a, b, 2.0, bias, 0.1, rng)
+    _, t = nf4_triton.nf4_lora_linear(x, packed, absmax, n, blocksize, *lora, *second)
+    lora = (a, b, t, 2.0, 0.1, rng)
+    nf4_triton.nf4_lora_linear_backward(g, x, packed, absmax, blocksize, *lora, *second, (True, True, True))
+
+
+# id: x's dtype, the adapter's dtype, M, K, N, r
+LORA = {
+    "fp32": ("float32", "float32", 512, 1024, 1024, 16),
+    "bf16": ("bfloat16", "bfloat16", 512, 1024, 1024, 16),
+    "mixed_fp16": ("float16", "float32", 512, 1024, 1024, 16),
+    "wide_rank": ("bfloat16", "float32", 512, 1024, 1024, 200),
+    "odd_decode": ("bfloat16", "bfloat16", 1, 100, 51, 3),
+}
+# and the block size, and whether the scales are quantised
+NF4 = {
+    "fp32": ("float32", "float32", 512, 1024, 1024, 16, 4096, False),
+    "bf16": ("bfloat16", "bfloat16", 512, 1024, 1024, 16, 64, True),
+    "odd_decode": ("float16", "float32", 1, 101, 51, 3, 32, True),
+}
+LORA_KERNELS = {"lora_shrink_kernel", "lora_expand_kernel", "lora_wgrad_kernel"}
+NF4_PRODUCT, NF4_EXACT = {"nf4_product_kernel"}, {"nf4_quantize_kernel", "nf4_dequantize_kernel"}
+# what launches, on which cases; kernels of products, those with a loop long enough to pipeline, those with exact bits
+FAMILIES = {
+    "lora": ((_lora, _lora_by_plan), LORA, LORA_KERNELS, LORA_KERNELS - {"lora_expand_kernel"}, set()),
+    "nf4": ((_nf4,), NF4, NF4_PRODUCT, NF4_PRODUCT, NF4_EXACT),
+}
+
+
+def compile_cases(capability: int, family: str) -> None:
+    """One JSON line per compiled kernel: case, kernel, shared memory and what its PTX holds."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    class Driver:
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
+
+    compiled = []
+    launch = JITFunction.run
+
+    def run(kernel, *args, grid, warmup, **options):
+        if kernel.__name__.startswith(family):  # not those of another family
+            compiled.append((kernel.__name__, launch(kernel, *args, grid=grid, warmup=True, **options)))
+
+    triton.runtime.driver.set_active(Driver())
+    JITFunction.run = run
+    launches, cases, *_ = FAMILIES[family]
+    for (case, (low, high, *sizes)), launch_all in itertools.product(cases.items(), launches):
+        launch_all(getattr(torch, low), getattr(torch, high), *sizes)
+        for name, kernel in compiled:
+            ptx = kernel.asm["ptx"]
+            found = [mark for mark, pattern in MARKS.items() if re.search(pattern, ptx)]
+            found += ["contracts"] * kernel.metadata.enable_fp_fusion
+            ok = bool(kernel.asm["cubin"]) and f".target sm_{capability}" in ptx
+            print(json.dumps((case + launch_all.__name__, name, ok, kernel.metadata.shared, found)))
+        compiled.clear()
+
+
+@pytest.mark.parametrize(
+    ("family", "capability"),
+    [("lora", 80), ("lora", 90), ("nf4", 80), pytest.param("nf4", 90, marks=pytest.mark.slow)],
+)
+def test_compiles_for(family, capability, tmp_path):
+    pytest.importorskip("triton")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    child = subprocess.run([sys.executable, __file__, str(capability), family], env=env, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    compiled = [json.loads(line) for line in child.stdout.splitlines()]
+    launches, cases, products, loops, exact = FAMILIES[family]
+    for case in (case + launch.__name__ for case in cases for launch in launches):
+        assert {name for at, name, *_ in compiled if at == case} >= products | exact, case
+    for case, name, ok, shared, found in compiled:
+        where = f"{case} {name}: {shared} bytes of shared memory, {found}"
+        assert ok and shared <= SMEM, where
+        assert not {"tf32", "atomic"} & set(found), where  # fp32 stays fp32, runs stay bit-identical
+        if name in products:
+            assert ("mma" in found) != case.startswith("fp32"), where
+        if name in loops and not case.startswith("odd_decode"):
+            assert "pipelined" in found, where  # loads are pipelined, which needs them to be vectors
+        if name in exact:
+            assert not {"fma", "approximate"} & set(found), where  # the bits of the reference
+        assert family != "nf4" or "contracts" not in found, where  # scales of the second level round twice
+
+
+if __name__ == "__main__":
+    compile_cases(int(sys.argv[1]), sys.argv[2])
