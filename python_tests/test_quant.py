@@ -499,23 +499,24 @@ print(peak - start, pk.footprint(model).bytes, 4 * n * n)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_quantize_streams(tmp_path):
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_quantize_streams(tmp_path, name):
     """A model whose dense weights are pages of a file needs its quantised weights and the layer at hand."""
     from safetensors.torch import save_file
 
     save_file({f"{i}.weight": torch.randn(1024, 1024) for i in range(24)}, tmp_path / "model.safetensors")
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
     done = subprocess.run(
-        [sys.executable, "-c", _STREAMED, str(tmp_path / "model.safetensors"), "nf4"],
+        [sys.executable, "-c", _STREAMED, str(tmp_path / "model.safetensors"), name],
         capture_output=True,
         text=True,
         check=True,
         env=environment,
     )
     peak, quantised, one = map(int, done.stdout.split())
-    print(peak, quantised, one)
-    assert quantised < 0.14 * 24 * one
-    assert peak < quantised + 6 * one  # of 24: the layer, and what is computed on the way
+    kernel = name == "int8" or not pk.ops.all_ops()["quantize_nf4"].backends()["cpu"]
+    assert quantised < (0.14 if name == "nf4" else 0.26) * 24 * one
+    assert peak < quantised + (1 if kernel else 4) * one  # of 24; plain torch holds more on the way to NF4
 
 
 # -- every method -----------------------------------------------------------------------------------------------------
