@@ -24,6 +24,9 @@ def table(summary: dict[str, Any]) -> str:
         check, note = "yes", f"largest {_task(summary).score} difference {merged['largest_difference']:.1e}"
         if "same" in merged:
             check, note = f"{merged['same']:,} of {merged['of']:,}", f"predictions the same; {note}"
+    base = summary["base"]
+    layers = ", ".join(f"{n} layers in {kind}" for kind, n in base["packed"].items())
+    packed = f"{layers}; dense it is {size(base['dense_bytes'])}" if layers else "dense"
     epochs = len(summary["epochs"])
     stopped = f", stopped early of {settings['epochs']}" if epochs < settings["epochs"] else ""
     resumed = "; since it was resumed" if seconds["resumed"] else ""
@@ -34,6 +37,7 @@ def table(summary: dict[str, Any]) -> str:
         ("rank", f"{n.rank:,}", "of the change, summed over its matrices"),
         ("stored", f"{n.stored:,}", "numbers in the adapter"),
         ("total", f"{n.total:,}", "numbers in the model"),
+        ("model in memory", size(base["bytes"]), packed),
         ("adapter file", size(summary["adapter_bytes"]), WEIGHTS),
         (
             "training",

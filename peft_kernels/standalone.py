@@ -16,8 +16,10 @@ from .engine.attach import detach, state_of, tuners
 from .engine.merge import MergeReport, merge
 from .engine.store import WEIGHTS, load
 from .files import output, size
+from .quant import footprint
 
 REPORT = "merge.json"
+_INTO = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def standalone(
@@ -29,6 +31,7 @@ def standalone(
 ) -> dict[str, Any]:
     """Writes `source` (None: the model that the adapter names) with the adapter merged, and returns the report.
 
+    A base that the adapter quantises comes out dense again, in the values that it was trained on.
     out: whole or absent; force replaces an earlier one.   dtype: of its weights; None: that of the source.
     What was written is loaded again with plain transformers and compared with model and adapter on random tokens.
     ValueError where the adapter does not fit or the weights of a new part of the model are not in it; RuntimeError
@@ -40,7 +43,8 @@ def standalone(
         _refuse_unknown(model, new)
         tokens = hf.random_tokens(model)
         adapted, kind, base = _logits(model, tokens), type(model).__name__, model.name_or_path
-        done = merge(model, stash=False)
+        packed = footprint(model).packed
+        done = merge(model, into=_INTO[model.dtype] if packed else None, stash=False)
         if done.created:
             raise RuntimeError(
                 f"the adapter gives {kind} {len(done.created)} biases ({done.created[0]} ...) that its class has no "

@@ -926,6 +926,52 @@ def test_packed_tensors_are_sharded(tmp_path):
         assert out.strip().endswith("sharded"), err[-3000:]
 
 
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_tune_reports_a_quantised_base_and_a_sweep_starts_from_a_dense_one(model_dir, tmp_path, capsys, undrawn):
+    for module in ("transformers", "sklearn", "matplotlib"):
+        pytest.importorskip(module)
+    from texts import run, toy, write
+
+    data = write(tmp_path / "toy.tsv", toy())
+    same = ("tune", "--model", model_dir, "--data", data, "--set", "rank=2", "--batch-size", "40", "--json")
+    code, text, err = run(capsys, *same, "--method", "lora", "--out", tmp_path / "dense")
+    assert code == 0, err
+    dense = json.loads(text)
+    assert dense["base"]["packed"] == {}
+    assert dense["base"]["bytes"] == dense["base"]["dense_bytes"]
+    code, text, err = run(capsys, *same, "--method", "qlora", "--out", tmp_path / "swept", "--sweep", "kind=nf4,int8")
+    assert code == 0, err
+    assert json.loads(text)["baseline"] == dense["baseline"]
+    for kind in ("nf4", "int8"):
+        summary = json.loads((tmp_path / "swept" / f"kind-{kind}" / "summary.json").read_text())
+        assert list(summary["base"]["packed"]) == [kind]
+        assert summary["base"]["bytes"] < summary["base"]["dense_bytes"] == dense["base"]["bytes"]
+        assert summary["merge"]["merged"]
+    from peft_kernels import report
+
+    assert "layers in int8; dense it is" in report.table(summary)
+
+
+@every_format
+def test_a_merged_directory_of_a_quantised_model_is_dense(name, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    from texts import run
+
+    make("llama").model.save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    pk.attach(model, pk.QLoRA(rank=2, quantization_aware=True, **FORMATS[name]))
+    pk.save(perturb(model).eval(), tmp_path / "adapter")
+    code, text, err = run(capsys, "merge", "--adapter", tmp_path / "adapter", "--out", tmp_path / "out", "--json")
+    assert code == 0, err
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not packed_layers(plain)
+    ids = torch.tensor([[3, 4, 5]])
+    close(plain(ids).logits, model(ids).logits)
+    assert json.loads(text)["merge"]["error"] < 1e-6
+
+
 # -- looking ----------------------------------------------------------------------------------------------------------
 
 
