@@ -3,8 +3,8 @@
     python benchmarks/qlora.py [--hidden 2048] [--layers 4] [--tokens 512] [--steps 5] [--turns 3] [--json FILE]
 
 Every side is a process of its own, so that its peak memory is its own, and they take turns. A step is forward, backward
-and AdamW on the adapters of all linear layers of a Llama-shaped model in bf16, rank 16, batch of one. The peak memory of
-the process counts from before the model is made; bitsandbytes is left out where it is not installed.
+and AdamW on the adapters of all linear layers of a Llama-shaped model in bf16, rank 16, batch of one. The peak
+memory of a process counts from before the model is made; bitsandbytes is left out where it is not installed.
 """
 
 from __future__ import annotations

@@ -83,9 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default as the model's are"
     )
 
-    merge.add_argument(
-        "--into", choices=("bf16", "fp16", "fp32"), help="make a quantised model dense; default its own format"
-    )
+    merge.add_argument("--packed", action="store_true", help="of a quantised model: pack it again; default dense")
 
     convert = command("convert", _convert, "write a model with its linear layers quantised, file by file")
     convert.add_argument("source", metavar="MODEL_DIR", help="a transformers model in safetensors files")
@@ -334,7 +332,7 @@ def _merge(args: argparse.Namespace) -> None:
     from .standalone import standalone, table
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    report = standalone(args.adapter, args.out, args.model, dtype, args.force, args.into)
+    report = standalone(args.adapter, args.out, args.model, dtype, args.force, args.packed)
     _print(args, report, lambda: f"{table(report)}\n\n{args.out}: {', '.join(report['files'])}")
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from .engine.counts import Counts
 from .engine.store import WEIGHTS
 from .files import size
-from .quant import Footprint
 from .tasks import Metric, tasks
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -18,13 +17,16 @@ from .tasks import Metric, tasks
 def table(summary: dict[str, Any]) -> str:
     """The one table that a run prints."""
     n, merged, seconds = Counts(**summary["counts"]), summary["merge"], summary["seconds"]
-    settings, data, base = summary["settings"], summary["data"], Footprint(**summary["base"])
+    settings, data = summary["settings"], summary["data"]
     if not merged["merged"]:
         check, note = "no", merged["reason"]
     else:
         check, note = "yes", f"largest {_task(summary).score} difference {merged['largest_difference']:.1e}"
         if "same" in merged:
             check, note = f"{merged['same']:,} of {merged['of']:,}", f"predictions the same; {note}"
+    base = summary["base"]
+    layers = ", ".join(f"{n} layers in {kind}" for kind, n in base["packed"].items())
+    packed = f"{layers}; dense it is {size(base['dense_bytes'])}" if layers else "dense"
     epochs = len(summary["epochs"])
     stopped = f", stopped early of {settings['epochs']}" if epochs < settings["epochs"] else ""
     resumed = "; since it was resumed" if seconds["resumed"] else ""
@@ -35,7 +37,7 @@ def table(summary: dict[str, Any]) -> str:
         ("rank", f"{n.rank:,}", "of the change, summed over its matrices"),
         ("stored", f"{n.stored:,}", "numbers in the adapter"),
         ("total", f"{n.total:,}", "numbers in the model"),
-        ("base model", size(base.bytes), _formats(base)),
+        ("model in memory", size(base["bytes"]), packed),
         ("adapter file", size(summary["adapter_bytes"]), WEIGHTS),
         (
             "training",
@@ -51,11 +53,6 @@ def table(summary: dict[str, Any]) -> str:
     ]
     what = f"{len(data['classes'])} classes" if data["classes"] else summary["task"]
     return _lined(f"{_about(summary)}, {what}", rows)
-
-
-def _formats(base: Footprint) -> str:
-    packed = ", ".join(f"{n} layers in {kind}" for kind, n in base.packed.items())
-    return f"{packed}, {base.bytes / base.dense_bytes:.1%} of {size(base.dense_bytes)}" if packed else "dense"
 
 
 def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:

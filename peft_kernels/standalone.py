@@ -16,8 +16,10 @@ from .engine.attach import detach, state_of, tuners
 from .engine.merge import MergeReport, merge
 from .engine.store import WEIGHTS, load
 from .files import output, size
+from .quant import footprint
 
 REPORT = "merge.json"
+_INTO = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def standalone(
@@ -26,12 +28,12 @@ def standalone(
     source: str | None = None,
     dtype: torch.dtype | None = None,
     force: bool = False,
-    into: str | None = None,
+    packed: bool = False,
 ) -> dict[str, Any]:
     """Writes `source` (None: the model that the adapter names) with the adapter merged, and returns the report.
 
+    A quantised base comes out dense, in the values that it was trained on; packed: the merged weights are packed again.
     out: whole or absent; force replaces an earlier one.   dtype: of its weights; None: that of the source.
-    into: as of pk.merge, "bf16" and so on makes the packed layers of a quantised model dense; None packs them again.
     What was written is loaded again with plain transformers and compared with model and adapter on random tokens.
     ValueError where the adapter does not fit or the weights of a new part of the model are not in it; RuntimeError
     where model and adapter have no form as weights of the same class.
@@ -42,6 +44,7 @@ def standalone(
         _refuse_unknown(model, new)
         tokens = hf.random_tokens(model)
         adapted, kind, base = _logits(model, tokens), type(model).__name__, model.name_or_path
+        into = _INTO[model.dtype] if footprint(model).packed and not packed else None
         done = merge(model, into=into, stash=False)
         if done.created:
             raise RuntimeError(

@@ -122,7 +122,8 @@ def tune(job: Job, *, progress: bool = True) -> dict[str, Any]:
 class Setup:
     """What does not depend on the method: rows, model, tokenizer, and the figures before tuning.
 
-    A sweep shares one among its runs: each attaches to the same model and comes off without a trace.
+    A sweep shares one among its runs: each attaches to the same model and comes off without a trace, or, where it has
+    quantised the model, the next loads it again.
     """
 
     def __init__(self, job: Job):
@@ -145,16 +146,19 @@ class Setup:
         for name, path in job.eval_data:
             self.rows[name] = read_test(path, columns, parse=kind.parse)
             self.task.check(path, self.rows[name])
-        torch.manual_seed(job.seed)  # a new head's first values
-        self.model, self.tokenizer = self.task.load(job.model, job.model_dropout)
+        self.load(job)
         self.length = _length(job, hf.max_length(self.model, self.tokenizer))
-        if job.checkpointing:
-            hf.checkpoint_blocks(self.model)
-        self.model.to(job.device or ("cuda" if job.on_cuda else "cpu"))
         self.examples = {name: self.task.encode(self.tokenizer, rows, self.length) for name, rows in self.rows.items()}
         self.batch_size, self.seed = job.batch_size, job.seed
         self.baseline: dict[str, Any] = {}
         self.before: dict[str, dict[str, float]] = {}
+
+    def load(self, job: Job) -> None:
+        torch.manual_seed(job.seed)  # a new head's first values
+        self.model, self.tokenizer = self.task.load(job.model, job.model_dropout)
+        if job.checkpointing:
+            hf.checkpoint_blocks(self.model)
+        self.model.to(job.device or ("cuda" if job.on_cuda else "cpu"))
 
     def batches(self, name: str, batch_size: int | None = None) -> Batches:
         size = self.batch_size if batch_size is None else batch_size
@@ -163,8 +167,16 @@ class Setup:
     def try_on(self, job: Job) -> None:
         """Attaches and detaches, so that a method that does not fit costs no waiting."""
         detach(self.attach(job))
+        self.renew(job)
+
+    def renew(self, job: Job) -> None:
+        """Loads the model again if a method has quantised it."""
+        if footprint(self.model).packed:
+            del self.model
+            self.load(job)
 
     def attach(self, job: Job) -> nn.Module:
+        self.renew(job)
         train = job.trained(self.task, self.model)
         return attach(self.model, job.method, job.targets, seed=job.seed, train=train)
 
@@ -261,7 +273,7 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
         },
         "epochs": [row for row in log if f"{watched}_loss" in row],
         "counts": asdict(counts(model)),
-        "base": asdict(footprint(model)),
+        "base": _base(model),
         "merge": merged_check(model, task, setup.batches("test"), scores),
         "peak_memory_bytes": peak_memory(job.on_cuda),
         "adapter_bytes": (directory / WEIGHTS).stat().st_size,
@@ -280,6 +292,11 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
     report.draw(directory / PICTURE, log, summary)
     (directory / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def _base(model: nn.Module) -> dict[str, Any]:
+    found = footprint(model)
+    return {"bytes": found.bytes, "dense_bytes": found.dense_bytes, "packed": found.packed}
 
 
 def _length(job: Job, longest: int | None) -> int:

@@ -79,7 +79,7 @@ def test_a_new_head_on_packed_files(tmp_path):
     assert 0 < model.classifier.weight.std() < 0.1 and not model.classifier.bias.any()
 
 
-def test_an_adapter_finds_its_packed_base_and_merges_into_it_or_dense(tmp_path):
+def test_an_adapter_finds_its_packed_base_and_merges_into_it_or_dense(capsys, tmp_path):
     case = saved("llama", tmp_path / "dense")
     convert(tmp_path / "dense", tmp_path / "packed", progress=False)
     model, _ = hf.load_model(str(tmp_path / "packed"))
@@ -88,22 +88,15 @@ def test_an_adapter_finds_its_packed_base_and_merges_into_it_or_dense(tmp_path):
     adapted = logits(case, model)
     again, _ = hf.load_base(tmp_path / "adapter")
     torch.testing.assert_close(logits(case, pk.load(again, tmp_path / "adapter")), adapted, atol=0, rtol=0)
-    for into, dtype in (((), "nf4"), (("--into", "fp32"), None)):
-        out = tmp_path / f"merged{dtype}"
-        assert run_merge(tmp_path / "adapter", out, *into) == 0
+    for words, into, packed in ((("--packed",), None, ["nf4"]), ((), "fp32", [])):
+        out = tmp_path / f"merged{into}"
+        code, _, _ = run(capsys, "merge", "--adapter", tmp_path / "adapter", "--out", out, *words)
         found, _ = hf.load_model(str(out))
-        assert list(footprint(found).packed) == ([dtype] if dtype else [])
-        pk.merge(model, into=into[1] if into else None)
+        assert code == 0 and list(footprint(found).packed) == packed
+        pk.merge(model, into=into)
         torch.testing.assert_close(logits(case, found), logits(case, model), atol=1e-5, rtol=1e-5)
-        if into:
-            torch.testing.assert_close(logits(case, found), adapted, atol=1e-5, rtol=1e-5)
         pk.unmerge(model)
-
-
-def run_merge(adapter, out, *words):
-    from peft_kernels.cli import main
-
-    return main(["merge", "--adapter", str(adapter), "--out", str(out), "--json", *words])
+    torch.testing.assert_close(logits(case, found), adapted, atol=1e-5, rtol=1e-5)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

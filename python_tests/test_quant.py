@@ -499,23 +499,24 @@ print(peak - start, pk.footprint(model).bytes, 4 * n * n)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_quantize_streams(tmp_path):
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_quantize_streams(tmp_path, name):
     """A model whose dense weights are pages of a file needs its quantised weights and the layer at hand."""
     from safetensors.torch import save_file
 
     save_file({f"{i}.weight": torch.randn(1024, 1024) for i in range(24)}, tmp_path / "model.safetensors")
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
     done = subprocess.run(
-        [sys.executable, "-c", _STREAMED, str(tmp_path / "model.safetensors"), "nf4"],
+        [sys.executable, "-c", _STREAMED, str(tmp_path / "model.safetensors"), name],
         capture_output=True,
         text=True,
         check=True,
         env=environment,
     )
     peak, quantised, one = map(int, done.stdout.split())
-    print(peak, quantised, one)
-    assert quantised < 0.14 * 24 * one
-    assert peak < quantised + 6 * one  # of 24: the layer, and what is computed on the way
+    kernel = name == "int8" or not pk.ops.all_ops()["quantize_nf4"].backends()["cpu"]
+    assert quantised < (0.14 if name == "nf4" else 0.26) * 24 * one
+    assert peak < quantised + (1 if kernel else 4) * one  # of 24; plain torch holds more on the way to NF4
 
 
 # -- every method -----------------------------------------------------------------------------------------------------
@@ -923,6 +924,52 @@ def test_packed_tensors_are_sharded(tmp_path):
     for run in runs:
         out, err = run.communicate(timeout=120)
         assert out.strip().endswith("sharded"), err[-3000:]
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_tune_reports_a_quantised_base_and_a_sweep_starts_from_a_dense_one(model_dir, tmp_path, capsys, undrawn):
+    for module in ("transformers", "sklearn", "matplotlib"):
+        pytest.importorskip(module)
+    from texts import run, toy, write
+
+    data = write(tmp_path / "toy.tsv", toy())
+    same = ("tune", "--model", model_dir, "--data", data, "--set", "rank=2", "--batch-size", "40", "--json")
+    code, text, err = run(capsys, *same, "--method", "lora", "--out", tmp_path / "dense")
+    assert code == 0, err
+    dense = json.loads(text)
+    assert dense["base"]["packed"] == {}
+    assert dense["base"]["bytes"] == dense["base"]["dense_bytes"]
+    code, text, err = run(capsys, *same, "--method", "qlora", "--out", tmp_path / "swept", "--sweep", "kind=nf4,int8")
+    assert code == 0, err
+    assert json.loads(text)["baseline"] == dense["baseline"]
+    for kind in ("nf4", "int8"):
+        summary = json.loads((tmp_path / "swept" / f"kind-{kind}" / "summary.json").read_text())
+        assert list(summary["base"]["packed"]) == [kind]
+        assert summary["base"]["bytes"] < summary["base"]["dense_bytes"] == dense["base"]["bytes"]
+        assert summary["merge"]["merged"]
+    from peft_kernels import report
+
+    assert "layers in int8; dense it is" in report.table(summary)
+
+
+@every_format
+def test_a_merged_directory_of_a_quantised_model_is_dense(name, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    from texts import run
+
+    make("llama").model.save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    pk.attach(model, pk.QLoRA(rank=2, quantization_aware=True, **FORMATS[name]))
+    pk.save(perturb(model).eval(), tmp_path / "adapter")
+    code, text, err = run(capsys, "merge", "--adapter", tmp_path / "adapter", "--out", tmp_path / "out", "--json")
+    assert code == 0, err
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not packed_layers(plain)
+    ids = torch.tensor([[3, 4, 5]])
+    close(plain(ids).logits, model(ids).logits)
+    assert json.loads(text)["merge"]["error"] < 1e-6
 
 
 # -- looking ----------------------------------------------------------------------------------------------------------

@@ -88,6 +88,7 @@ def test_prints_json_or_one_table(capsys, model_dir, data_file, tmp_path):
 
 
 OF_OTHERS = {
+    "qlora": "rank=8",  # no layer of the model takes the default
     "gated": "inner=lora",
     "union": "members=lora,ia3",
     "bylayer": 'members=[{"method": {"method": "lora", "rank": 2}, "layers": [0]}, "ia3"]',

@@ -13,7 +13,8 @@ from ..engine.packed import Stored
 from .layer import QuantLinear, weight_of
 
 _FORMAT = "weight_format"
-_FEW = 8  # rows of x for which torch's int8 kernel beats a dense product with the weight read
+_FEW = {torch.float32: 2, torch.bfloat16: 32}  # rows of x for which torch's int8 kernel beats a dense product
+_BLOCK = 2**18  # numbers of a weight that are quantised at a time
 
 
 class Int8Linear(QuantLinear):
@@ -66,25 +67,22 @@ class Int8Linear(QuantLinear):
     # -- the packed weight ------------------------------------------------------------------------------------------
 
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
-        w = weight.detach().float().contiguous()
-        scb = w.abs().amax(1) if w.shape[1] else w.new_zeros(len(w))
-        scb = torch.where(scb.isfinite(), scb, torch.nan)  # a row that is not finite is NaN throughout
-        q = (w * (127.0 / scb).clamp(max=torch.finfo(torch.float32).max)[:, None]).round()
-        q = q.nan_to_num(0.0).clamp(-127, 127).to(torch.int8)
-        return {"weight": q.contiguous(), "scb": scb}
+        rows = max(_BLOCK // max(weight.shape[1], 1), 1)  # at a time: little is held beside the weight
+        parts = [_quantized(part) for part in weight.detach().split(rows)]
+        return {"weight": torch.cat([q for q, _ in parts]), "scb": torch.cat([scb for _, scb in parts])}
 
     def read(self, stored: Stored, dtype: torch.dtype) -> Tensor:
-        wide = torch.promote_types(dtype, torch.float32)
-        return (stored["weight"].detach().to(wide) * (stored["scb"].to(wide) / 127)[:, None]).to(dtype)
+        return _read(stored["weight"], stored["scb"], dtype)
 
     def linear(self, x: Tensor, stored: Stored) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if _kernel_takes(x, stored["weight"]):
-            y = _Int8.apply(x, stored["weight"], stored["scb"])
-            return y if bias is None else y + bias
-        return F.linear(x, self.read(stored, x.dtype), bias)
+        # A transform of torch.func knows no autograd.Function.
+        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+            return F.linear(x, self.read(stored, x.dtype), bias)
+        y = _Int8.apply(x, stored["weight"], stored["scb"])
+        return y if bias is None else y + bias
 
     def lora_linear(self, x: Tensor, a: Tensor, b: Tensor, scale: Any, *, p: float, rng: Tensor | None) -> Tensor:
         return ops.lora_add_(self.linear(x, self.stored()), x, a, b, scale, p=p, rng=rng)
@@ -107,28 +105,45 @@ class Int8Linear(QuantLinear):
         return {"weight": weight, "scb": scb.detach().float()}
 
 
-def _kernel_takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's kernel serves the call: a few rows, of which it reads 32 numbers at a time."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):  # sums in fp16 overflow
-        return False
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        return False  # a transform, which knows no autograd.Function
-    if not x.numel() or weight.shape[1] % 32:
-        return False
-    return x.numel() // x.shape[-1] <= _FEW
-
-
 class _Int8(torch.autograd.Function):
-    """x [..., in] times an int8 weight and its row scales, by torch's kernel."""
+    """x [..., in] times an int8 weight and its row scales; kept for the backward: the packed weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scb: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scb)
-        rows = x.reshape(-1, x.shape[-1])
-        y = torch._weight_int8pack_mm(rows, weight, torch.ones(len(weight), dtype=x.dtype))
-        return (y.float() * (scb / 127)).to(x.dtype).view(*x.shape[:-1], len(weight))
+        if x.dtype == torch.float16:  # in which sums of unscaled products overflow
+            return F.linear(x, _read(weight, scb, x.dtype))
+        rows = x.numel() // max(x.shape[-1], 1)
+        if (
+            x.device.type == "cpu" and 0 < rows <= _FEW.get(x.dtype, 0) and not x.shape[-1] % 32
+        ):  # it reads 32 at a time
+            y = torch._weight_int8pack_mm(x.reshape(rows, -1), weight, torch.ones(len(weight), dtype=x.dtype))
+        else:
+            y = F.linear(x, weight.to(x.dtype))
+        return _scaled(y, scb).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         weight, scb = ctx.saved_tensors
-        return ((g.float() * (scb / 127)).to(g.dtype) @ weight.to(g.dtype)), None, None
+        if g.dtype == torch.float16:
+            return g @ _read(weight, scb, g.dtype), None, None
+        return _scaled(g, scb) @ weight.to(g.dtype), None, None
+
+
+def _scaled(y: Tensor, scb: Tensor) -> Tensor:
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return (y.to(wide) * (scb.to(wide) / 127)).to(y.dtype)
+
+
+def _read(weight: Tensor, scb: Tensor, dtype: torch.dtype) -> Tensor:
+    wide = torch.promote_types(dtype, torch.float32)
+    return (weight.detach().to(wide) * (scb.to(wide) / 127)[:, None]).to(dtype)
+
+
+def _quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8, largest magnitudes) of some rows of a weight."""
+    w = rows.float()
+    scb = w.abs().amax(1) if w.shape[1] else w.new_zeros(len(w))
+    scb = torch.where(scb.isfinite(), scb, torch.nan)  # a row that is not finite is NaN throughout
+    q = (w * (127.0 / scb).clamp(max=torch.finfo(torch.float32).max)[:, None]).round()
+    return q.nan_to_num(0.0).clamp(-127, 127).to(torch.int8), scb
