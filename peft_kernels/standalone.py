@@ -44,7 +44,7 @@ def standalone(
         _refuse_unknown(model, new)
         tokens = hf.random_tokens(model)
         adapted, kind, base = _logits(model, tokens), type(model).__name__, model.name_or_path
-        into = _INTO[model.dtype] if footprint(model).packed and not packed else None
+        into = _INTO[model.dtype] if footprint(model).packed and not packed else None  # type: ignore[index]
         done = merge(model, into=into, stash=False)
         if done.created:
             raise RuntimeError(

@@ -156,6 +156,7 @@ class Setup:
     def load(self, job: Job) -> None:
         torch.manual_seed(job.seed)  # a new head's first values
         self.model, self.tokenizer = self.task.load(job.model, job.model_dropout)
+        self.packed = footprint(self.model).packed  # as its files are
         if job.checkpointing:
             hf.checkpoint_blocks(self.model)
         self.model.to(job.device or ("cuda" if job.on_cuda else "cpu"))
@@ -171,7 +172,7 @@ class Setup:
 
     def renew(self, job: Job) -> None:
         """Loads the model again if a method has quantised it."""
-        if footprint(self.model).packed:
+        if footprint(self.model).packed != self.packed:
             del self.model
             self.load(job)
 

@@ -1,4 +1,4 @@
-"""convert, and loading what it wrote: the result is pk.quantize's, whole or absent, and bad input is told in one line."""
+"""convert, and loading what it wrote: the result is pk.quantize's, whole or absent; bad input is told in a line."""
 
 import json
 
