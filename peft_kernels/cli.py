@@ -82,6 +82,15 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default as the model's are"
     )
 
+    convert = command("convert", _convert, "write a model with its linear layers quantised, as bitsandbytes keeps them")
+    convert.add_argument("source", metavar="SRC", help="directory of a transformers model in safetensors")
+    convert.add_argument("out", metavar="DST", help="directory to write; must not exist")
+    convert.add_argument("--to", default="nf4", choices=("nf4", "int8"), help="default %(default)s")
+    convert.add_argument("--blocksize", type=int, default=64, help="of nf4: weights a scale; default %(default)s")
+    convert.add_argument("--single-quant", action="store_true", help="of nf4: scales in fp32, not in 8 bits")
+    convert.add_argument("--skip", nargs="*", metavar="ROLE", help="what stays dense; default head embed")
+    convert.add_argument("--force", action="store_true", help="replace an earlier result in DST")
+
     explain = command(
         "explain", _explain, "show what a method or an adapter trains, which kernel serves each layer, and why"
     )
@@ -319,6 +328,15 @@ def _merge(args: argparse.Namespace) -> None:
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     report = standalone(args.adapter, args.out, args.model, dtype, args.force)
+    _print(args, report, lambda: f"{table(report)}\n\n{args.out}: {', '.join(report['files'])}")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from .convert import convert, table
+
+    skip = ("head", "embed") if args.skip is None else args.skip
+    settings = {"double_quant": not args.single_quant, "blocksize": args.blocksize, "skip": skip, "force": args.force}
+    report = convert(args.source, args.out, args.to, **settings, progress=not args.json)
     _print(args, report, lambda: f"{table(report)}\n\n{args.out}: {', '.join(report['files'])}")
 
 

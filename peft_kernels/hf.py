@@ -98,6 +98,15 @@ def load_model(
     return model, info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
 
 
+def skeleton(source: str) -> nn.Module:
+    """The model that the config in a directory describes, on the meta device: shapes, no values."""
+    transformers = need("transformers")
+    with _loading(source, "a model"), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(source)
+        cls = getattr(transformers, (config.architectures or [""])[0], None)
+        return transformers.AutoModel.from_config(config) if cls is None else cls(config)
+
+
 def load_base(
     adapter: str | os.PathLike, source: str | None = None, dtype: torch.dtype | None = None
 ) -> tuple[nn.Module, set[str]]:

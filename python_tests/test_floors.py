@@ -16,7 +16,17 @@ PACKAGE = ROOT / "peft_kernels"
 # Lower floors never import higher ones; the two rooms of floor 1 do not know each other.
 FLOORS = {
     **{"files": 0, "kernels": 0, "ops": 1, "engine": 1, "quant": 2, "methods": 3, "explain": 3, "check": 3},
-    **{"hf_trainer": 3, "hf": 4, "bank": 4, "data": 4, "resume": 4, "standalone": 5, "batches": 5, "bench": 5},
+    **{
+        "hf_trainer": 3,
+        "hf": 4,
+        "bank": 4,
+        "data": 4,
+        "resume": 4,
+        "standalone": 5,
+        "convert": 5,
+        "batches": 5,
+        "bench": 5,
+    },
     **{"probe": 6, "tasks": 7, "report": 8, "train": 9, "sweep": 10, "cli": 11, "__main__": 12},
 }
 EXTERNAL = {

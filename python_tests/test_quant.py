@@ -972,6 +972,109 @@ def test_a_merged_directory_of_a_quantised_model_is_dense(name, tmp_path, capsys
     assert json.loads(text)["merge"]["error"] < 1e-6
 
 
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@every_format
+def test_a_converted_directory_is_the_quantised_model(name, family, shards, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    from safetensors.torch import load_file
+    from texts import run
+
+    case = make(family, torch.bfloat16 if family == "llama" else torch.float32)
+    case.model.save_pretrained(tmp_path / "base", max_shard_size="4KB" if shards else "5GB")
+    (tmp_path / "base" / "notes.txt").write_text("kept")
+    settings = FORMATS[name]
+    words = ["--to", settings["kind"], "--blocksize", str(settings.get("blocksize", 64))]
+    words += [] if settings.get("double_quant", True) else ["--single-quant"]
+    code, text, err = run(capsys, "convert", tmp_path / "base", tmp_path / "out", *words, "--json")
+    assert code == 0, err
+    report = json.loads(text)
+    files = {p.name for p in (tmp_path / "out").iterdir()}
+    assert files == set(report["files"])
+    assert {"config.json", "notes.txt", "convert.json"} <= files
+    assert ("model.safetensors.index.json" in files) == shards
+    own = make(family, case.model.dtype).model
+    own.load_state_dict(case.model.state_dict())
+    pk.quantize(own, **settings)
+    assert report["layers"] == len(packed_layers(own))
+    state = {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        state |= load_file(file)
+    made = own.state_dict()
+    for key, t in state.items():
+        assert torch.equal(bits(t), bits(made[key])), key
+    tied = {"lm_head.weight"} if family == "gpt2" else set()
+    assert made.keys() - state.keys() <= tied
+    if shards:
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+        assert index.keys() == state.keys()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (config["load_in_4bit"], config["load_in_8bit"]) == (name != "int8", name == "int8")
+    assert config["llm_int8_skip_modules"] == report["dense"] == list(pk.footprint(own).dense)
+    code, text, err = run(capsys, "convert", tmp_path / "out", tmp_path / "again")
+    assert code == 2
+    assert "is quantised already (bitsandbytes); convert the dense model" in err
+    code, text, err = run(capsys, "convert", tmp_path / "base", tmp_path / "out", *words, "--force")
+    assert code == 0, err
+    assert f"{report['layers']} layers in {settings['kind']}" in text
+
+
+def test_convert_says_what_is_wrong_and_leaves_nothing(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    from safetensors.torch import load_file, save_file
+    from texts import run
+
+    base = tmp_path / "base"
+    make("llama").model.save_pretrained(base)
+    whole = (base / "model.safetensors").read_bytes()
+    tensors = {k: t.clone() for k, t in load_file(base / "model.safetensors").items()}  # no pages of the file
+    config = (base / "config.json").read_text()
+    key = "model.layers.1.mlp.up_proj.weight"
+
+    def written(**changes):
+        save_file({k: t for k, t in {**tensors, **changes}.items() if t is not None}, base / "model.safetensors")
+
+    def refused(text, *more, source=base):
+        files = sorted(p.name for p in tmp_path.iterdir())
+        code, out, err = run(capsys, "convert", source, tmp_path / "out", *more)
+        assert (code, out) == (2, "")
+        assert text in err
+        assert err.count("\n") == 1
+        assert sorted(p.name for p in tmp_path.iterdir()) == files
+
+    refused("no directory", source=tmp_path / "none")
+    refused("blocksize is 48; expected one of 32", "--blocksize", "48")
+    refused("has no layer to quantise", "--skip", "model")
+    refused("matches nothing in LlamaForCausalLM", "--skip", "nothing_like_it")
+    (base / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused("is truncated or not a safetensors file")
+    (base / "model.safetensors").unlink()
+    refused("holds neither model.safetensors nor")
+    written(**{key: tensors[key].to(torch.int8)})
+    refused(f"{key} is torch.int8 (24, 16); expected floating numbers (24, 16)")
+    written(**{key: tensors[key][:-1].clone()})
+    refused("(23, 16); expected floating numbers (24, 16)")
+    written(**{key: torch.full_like(tensors[key], torch.nan)})
+    refused("has numbers that are not finite")
+    written(**{key.replace("weight", "weight.absmax"): torch.zeros(1)})
+    refused("is quantised already (it has model.layers.1.mlp.up_proj.weight.absmax)")
+    written()
+    (base / "config.json").write_text("{")
+    refused("config.json is not JSON")
+    (base / "config.json").unlink()
+    refused("holds no config.json")
+    (base / "config.json").write_text(config)
+    (base / "model.safetensors").rename(base / "model-1.safetensors")
+    weights = {"weight_map": {"a": "model-1.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(weights))
+    refused("names a, which its file lacks")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "lost.safetensors"}}))
+    refused("lost.safetensors is missing")
+    (base / "model-1.safetensors").rename(base / "model.safetensors")
+    (tmp_path / "out").mkdir()
+    refused("exists; choose another directory")
+
+
 # -- looking ----------------------------------------------------------------------------------------------------------
 
 
