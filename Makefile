@@ -62,7 +62,7 @@ format: build ## ruff and clang-format, in place
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
-bench: build ## time the kernels against their rivals, about ten minutes
+bench: build ## time the kernels against their rivals, about twenty minutes
 	$(BIN)/python -m peft_kernels bench --json build/bench.jsonl --plot build/bench.png
 
 bench-quick: build ## a few of the same calls under pytest-benchmark

@@ -12,7 +12,7 @@ from pathlib import Path
 from peft_kernels.bench.results import read, table
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "cpu-avx2.jsonl"
+RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
 README = ROOT / "README.md"
 
 

@@ -26,13 +26,15 @@ from torch import nn
 
 import peft_kernels as pk
 from peft_kernels import cli
+from peft_kernels.bench import results
 from peft_kernels.engine.attach import tuners
 from peft_kernels.engine.method import Method, Part, Tuner, fields
 from peft_kernels.engine.recipe import Recipe
 from peft_kernels.engine.roles import FAMILIES, Family
-from peft_kernels.ops._op import BACKENDS, KERNELS, Op
+from peft_kernels.ops._op import BACKENDS, KERNELS, Op, _has
 
 ROOT = Path(__file__).parents[1]
+RUN = ROOT / "benchmarks" / "results" / "cpu.jsonl"
 
 # Names of `pk` by what they are for; the methods themselves come by the registry.
 GROUPS = {
@@ -95,8 +97,12 @@ def expanded(nav: Any) -> Any:
 
 
 def included(markdown: str) -> str:
-    """`<!-- readme: bench -->` becomes the README's section of that name, which a test holds against the code."""
-    return re.sub(r"<!-- readme: (\w+) -->", lambda match: readme_section(match[1]), markdown)
+    """`<!-- readme: bench -->` becomes the README's section of that name, which a test holds against the code.
+
+    `<!-- lost -->` becomes the table of the cases that a rival won in the committed run.
+    """
+    markdown = re.sub(r"<!-- readme: (\w+) -->", lambda match: readme_section(match[1]), markdown)
+    return markdown.replace("<!-- lost -->\n", results.table(results.read(RUN), lost=True))
 
 
 def readme_section(name: str) -> str:
@@ -265,7 +271,7 @@ def ops_overview() -> str:
     rows = []
     for family, ops in op_families().items():
         for op in ops:
-            has = [hasattr(_backend_module(family, suffix), op.name) for _, suffix, _ in BACKENDS]
+            has = [_has(_backend_module(family, suffix), op.name, name) for name, suffix, _ in BACKENDS]
             rows.append((f"[{op.name}]({family}.md)", *("yes" if h else "" for h in has), "yes"))
     text = (
         "Which kernels exist for each op. The one that serves a call is the first of a row whose rules the call meets, "
@@ -275,12 +281,19 @@ def ops_overview() -> str:
     return f"# Operations\n\n{text}\n\n{table(header, rows)}\n"
 
 
+def op_modules() -> dict[str, str]:
+    """Module of contracts -> family, those of a family in the order of their ops."""
+    return {op.reference.__module__: family for family, ops in op_families().items() for op in ops}
+
+
 def op_page(family: str) -> str:
-    module, ops = importlib.import_module(f"peft_kernels.ops.{family}"), op_families()[family]
-    parts = [f"# {family}", prose(module.__doc__), "## Functions"]
-    for name in pk.ops.__all__:
-        if getattr(pk.ops, name).__module__ == module.__name__:
-            parts += documented(f"pk.ops.{name}", getattr(pk.ops, name), 3)
+    ops = op_families()[family]
+    parts = [f"# {family}"]
+    for module in (name for name, its in op_modules().items() if its == family):
+        parts += [f"## {module.rpartition('.')[2]}", prose(importlib.import_module(module).__doc__)]
+        for name in pk.ops.__all__:
+            if getattr(pk.ops, name).__module__ == module:
+                parts += documented(f"pk.ops.{name}", getattr(pk.ops, name), 3)
     parts += ["## Dispatcher ops", "What `torch.compile` and the profiler see, as `torch.ops.peft_kernels.<name>`:"]
     parts += [fence("\n".join(f"{op.name}{op.schema}" for op in ops), "text"), "## When a backend is chosen"]
     for suffix in dict.fromkeys(suffix for _, suffix, _ in BACKENDS):
@@ -295,8 +308,11 @@ def _kernels(family: str, suffix: str, ops: list[Op]) -> Iterator[str]:
     if module is None:
         return
     own = [op.name for op in ops if hasattr(module, op.name)]
-    yield f"### {', '.join(name for name, its, _ in BACKENDS if its == suffix)}"
-    yield f"`csrc/{family}/{family}_{suffix}.py` has {', '.join(map(code, own))}."
+    backends = [name for name, its, _ in BACKENDS if its == suffix]
+    lacks = {name: [op for op in own if not _has(module, op, name)] for name in backends}
+    but = "".join(f", {name} all but {', '.join(map(code, ops))}" for name, ops in lacks.items() if ops)
+    yield f"### {', '.join(backends)}"
+    yield f"`csrc/{family}/{family}_{suffix}.py` has {', '.join(map(code, own))}{but}."
     verified = ", ".join(sorted(module.VERIFIED_ON))
     yield (
         f"GPUs with a correct run on record, by compute capability: {verified or 'none'}. On another GPU they are "
@@ -362,10 +378,10 @@ def documented(name: str, thing: Any, level: int) -> Iterator[str]:
         yield fence(signature(name, thing), "python")
     yield prose(inspect.getdoc(thing))
     if inspect.ismodule(thing):
-        links = {n: f"ops/{getattr(thing, n).__module__.rpartition('.')[2]}.md" for n in thing.__all__}
+        families = {n: op_modules().get(getattr(thing, n).__module__) for n in thing.__all__}
         rows = [
-            (f"[`{name}.{n}`]({link})" if link in pages_of_ops() else f"`{name}.{n}`", _first(getattr(thing, n)))
-            for n, link in links.items()
+            (f"[`{name}.{n}`](ops/{family}.md)" if family else f"`{name}.{n}`", _first(getattr(thing, n)))
+            for n, family in families.items()
         ]
         yield table(("", ""), rows)
     if thing in (Method, Tuner, pk.AdapterBank):
@@ -373,10 +389,6 @@ def documented(name: str, thing: Any, level: int) -> Iterator[str]:
             own = function.__func__ if isinstance(function, (classmethod, staticmethod)) else function
             if inspect.isfunction(own) and own.__doc__ and not member.startswith("_"):
                 yield from documented(f"{thing.__name__}.{member}", own, level + 1)
-
-
-def pages_of_ops() -> set[str]:
-    return {f"ops/{family}.md" for family in op_families()}
 
 
 def _first(thing: Any) -> str:

@@ -159,7 +159,7 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
 def _add_bench(bench: argparse.ArgumentParser) -> None:
     size = bench.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="the headline cases, about a minute")
-    size.add_argument("--all", action="store_true", help="every case; default those that take ten minutes on a CPU")
+    size.add_argument("--all", action="store_true", help="every case; default those that take twenty minutes on a CPU")
     bench.add_argument("--filter", nargs="+", default=[], metavar="WORD", help="cases with all of these in their name")
     bench.add_argument("--list", action="store_true", help="only print the names of the cases")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default cuda if there is one")
@@ -168,7 +168,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--no-rivals", action="store_true", help="time ours and the yardstick alone")
     bench.add_argument("--compile", action="store_true", help="HF PEFT and ours under torch.compile too; slow")
     bench.add_argument("--from", dest="source", metavar="FILE", help="show the rows of an earlier --json FILE instead")
-    bench.add_argument("--plot", metavar="PNG", help="draw time and memory against the number of rows")
+    bench.add_argument("--plot", metavar="FILE", help="draw time and memory against the number of rows, .png or .svg")
 
 
 def _add_method(parser: argparse.ArgumentParser, required: bool) -> None:

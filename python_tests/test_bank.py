@@ -578,6 +578,8 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     refused(bank, "holds no adapter", tmp_path / "nowhere", error=FileNotFoundError)
     refused(bank, "need `config`", {})
     refused(bank, "not a complete adapter configuration", {}, {})
+    refused(bank, "not a complete adapter configuration", {}, {"parts": [], "seed": 0, "name": "x"})
+    refused(bank, "got a int; expected a directory, a model or tensors", 3)
     check(case, single, ["a", "b"])
 
 

@@ -35,12 +35,12 @@ RATES = {"gb_s", "tflop_s", "roofline", "ceiling_tflop_s", "ceiling_gb_s"}
 
 
 def tiny(found):
-    """One case of each op, mode, dtype, dropout and popularity, on shapes that take no time."""
+    """One case of each op, mode, dtype, dropout and popularity, cold or not, on shapes that take no time."""
     chosen = {}
     for case in found:
         rank = (1, 2) if isinstance(case.rank, tuple) else min(case.rank, 2)
         small = dataclasses.replace(case, shape="tiny", rows=32, n_in=8, n_out=8, rank=rank)
-        chosen.setdefault(small.name, case if case.shape.startswith("sample") else small)
+        chosen.setdefault((small.name, case.cold), case if case.shape.startswith("sample") else small)
     return list(chosen.values())
 
 
@@ -117,6 +117,7 @@ def test_popularity():
         "skewed": [0, 1, 1, 2, 2, 2],
         "identical": [0] * 6,
         "uniform, a fifth base": [0, 1, 2, 0, -1, 2],
+        "8 adapters": [0, 1, 2, 3, 4, 5],
     }
 
 
@@ -221,6 +222,8 @@ def test_the_command_writes_rows_and_a_picture(capsys, tmp_path, few):
     assert {row["case"] for row in rows} == {case.name for case in few[:2]}
     assert all(row["case"] in out for row in rows) and "ours (cpu)" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
+    results.plot(rows, picture.with_suffix(".svg"))
+    assert "<svg" in picture.with_suffix(".svg").read_text()
 
     code, out, _ = run(capsys, "bench", "--from", file, "--filter", "rows=64", "--json")
     assert code == 0 and [json.loads(line) for line in out.splitlines()] == [row for row in rows if row["rows"] == 64]
@@ -249,26 +252,31 @@ def test_the_command_lists_and_refuses(capsys, tmp_path, few):
 # -- documents and comparisons ----------------------------------------------------------------------------------------
 
 
+PLACE = {"device_name": "A CPU", "versions": {"torch": "2"}, "commit": "abc", "load": 0.5}
+
+
 def row(case, rival, ratio, selection="default"):
     times = {f"{kind}_{p}": ratio * 1e-3 for kind in ("wall", "cpu") for p in ("p20", "p50", "p80")}
     known = {"case": case, "rival": rival, "ratio": ratio, "ratio_cpu": ratio, "over": "frozen", "peak_bytes": 1000}
-    return {**known, **times, "selection": selection}
+    return {**known, **times, **PLACE, "selection": selection}
 
 
 def test_the_table_shows_the_headlines_and_where_we_lose():
-    shown = results.table(
-        [
-            *(
-                row("headline", name, x, "quick")
-                for name, x in (("frozen", 1.0), ("plain torch", 1.5), ("ours (cpu)", 1.1))
-            ),
-            *(row("lost", name, x) for name, x in (("frozen", 1.0), ("plain torch", 1.2), ("ours (cpu)", 1.3))),
-            *(row("won", name, x) for name, x in (("frozen", 1.0), ("plain torch", 1.2), ("ours (cpu)", 1.1))),
-            {"case": "headline", "rival": "HF PEFT", "missing": "peft is not installed"},
-        ]
-    )
-    assert shown.splitlines()[2:] == [
+    rows = [
+        *(
+            row("headline", name, x, "quick")
+            for name, x in (("frozen", 1.0), ("plain torch", 1.5), ("ours (cpu)", 1.1))
+        ),
+        *(row("lost", name, x) for name, x in (("frozen", 1.0), ("plain torch", 1.2), ("ours (cpu)", 1.3))),
+        *(row("won", name, x) for name, x in (("frozen", 1.0), ("plain torch", 1.2), ("ours (cpu)", 1.1))),
+        {"case": "headline", "rival": "HF PEFT", "missing": "peft is not installed", **PLACE},
+    ]
+    shown = results.table(rows)
+    assert shown.splitlines()[0] == "A CPU; torch 2; abc; load 0.5"
+    assert shown.splitlines()[4:] == [
         "| headline | frozen | ours (cpu) **1.10** (1.10) 1.0 kB | plain torch 1.50 (1.50) 1.0 kB |",
+    ]
+    assert results.table(rows, lost=True).splitlines()[4:] == [
         "| lost | frozen | ours (cpu) 1.30 (1.30) 1.0 kB | plain torch **1.20** (1.20) 1.0 kB |",
     ]
 

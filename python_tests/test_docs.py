@@ -18,7 +18,7 @@ from models import make
 
 import peft_kernels as pk
 from peft_kernels import cli, tasks
-from peft_kernels.bench import results
+from peft_kernels.bench import results, runner
 from peft_kernels.engine import method as registry
 from peft_kernels.engine.roles import FAMILIES
 
@@ -91,7 +91,7 @@ def test_the_table_of_tasks_is_the_registry():
 
 
 def test_the_table_of_times_is_the_committed_run():
-    assert section("bench") == results.table(results.read(ROOT / "benchmarks" / "results" / "cpu-avx2.jsonl"))
+    assert section("bench") == results.table(results.read(ROOT / "benchmarks" / "results" / "cpu.jsonl"))
 
 
 def test_the_demo_shown_is_what_tune_prints():
@@ -178,7 +178,9 @@ def test_the_commands_of_the_pages_exist():
     for line in lines:
         program, *words = shlex.split(line, comments=True)
         if program == cli.PROGRAM:
-            assert callable(cli._parser().parse_args(words).run), line
+            args = cli._parser().parse_args(words)
+            assert callable(args.run), line
+            assert words[0] != "bench" or runner.selected(runner.Options("all", tuple(args.filter))), line
         elif program == "make":
             assert targets.issuperset(words), line
         elif program == "python":
@@ -240,8 +242,11 @@ def test_the_pages_of_ops_tell_schemas_and_rules():
         assert f"\n{op.name}{op.schema}\n" in page
         assert "def why_not" in page
         assert f"[{op.name}]({op.family}.md)" in generate.pages()["ops/index.md"]
-    for name in {"lora_add", "rescale"}:
-        assert f"### pk.ops.{name}\n" in "".join(generate.pages().values())
+    assert "| [lora_apply](lora.md) |  | yes | yes | yes |" in generate.pages()["ops/index.md"]  # no CUDA launcher
+    assert "cuda all but `lora_apply`." in generate.pages()["ops/lora.md"]
+    for name in set(pk.ops.__all__) - {"BackendError", "all_ops", "backend"}:
+        assert f"### pk.ops.{name}\n" in "".join(generate.pages().values()), name
+        assert f"[`pk.ops.{name}`](ops/" in generate.pages()["api.md"], name
 
 
 def test_the_page_of_the_command_line_tells_every_option():

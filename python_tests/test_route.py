@@ -92,6 +92,21 @@ def test_rows_without_an_adapter_are_bit_equal_to_the_base():
         assert not torch.equal(out[0], plain[0])
 
 
+@pytest.mark.parametrize("key", ["lora", "dora", "ia3"])
+def test_the_second_call_of_a_route_copies_nothing_to_the_device(key, monkeypatch):
+    """What follows from the names is made once, and may be kept for a backward after a call in inference mode."""
+    case, made, tensor = two(key, "llama"), [], torch.tensor
+    with pk.route(case.model, ["a", "b"]):
+        with torch.inference_mode():
+            case.call(case.model)
+        case.loss(case.model).backward()
+        monkeypatch.setattr(torch, "tensor", lambda *args, **kwargs: made.append(args) or tensor(*args, **kwargs))
+        case.call(case.model)
+        with torch.no_grad():
+            case.call(case.model)
+    assert not made
+
+
 @pytest.mark.parametrize(("key", "other"), [("lora", "ia3"), ("dora", "dora"), ("lora", "dora")])
 def test_one_graph_under_changing_routes(key, other):
     case = two(key, "llama", other)
@@ -396,7 +411,8 @@ def test_bad_routes():
         (["a", "c"], "no adapter 'c'"),
         ([], "expected a list"),
         ("a", "expected a list"),
-        ([3], "no adapter 3"),
+        ([["a"]], "expected a list"),
+        ([3], "expected a list"),
     ):
         with pytest.raises(ValueError, match=message), pk.route(case.model, names):
             pass

@@ -68,32 +68,6 @@ LoraDropout dropout_of(double p, const std::optional<Tensor>& rng) {
 LoraIn in(const Tensor& t, const char* name) { return {t.data_ptr(), dtype_of(t, name)}; }
 LoraOut out(const Tensor& t, const char* name) { return {t.data_ptr(), dtype_of(t, name)}; }
 
-Tensor lora_add_cpu(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b, double scale, double p,
-                    std::optional<Tensor> rng) {
-  const LoraShape s = check(y, x, a, b, "y");
-  const LoraDropout drop = dropout_of(p, rng);
-  Tensor t = new_empty(x, {s.m, s.r}, ScalarType::Float);
-  const std::vector<LoraSlice> slices = {{s.n, s.r, in(b, "b"), static_cast<float>(scale), {}, out(y, "y")}};
-  PK_DISPATCH_ISA(lora_add, s, slices, in(x, "x"), in(a, "a"), drop, static_cast<float*>(t.data_ptr()));
-  return t;
-}
-
-std::tuple<Tensor, Tensor> lora_backward_cpu(std::optional<Tensor> dx, const Tensor& g, const Tensor& x,
-                                             const Tensor& a, const Tensor& b, const Tensor& t, double scale, double p,
-                                             std::optional<Tensor> rng, bool need_da, bool need_db) {
-  const LoraShape s = check(g, x, a, b, "g");
-  const LoraDropout drop = dropout_of(p, rng);
-  check_t(t, s);
-  check_dx(dx, x);
-  Tensor da = new_empty(a, {need_da ? s.r : 0, s.k}, a.scalar_type());
-  Tensor db = new_empty(b, {need_db ? s.n : 0, s.r}, b.scalar_type());
-  const std::vector<LoraSlice> slices = {
-      {s.n, s.r, in(b, "b"), static_cast<float>(scale), in(g, "g"), need_db ? out(db, "db") : LoraOut{}}};
-  PK_DISPATCH_ISA(lora_backward, s, slices, dx ? out(*dx, "dx") : LoraOut{}, in(x, "x"), in(a, "a"),
-                  static_cast<const float*>(t.data_ptr()), drop, need_da ? out(da, "da") : LoraOut{});
-  return {da, db};
-}
-
 // -- several linears ------------------------------------------------------------------------------------------------
 
 // As check, of slices with y or g [..., n_s], b [n_s, r_s] and a [sum of the r_s, k].
@@ -157,6 +131,20 @@ std::tuple<Tensor, std::vector<Tensor>> lora_slices_backward_cpu(std::optional<T
   PK_DISPATCH_ISA(lora_backward, s, slices, dx ? out(*dx, "dx") : LoraOut{}, in(x, "x"), in(a, "a"),
                   static_cast<const float*>(t.data_ptr()), drop, need_da ? out(da, "da") : LoraOut{});
   return {da, dbs};
+}
+
+// One linear is one slice.
+
+Tensor lora_add_cpu(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b, double scale, double p,
+                    std::optional<Tensor> rng) {
+  return lora_slices_add_cpu({y}, x, a, {b}, {scale}, p, rng);
+}
+
+std::tuple<Tensor, Tensor> lora_backward_cpu(std::optional<Tensor> dx, const Tensor& g, const Tensor& x,
+                                             const Tensor& a, const Tensor& b, const Tensor& t, double scale, double p,
+                                             std::optional<Tensor> rng, bool need_da, bool need_db) {
+  const auto [da, dbs] = lora_slices_backward_cpu(dx, {g}, x, a, {b}, {scale}, t, p, rng, need_da, need_db);
+  return {da, dbs[0]};
 }
 
 // -- many adapters --------------------------------------------------------------------------------------------------

@@ -203,8 +203,7 @@ __device__ inline void load_ranks(Eight<F> (&f)[R], const Factor<F>& factor, int
                             rank + j < factor.ranks ? factor.columns - column : 0, factor.along == Along::columns);
 }
 
-// -- shrink: c [16 MT, 8 NT] += drop(u) f^T over columns
-// ---------------------------------------------------------------
+// -- shrink: c [16 MT, 8 NT] += drop(u) f^T over columns -------------------------------------------------------------
 
 // Column 8 q + i of 32 is the sum's index i % 4 of lane q in step i / 4; rank g NT + j is column g of tile j. So
 // c[.][j][e] of a lane is its row of half e / 2 and rank (2 q + e % 2) NT + j.
@@ -291,8 +290,7 @@ __device__ inline void shrink_warp(float (&c)[MT][NT][4], const U* data, int64_t
   }
 }
 
-// -- expand: c [16 MT, 64] += v f
-// ---------------------------------------------------------------------------------------
+// -- expand: c [16 MT, 64] += v f ------------------------------------------------------------------------------------
 
 // fp32 rows of v [., ld], the sum of `parts` arrays; slots as rows of u, -1 where there are none. The sum goes to
 // `sum`, an array of its own, unless that is null.
@@ -434,8 +432,7 @@ struct Update {
   }
 };
 
-// -- wgrad: c [16 RT, 64] += v^T drop(u) over rows
-// -----------------------------------------------------------------------
+// -- wgrad: c [16 RT, 64] += v^T drop(u) over rows -------------------------------------------------------------------
 
 // Row 4 q + i of 16 is the sum's index i of lane q; rank 2 g + half is row g + 8 half, and column 8 g + j is column g
 // of tile j. So c[.][j][e] of a lane is rank 2 g + e / 2 and column 8 (2 q + e % 2) + j.

@@ -412,20 +412,25 @@ def _route_cases(device: str) -> Iterator[Case]:
         shown = "quick" if quick else "default" if main else "all"
         sizes = LLAMA[shape]
         yield Case("route", shape, "forward", low, rows, *sizes, shown, _route, 16, popularity=popularity, cold=True)
-    mixed = (8, 16, 32, 64)
-    for popularity in ("distinct", "uniform", "uniform, a fifth base"):
-        sizes = LLAMA["7b qkvo"]
+    sizes = LLAMA["7b qkvo"]
+    mixed: tuple[int, ...] = (8, 16, 32, 64)
+    few: list[tuple[int | tuple[int, ...], str]] = [(16, "distinct"), (16, "8 adapters")]
+    few += [(mixed, popularity) for popularity in ("distinct", "uniform", "uniform, a fifth base")]
+    for rank, popularity in few:
         yield Case(
-            "route", "7b qkvo", "forward", low, 32, *sizes, "default", _route, mixed, popularity=popularity, cold=True
+            "route", "7b qkvo", "forward", low, 32, *sizes, "default", _route, rank, popularity=popularity, cold=True
         )
+    for rows in (2048, 8192):  # prefill, 8 and 16 adapters
+        shown = "default" if rows == 2048 else "all"
+        yield Case("route", "7b qkvo", "forward", low, rows, *sizes, shown, _route, 16, popularity="uniform")
     for popularity in rivals.POPULARITY:
         shown = "default" if popularity == "uniform" else "all"
-        yield Case("route", "7b qkvo", "full", low, 512, 4096, 4096, shown, _route, 16, popularity=popularity)
+        yield Case("route", "7b qkvo", "full", low, 512, *sizes, shown, _route, 16, popularity=popularity)
 
 
 def _route(case: Case, device: str, stack: ExitStack) -> Problem:
-    """rows are batch rows of one token in decoding (forward), of 32 tokens otherwise."""
-    tokens = 1 if case.mode == "forward" else 32
+    """rows are batch rows of one token in decoding, which is cold, of 32 tokens in prefill and training."""
+    tokens = 1 if case.cold else 32
     numbers = rivals.POPULARITY[case.popularity](case.rows // tokens)
     random.Random(0).shuffle(numbers)
     count = max(numbers) + 1

@@ -73,14 +73,22 @@ def heading(row: Row) -> str:
 # -- Markdown ---------------------------------------------------------------------------------------------------------
 
 
-def table(rows: Iterable[Row]) -> str:
-    """Time over the yardstick's (CPU time in brackets) and peak memory: the headline cases, and where we lose."""
-    lines = ["| case | over | ours | rivals |", "|---|---|---|---|"]
+def table(rows: Iterable[Row], *, lost: bool = False) -> str:
+    """Time over the yardstick's (CPU time in brackets) and peak memory: the headline cases, or the other ones we lost.
+
+    Above it stands where the run took place, as `heading` says it, once for each machine.
+    """
+    rows = list(rows)
+    places: dict[str, str] = {}
+    for row in rows:
+        places.setdefault(row["device_name"], heading(row))
+    lines = [*places.values(), "", "| case | over | ours | rivals |", "|---|---|---|---|"]
     for case, found in by_case(rows).items():
         ours = {name: row for name, row in found.items() if name.startswith("ours")}
         others = {name: row for name, row in found.items() if name not in ours and name != "frozen"}
         best = min((*ours.values(), *others.values()), key=lambda row: row["ratio"])
-        if ours and (best["selection"] == "quick" or best not in ours.values()):
+        headline = best["selection"] == "quick"
+        if ours and (not headline and best not in ours.values() if lost else headline):
             cells = (", ".join(_cell(name, row, row is best) for name, row in part.items()) for part in (ours, others))
             lines.append(" | ".join((f"| {case}", best["over"], *cells)) + " |")
     return "\n".join(lines) + "\n"

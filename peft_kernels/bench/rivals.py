@@ -61,17 +61,19 @@ def _skewed(rows: int) -> list[int]:
     return out[:rows]
 
 
-# The adapter of each row of a batch, as in Punica's benchmark. Chen et al. 2023, arXiv:2310.18547.
+def _uniform(rows: int) -> list[int]:
+    return [i % math.ceil(math.sqrt(rows)) for i in range(rows)]
+
+
+# The adapter of each row of a batch, the first four as in Punica's benchmark. Chen et al. 2023, arXiv:2310.18547.
 POPULARITY: dict[str, Callable[[int], list[int]]] = {
     "distinct": lambda rows: list(range(rows)),
-    "uniform": lambda rows: [i % math.ceil(math.sqrt(rows)) for i in range(rows)],
+    "uniform": _uniform,
     "skewed": _skewed,
     "identical": lambda rows: [0] * rows,
+    "uniform, a fifth base": lambda rows: [-1 if row % 5 == 4 else i for row, i in enumerate(_uniform(rows))],
+    "8 adapters": lambda rows: [row % 8 for row in range(rows)],
 }
-# The same with every fifth row on the frozen layer alone.
-POPULARITY["uniform, a fifth base"] = lambda rows: [
-    -1 if row % 5 == 4 else i for row, i in enumerate(POPULARITY["uniform"](rows))
-]
 
 
 def mixed(x: Tensor, layers: Sequence[Layer], numbers: list[int], scale: float) -> dict[str, list[tuple]]:

@@ -25,7 +25,7 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     while merged, under torch.export, and under any other checkpointing, which would lose the route.
     """
     state = state_of(model)
-    if isinstance(names, str) or not len(names):
+    if isinstance(names, str) or not len(names) or not all(n is None or isinstance(n, str) for n in names):
         raise ValueError(f"route got {names!r}; expected a list with one adapter name or None per batch row")
     if state.merged:
         raise RuntimeError(f"{', '.join(state.merged)} is merged; pk.unmerge(model) before routing")

@@ -34,7 +34,7 @@ class Routing:
         self.ids = torch.tensor(numbers, device=device)
         self.slots = None if slots is None else torch.tensor(slots, dtype=torch.int32, device=device)
         self.banked = slots is not None and max(slots) >= 0
-        self._indices: dict[Any, Tensor] = {}
+        self._known: dict[Any, Any] = {}
 
     def rows(self, leading: int, where: str) -> int:
         """How many rows a call with this leading dimension has; a leading 1 is one row for all."""
@@ -52,12 +52,22 @@ class Routing:
 
     def index(self, numbers: tuple[int, ...], rows: int) -> Tensor:
         """The rows of these adapters, in order, [k] int64: known on the host, so that no device is waited for."""
-        key = numbers, rows
-        if key not in self._indices:
+
+        def found() -> Tensor:
             times = rows // len(self.numbers)
-            found = [r * times + t for r, i in enumerate(self.numbers) if i in numbers for t in range(times)]
-            self._indices[key] = torch.tensor(found, dtype=torch.int64, device=self.ids.device)
-        return self._indices[key]
+            places = [r * times + t for r, i in enumerate(self.numbers) if i in numbers for t in range(times)]
+            return torch.tensor(places, dtype=torch.int64, device=self.ids.device)
+
+        return self.once((numbers, rows), found)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """make(), which follows from the key: one copy to the device for all layers and calls of the route."""
+        if torch.compiler.is_compiling():
+            return make()
+        if key not in self._known:
+            with torch.inference_mode(False):  # a later call may keep it for its backward
+                self._known[key] = make()
+        return self._known[key]
 
 
 _numbers = itertools.count(1)
@@ -214,7 +224,7 @@ class _Chosen:
 
     def alone(self) -> routed:
         """The routes of this thread for a call that has these rows only."""
-        one = Routing([self.number], self.route.ids.device)
+        one = self.route.once(("alone", self.number), lambda: Routing([self.number], self.route.ids.device))
         return routed({key: one if r is self.route else r for key, r in (routes() or {}).items()})
 
 

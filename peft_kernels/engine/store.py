@@ -104,7 +104,8 @@ def place_of(directory: Path, name: str | None) -> Path:
 def from_config(config: Mapping[str, Any], where: str) -> tuple[Adapter, str]:
     """(what was attached, its name) as `save` wrote it; ValueError names `where` if it is not complete."""
     try:
-        return Adapter([Part.from_json(part) for part in config["parts"]], config["seed"]), config["name"]
+        parts = [Part.from_json(part) for part in config["parts"] or [{}]]  # none is as wrong as one without a method
+        return Adapter(parts, config["seed"]), config["name"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{where} is not a complete adapter configuration ({error!r})") from None
 

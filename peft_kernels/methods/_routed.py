@@ -38,7 +38,7 @@ def in_one_op(base: Any, tuners: dict[int, Any], route: Routing, args: tuple, kw
         tuners = {number: t for number, t in tuners.items() if number in route.numbers}
     if not tuners:
         return base(x), tuners, ids, keep
-    bank = (*_bank(tuners, keep), ids)
+    bank = (*_bank(tuners, route, keep), ids)
     r_max = max(t.a.shape[0] for t in tuners.values())
     p, rng = next(iter(tuners.values())).draw(x)
     # Other layouts may round otherwise than F.linear does, and rows without an adapter are to keep their bits.
@@ -47,7 +47,7 @@ def in_one_op(base: Any, tuners: dict[int, Any], route: Routing, args: tuple, kw
     return ops.multi_lora_add(base(x), x, *bank, p=p, rng=rng, r_max=r_max), tuners, ids, keep
 
 
-def _bank(tuners: dict[int, LoRATuner], keep: bool) -> tuple:
+def _bank(tuners: dict[int, LoRATuner], route: Routing, keep: bool) -> tuple:
     """(a, bt, r_indptr, scaling) of tuners by adapter number; the numbers between have rank 0.
 
     keep: the factors are put together once, until one of them changes; otherwise at every call, differentiably.
@@ -64,5 +64,6 @@ def _bank(tuners: dict[int, LoRATuner], keep: bool) -> tuple:
 
     factors = own[0]._kept.once("bank", together, [*a, *b]) if keep else together()
     device, dtype = a[0].device, torch.promote_types(a[0].dtype, torch.float32)
-    indptr = torch.tensor([0, *itertools.accumulate(ranks)], device=device)
-    return *factors, indptr, torch.tensor(scales, dtype=dtype, device=device)
+    key = device, dtype, *ranks, *scales
+    indptr = route.once(("r_indptr", *key), lambda: torch.tensor([0, *itertools.accumulate(ranks)], device=device))
+    return *factors, indptr, route.once(("scaling", *key), lambda: torch.tensor(scales, dtype=dtype, device=device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -46,6 +47,10 @@ def updates(model: nn.Module, name: str, source: Any, config: Mapping[str, Any] 
         if config is None:
             raise ValueError("load: tensors by name need `config`; expected what adapter_config.json holds")
         values, where = dict(source), f"what was given for {name!r}"
+    elif not isinstance(source, (str, os.PathLike)):
+        raise ValueError(
+            f"load {name!r}: got a {type(source).__name__}; expected a directory, a model or tensors by name"
+        )
     else:
         directory = place_of(Path(source), name)
         config, digest = read_json(directory / CONFIG)

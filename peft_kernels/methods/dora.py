@@ -68,7 +68,7 @@ class DoRATuner(LoRATuner, method=DoRA):
     def forward_many(cls, base: Any, tuners: dict[int, Any], route: Routing, *args: Any, **kwargs: Any) -> Any:
         """All adapters in one op and a rescaling of every row, where LoRA's updates can be made in one op."""
         made = in_one_op(base, tuners, route, args, kwargs) if cls.forward is DoRATuner.forward else None
-        return by_rows(base, tuners, route, args, kwargs) if made is None else _rescaled(base.site, *made)
+        return by_rows(base, tuners, route, args, kwargs) if made is None else _rescaled(base.site, route, *made)
 
     def factors(self) -> None:  # type: ignore[override]
         return None  # the norms make the change another than B A
@@ -87,7 +87,7 @@ class DoRATuner(LoRATuner, method=DoRA):
 # -- several adapters in a batch --------------------------------------------------------------------------------------
 
 
-def _rescaled(site: Site, y: Tensor, tuners: dict[int, DoRATuner], ids: Tensor, keep: bool) -> Tensor:
+def _rescaled(site: Site, route: Routing, y: Tensor, tuners: dict[int, DoRATuner], ids: Tensor, keep: bool) -> Tensor:
     """g_l (y - bias) + bias for the rows of adapter l as y g_l + c_l; others keep their bits.  y [rows, ..., out]"""
     if not tuners:
         return y
@@ -101,7 +101,8 @@ def _rescaled(site: Site, y: Tensor, tuners: dict[int, DoRATuner], ids: Tensor, 
     places = [len(own)] * (max(tuners) + 2)  # the last also for -1, wherever the numbers end
     for place, number in enumerate(sorted(tuners)):
         places[number] = place
-    index = torch.tensor(places, device=ids.device)[ids.clamp(max=len(places) - 1)]
+    where = route.once(("places", ids.device, *places), lambda: torch.tensor(places, device=ids.device))
+    index = where[ids.clamp(max=len(places) - 1)]
     rows = table.index_select(1, index).view(len(table), len(index), *[1] * (y.dim() - 2), y.shape[-1])
     return (y * rows[0] if len(rows) == 1 else torch.addcmul(rows[1], y, rows[0])).to(y.dtype)
 

@@ -3,9 +3,8 @@
 from ._op import BackendError, all_ops, backend
 from .lora import lora_add, lora_add_, lora_linear
 from .lora_apply import lora_apply_
-from .lora_bank import lora_plan
 from .lora_slices import lora_linear_slices
-from .multi_lora import multi_lora_add, multi_lora_linear
+from .multi_lora import lora_plan, multi_lora_add, multi_lora_linear
 from .nf4 import dequantize_nf4, quantize_nf4
 from .nf4_absmax import dequantize_absmax, dynamic_map, quantize_absmax
 from .nf4_linear import nf4_linear, nf4_lora_linear

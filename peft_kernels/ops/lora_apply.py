@@ -12,6 +12,7 @@ S r_indptr[l] + s r_l to S r_indptr[l] + (s + 1) r_l are A_l,s, r_l = r_indptr[l
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -45,7 +46,6 @@ _apply = Op(
     reference=_reference,
     samples=_samples,
     cost=lambda y, x, *bank: _cost(bank, 1, (y, y, x)),
-    autocast=(0, 1),
 )
 
 
@@ -76,6 +76,9 @@ def lora_apply_(
     args = _add_args("lora_apply_", y, x, a_flat, bt_flat, r_indptr, scaling, ids, *rest)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, *args[:2])):
         raise RuntimeError("lora_apply_ has no gradient; call it under torch.no_grad(), or multi_lora_linear")
-    out = _add.call_(y, x, *args) if len(widths) == 1 else _apply.call_(y, x, *args[:-2], widths)
+    # Autocast would round y, and with it the rows that have no adapter.
+    device = y.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        out = _add.call_(y, x, *args) if len(widths) == 1 else _apply.call_(y, x, *args[:-2], widths)
     if out is not y:
         y.copy_(out)

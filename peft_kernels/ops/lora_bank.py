@@ -14,19 +14,6 @@ Bank = Tensor | Sequence[Tensor]
 FACTORS = "Tensor a, Tensor bt, Tensor r_indptr, Tensor scaling, Tensor ids, Tensor? plan, int r_max"
 
 
-def lora_plan(ids: Tensor, r_indptr: Tensor, block_m: int = 64) -> Tensor:
-    """The rows of a batch in tiles of one adapter each, as GPU kernels take them; one plan serves all layers of a step.
-
-    ids int [M]   r_indptr int [L + 1]. int32 [T, 1 + block_m] on the device of ids, T = ceil(M / block_m) + min(L, M):
-    column 0 is the adapter of the tile, L where it is unused, and rises; the others are its rows in rising order, -1
-    where there are none. Adapters of rank 0 and rows without an adapter get no tiles. Made without waiting for the
-    device, of sizes that follow from shapes alone.
-    """
-    from ..kernels.lora.plan import plan
-
-    return plan(ids, r_indptr, block_m)
-
-
 def checked(op, x, n, a_flat, bt_flat, r_indptr, scaling, ids, p, rng, plan, r_max, slices=1) -> tuple:
     """The arguments behind x as the ops take them; n is the width of the output, of all `slices` together."""
     k, m = x.shape[-1], math.prod(x.shape[:-1])

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import _philox
 from ._op import Cost, Gradient, Op, Sample
 from .lora import _rows, _wanted
-from .lora_bank import FACTORS, Bank, checked, lora_plan
+from .lora_bank import FACTORS, Bank, checked
 
 # -- references -------------------------------------------------------------------------------------------------------
 
@@ -86,8 +86,8 @@ _SHAPES = {
     "no_adapters": ((4,), 8, 6, (), (-1,), 0.0),
     "all_base": ((2, 3), 8, 6, (2, 3), (-1,), 0.5),
     "no_rows": ((0,), 12, 10, (2, 1), (0,), 0.1),
-    "decode": ((24,), 40, 24, (4,) * 32, tuple(range(32)), 0.0),
-    "long_groups": ((180,), 60, 40, (5, 66, 2), (-1, 0, 1), 0.1),
+    "decode": ((10,), 40, 24, (4,) * 12, tuple(range(12)), 0.0),
+    "long_groups": ((110,), 60, 40, (5, 66, 2), (-1, 0, 1), 0.1),
     "transposed": ((6, 4), 20, 12, (4, 1), (0, 1), 0.0),
     "mixed": ((5, 3), 40, 24, (8, 0, 3), (-1, 0, 1, 2), 0.25),
 }
@@ -155,7 +155,7 @@ _linear_backward = Op(
     f"(Tensor g, Tensor x, Tensor w, {_BANK}, bool[3] needs) -> (Tensor, Tensor, Tensor)",
     family="lora",
     reference=_linear_backward_reference,
-    samples=_samples("g", "x", "w", wanted=_WANTED),
+    samples=_samples("g", "x", "w", wanted=_WANTED[1:]),  # all of them: the gradient law of the op
     cost=lambda g, x, w, *bank: _cost(bank, 3, (g, g, x, x, x), w),
 )
 
@@ -204,6 +204,29 @@ _linear = Op(
 )
 
 # -- the public calls -------------------------------------------------------------------------------------------------
+
+
+def lora_plan(ids: Tensor, r_indptr: Tensor, block_m: int = 64) -> Tensor:
+    """The rows of a batch in tiles of one adapter each, as GPU kernels take them; one plan serves all layers of a step.
+
+    ids int [M]   r_indptr int [L + 1]. int32 [T, 1 + block_m] on the device of ids, T = ceil(M / block_m) + min(L, M):
+    column 0 is the adapter of the tile, L where it is unused, and rises; the others are its rows in rising order, -1
+    where there are none. Adapters of rank 0 and rows without an adapter get no tiles. Made without waiting for the
+    device, of sizes that follow from shapes alone. Raises ValueError on shapes, dtypes or devices that do not fit.
+    """
+    from ..kernels.lora.plan import plan
+
+    for name, t in (("ids", ids), ("r_indptr", r_indptr)):
+        if t.dim() != 1 or t.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"lora_plan: {name} is {t.dtype} {tuple(t.shape)}; expected int32 or int64 of one dimension"
+            )
+    if block_m < 1 or not len(r_indptr) or ids.device != r_indptr.device:
+        raise ValueError(
+            f"lora_plan: block_m is {block_m}, r_indptr {tuple(r_indptr.shape)} on {r_indptr.device}, ids on "
+            f"{ids.device}; expected at least 1, [L + 1] and one device"
+        )
+    return plan(ids, r_indptr, block_m)
 
 
 def multi_lora_linear(

@@ -215,6 +215,21 @@ def test_a_plan_has_every_row_of_an_adapter_once(ids, ranks, block, dtype):
     assert all(f for f, owner, after in zip(full, owners, owners[1:], strict=False) if owner == after < adapters)
 
 
+@pytest.mark.parametrize(
+    ("ids", "r_indptr", "block_m", "message"),
+    [
+        (torch.zeros(2), torch.tensor([0, 2]), 16, "ids is torch.float32"),
+        (torch.zeros(2, 1, dtype=torch.int64), torch.tensor([0, 2]), 16, "one dimension"),
+        (torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), 16, r"expected at least 1, \[L \+ 1\]"),
+        (torch.zeros(2, dtype=torch.int64), torch.tensor([0, 2]), 0, "block_m is 0"),
+        (torch.zeros(2, dtype=torch.int64), torch.tensor([0, 2], device="meta"), 16, "on meta"),
+    ],
+)
+def test_what_no_plan_can_be_made_of_is_named(ids, r_indptr, block_m, message):
+    with pytest.raises(ValueError, match=message):
+        pk.ops.lora_plan(ids, r_indptr, block_m)
+
+
 def test_apply_writes_into_y_and_has_no_gradient():
     x, _, _, a, b, *rest = problem()
     y = torch.randn(90, 37)
@@ -228,6 +243,16 @@ def test_apply_writes_into_y_and_has_no_gradient():
     with torch.no_grad():
         pk.ops.lora_apply_(y, x, *bank, *rest)
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("slice_n", ((37,), (30, 7)))
+def test_apply_does_not_round_y_in_autocast(slice_n):
+    (y, x, *bank), _ = sliced(slice_n, RANKS)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = y.clone()
+        pk.ops.lora_apply_(out, x, *bank, slice_n=slice_n)
+    pk.ops.lora_apply_(y, x, *bank, slice_n=slice_n)
+    assert torch.equal(out, y)
 
 
 def test_trainable_base_weights_are_trained_and_scaling_is_not():
