@@ -19,7 +19,7 @@ from .files import output, size
 from .quant import footprint
 
 REPORT = "merge.json"
-_INTO = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_INTO = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
 
 def standalone(
@@ -43,8 +43,8 @@ def standalone(
         _refuse_unknown(model, new)
         tokens = hf.random_tokens(model)
         adapted, kind, base = _logits(model, tokens), type(model).__name__, model.name_or_path
-        packed = footprint(model).packed
-        done = merge(model, into=_INTO[model.dtype] if packed else None, stash=False)
+        dense = _INTO[str(model.dtype)] if footprint(model).packed else None
+        done = merge(model, into=dense, stash=False)
         if done.created:
             raise RuntimeError(
                 f"the adapter gives {kind} {len(done.created)} biases ({done.created[0]} ...) that its class has no "
