@@ -346,6 +346,15 @@ def _convert(args: argparse.Namespace) -> None:
     _print(args, report, lambda: f"{table(report)}\n\n{args.out}: {', '.join(report['files'])}")
 
 
+def _convert(args: argparse.Namespace) -> None:
+    from .convert import convert, table
+
+    skip = ("head", "embed") if args.skip is None else args.skip
+    settings = {"double_quant": not args.single_quant, "blocksize": args.blocksize, "skip": skip, "force": args.force}
+    report = convert(args.source, args.out, args.to, **settings, progress=not args.json)
+    _print(args, report, lambda: f"{table(report)}\n\n{args.out}: {', '.join(report['files'])}")
+
+
 def _explain(args: argparse.Namespace) -> None:
     from . import hf
     from .engine.attach import attach, state_of

@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import hf
-from .engine.method import words
 from .files import output, size
-from .quant import KINDS, footprint, layers, quantize, weight_of
+from .quant import KINDS, footprint, plan, quantize, weight_of
 from .shards import INDEX, SINGLE, shards, tensors
 
 REPORT = "convert.json"
@@ -49,13 +48,12 @@ def convert(
     source = Path(source).expanduser()
     settings: dict[str, Any] = {"double_quant": double_quant, "blocksize": blocksize} if kind == "nf4" else {}
     with output(out, force, REPORT) as directory:
-        model = hf.skeleton(source)
-        if getattr(model.config, "quantization_config", None) is not None or any(map(_packed, shards(source).values())):
+        model, files = hf.skeleton(source), shards(source)
+        if getattr(model.config, "quantization_config", None) is not None or any(map(_packed, files.values())):
             raise ValueError(f"{source} is quantised already; convert the model that it was made from")
-        chosen = {f"{path}.weight": module for path, module in layers(model, kind, blocksize, words(skip))}
+        chosen = {f"{path}.weight": module for path, module in plan(model, kind, blocksize=blocksize, skip=skip)}
         if not chosen:
             raise ValueError(f"nothing to quantise in {source}, a {type(model).__name__}, beside {' '.join(skip)}")
-        files = shards(source)
         if missing := chosen.keys() - {name for names in files.values() for name in names}:
             raise ValueError(f"{source} lacks {min(missing)}, a weight of its {type(model).__name__}")
         before = sum((source / file).stat().st_size for file in files)

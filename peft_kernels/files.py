@@ -19,10 +19,10 @@ def output(out: str | os.PathLike, force: bool, marker: str) -> Iterator[Path]:
     """
     out = Path(out).expanduser().resolve()
     if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no directory {out.parent}; create it first")
+        raise FileNotFoundError(f"{out}: there is no directory {out.parent}; create it first")
     if out.exists():
         if not force:
-            raise FileExistsError(f"{out} exists; choose another --out, or --force to replace it")
+            raise FileExistsError(f"{out} exists; choose another directory, or --force to replace it")
         if not out.is_dir() or (any(out.iterdir()) and not (out / marker).exists()):
             raise ValueError(f"--force only replaces an earlier result; {out} is none, it has no {marker}")
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

@@ -157,7 +157,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any] | None:
     (kind,) = found.packed
     told: dict[str, Any] = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": list(found.dense)}
     if kind == "int8":
-        return {**told, "load_in_8bit": True, "load_in_4bit": False}
+        return {**told, "load_in_8bit": True, "load_in_4bit": False, "llm_int8_threshold": 0.0}
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
     return {
         **told,

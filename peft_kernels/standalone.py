@@ -19,7 +19,7 @@ from .files import output, size
 from .quant import footprint
 
 REPORT = "merge.json"
-_INTO = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_INTO = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
 
 def standalone(
@@ -44,7 +44,7 @@ def standalone(
         _refuse_unknown(model, new)
         tokens = hf.random_tokens(model)
         adapted, kind, base = _logits(model, tokens), type(model).__name__, model.name_or_path
-        into = _INTO[model.dtype] if footprint(model).packed and not packed else None  # type: ignore[index]
+        into = _INTO[str(model.dtype)] if footprint(model).packed and not packed else None
         done = merge(model, into=into, stash=False)
         if done.created:
             raise RuntimeError(

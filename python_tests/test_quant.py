@@ -772,7 +772,8 @@ def test_training_through_the_packed_weight_learns(name):
 
 def test_where_it_cannot_be():
     with pytest.raises(ValueError, match="whose blocks of weights others share; .* target the whole of it"):
-        pk.attach(make("gpt2").model, pk.QLoRA(rank=2, quantization_aware=True), ("q", "v"))
+        pk.attach((plain := make("gpt2")).model, pk.QLoRA(rank=2, quantization_aware=True), ("q", "v"))
+    assert not packed_layers(plain.model)
     case = make("gpt2")
     pk.attach(case.model, pk.QLoRA(rank=2), ("q", "v"))
     pk.attach(case.model, pk.QLoRA(rank=2, quantization_aware=True), name="b")
@@ -970,9 +971,6 @@ def test_a_merged_directory_of_a_quantised_model_is_dense(name, tmp_path, capsys
     ids = torch.tensor([[3, 4, 5]])
     close(plain(ids).logits, model(ids).logits)
     assert json.loads(text)["merge"]["error"] < 1e-6
-
-
-# -- looking ----------------------------------------------------------------------------------------------------------
 
 
 def test_counts_and_footprint_see_the_numbers_behind_the_bytes():

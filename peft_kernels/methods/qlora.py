@@ -12,6 +12,7 @@ so that a merge, which stores Q(W'), computes what was trained.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,14 @@ class QLoRA(
         if self.quantization_aware:
             object.__setattr__(self, "tuner", AwareTuner)
 
+    def at(self, site: Site) -> LoRA:
+        if self.quantization_aware and site.rows is not None:
+            raise ValueError(
+                f"{site.role} is some rows of {site.name}, whose blocks of weights others share; with "
+                f"quantization_aware target the whole of it, as '*.{site.name.rpartition('.')[2]}'"
+            )
+        return super().at(site)
+
     def prepare(self, model: nn.Module) -> bool:
         settings = {"double_quant": self.double_quant, "blocksize": self.blocksize, "skip": self.skip}
         return quant.quantized(model, self.kind, **settings)
@@ -63,14 +72,6 @@ class AwareTuner(LoRATuner):
     """LoRA through the weight as a merge packs it; elsewhere than on a packed layer, plain LoRA."""
 
     rounds = True
-
-    def __init__(self, cfg: QLoRA, site: Site):
-        if site.rows is not None and isinstance(site.module, Packed):
-            raise ValueError(
-                f"{site.role} is some rows of {site.name}, whose blocks of weights others share; with "
-                f"quantization_aware target the whole of it, as '*.{site.name.rpartition('.')[2]}'"
-            )
-        super().__init__(cfg, site)
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         if not isinstance(base.site.module, Packed):
@@ -86,12 +87,15 @@ class AwareTuner(LoRATuner):
                 y = y + (update - update.detach())  # zeros, with the gradients of the factors
         return y + self._update(x, p, rng) - self._update(x) if p else y
 
+    def folded_over(self, base: Base) -> tuple[Tensor, Tensor | None]:
+        with _exact(self.a.device):
+            return super().folded_over(base)
+
     def _packed(self, layer: Packed, keep: bool) -> dict[str, Tensor]:
         """The layer's weight with the update as its format stores it; `keep`: until one of them changes."""
 
         def packed() -> dict[str, Tensor]:
-            # Autocast would round the product of the factors, and the merge knows of none.
-            with torch.no_grad(), torch.autocast(layer.weight.device.type, enabled=False):
+            with torch.no_grad(), _exact(layer.weight.device):
                 return layer.quantized(self.fold(layer.dense(promoted(layer.dtype)), None)[0])
 
         return self._kept.once("packed", packed, [layer.weight, self.a, self.b]) if keep else packed()
@@ -99,3 +103,9 @@ class AwareTuner(LoRATuner):
     def _update(self, x: Tensor, p: float = 0.0, rng: Tensor | None = None) -> Tensor:
         zero = x.new_zeros(*x.shape[:-1], len(self.b))
         return ops.lora_add(zero, x, self.a, self.b, self.scale, p=p, rng=rng)
+
+
+def _exact(device: torch.device) -> AbstractContextManager:
+    """Without autocast, which would round the product of the factors as no merge does. It does not know all devices."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()

@@ -2,7 +2,7 @@
 
 from .int8 import Int8Linear
 from .layer import weight_of
-from .model import KINDS, Footprint, footprint, layers, quantize, quantized
+from .model import KINDS, Footprint, footprint, plan, quantize, quantized
 from .nf4 import NF4Linear
 
-__all__ = ["KINDS", "Footprint", "Int8Linear", "NF4Linear", "footprint", "layers", "quantize", "quantized", "weight_of"]
+__all__ = ["KINDS", "Footprint", "Int8Linear", "NF4Linear", "footprint", "plan", "quantize", "quantized", "weight_of"]

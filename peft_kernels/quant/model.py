@@ -89,7 +89,7 @@ def quantize(
 
     if not isinstance(model, nn.Module):
         raise ValueError(f"quantize got a {type(model).__name__}; expected a torch.nn.Module")
-    chosen = layers(model, kind, blocksize, skip)
+    chosen = plan(model, kind, blocksize=blocksize, skip=skip)
     if not chosen:
         raise ValueError(f"nothing to quantise in {type(model).__name__}: {footprint(model)}")
     settings = {"double_quant": double_quant, "blocksize": blocksize} if kind == "nf4" else {}
@@ -102,15 +102,16 @@ def quantize(
 
 def quantized(model: nn.Module, kind: str, **settings: Any) -> bool:
     """`quantize` where anything is left to be quantised; whether it did anything."""
-    skip, blocksize = settings.get("skip", ("head", "embed")), settings.get("blocksize", 64)
-    if not layers(model, kind, blocksize, skip):
+    if not plan(model, kind, **{k: v for k, v in settings.items() if k != "double_quant"}):
         return False
     quantize(model, kind, **settings)
     return True
 
 
-def layers(model: nn.Module, kind: str, blocksize: int, skip: Iterable[str]) -> list[tuple[str, nn.Module]]:
-    """(path, module) of the layers that `quantize` takes, with its errors."""
+def plan(
+    model: nn.Module, kind: str = "nf4", *, blocksize: int = 64, skip: Iterable[str] = ("head", "embed")
+) -> list[tuple[str, nn.Module]]:
+    """(path, module) of the layers that `quantize` takes; its errors."""
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}; expected one of {', '.join(KINDS)}")
     checked_blocksize("quantize", blocksize)

@@ -136,6 +136,7 @@ class NF4Linear(QuantLinear):
         out = {_KEYS["absmax"]: own["absmax"], _LEVELS: torch.tensor(LEVELS, dtype=torch.float32, device=device)}
         if self.offset is not None:
             out |= {key: own[name] for name, key in _NESTED_KEYS.items()}
+            out[_NESTED_KEYS["code2"]] = own["code2"].clone()  # safetensors takes no tensor that layers share
             offset = float("nan") if self.offset.is_meta else self.offset.item()
             state |= {"nested_blocksize": _BLOCKSIZE2, "nested_dtype": "float32", "nested_offset": offset}
         # What the tensors do not tell, as bitsandbytes writes it: JSON as uint8.
