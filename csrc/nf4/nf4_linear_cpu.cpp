@@ -43,7 +43,8 @@ PK_INLINE vec multiply_add(const uint32_t* left, vec right, vec sum) {
   return fma(splat(bit_cast<float>(*left)), right, sum);
 }
 
-// c [rows, cols] += a [rows, depth] b [depth, cols], with words of a and b. cols are V whole vectors.
+// c [rows, cols] += a [rows, depth] b [depth, cols], with words of a and b. cols are V whole vectors. The sum over
+// depth starts at 0: a single one over all depths would round worse.
 struct Product {
   float* c;
   int64_t ldc;
@@ -55,14 +56,10 @@ struct Product {
 
 template <bool pairs, int lda_known, int R, int V>
 PK_INLINE void tile(const Product& p, int64_t row) {
-  vec sum[R][V];
+  vec sum[R][V] = {};
   const int64_t lda = lda_known ? lda_known : p.lda;
   float* c = p.c + row * p.ldc;
   const uint32_t *a = p.a + row * lda, *b = p.b;
-#pragma GCC unroll 24
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) sum[i][v] = load(c + i * p.ldc + v * W);
   for (int64_t d = 0; d < p.depth; ++d, b += p.ldb) {
     vec right[V];
 #pragma GCC unroll 3
@@ -75,7 +72,7 @@ PK_INLINE void tile(const Product& p, int64_t row) {
 #pragma GCC unroll 24
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) store(c + i * p.ldc + v * W, sum[i][v]);
+    for (int v = 0; v < V; ++v) store(c + i * p.ldc + v * W, load(c + i * p.ldc + v * W) + sum[i][v]);
 }
 
 // Tiles of R rows, then of the next smaller size.
