@@ -162,10 +162,10 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("words", nargs="*", metavar="WORD", help="only cases with all of these in their name, as nf4")
     size = bench.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="the headline cases, about a minute")
     size.add_argument("--all", action="store_true", help="every case; default those that take twenty minutes on a CPU")
-    bench.add_argument("--filter", nargs="+", default=[], metavar="WORD", help="cases with all of these in their name")
     bench.add_argument("--list", action="store_true", help="only print the names of the cases")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default cuda if there is one")
     bench.add_argument("--backend", nargs="+", metavar="NAME", help="of ours; default every one that is here")
@@ -346,15 +346,6 @@ def _convert(args: argparse.Namespace) -> None:
     _print(args, report, lambda: f"{table(report)}\n\n{args.out}: {', '.join(report['files'])}")
 
 
-def _convert(args: argparse.Namespace) -> None:
-    from .convert import convert, table
-
-    skip = ("head", "embed") if args.skip is None else args.skip
-    settings = {"double_quant": not args.single_quant, "blocksize": args.blocksize, "skip": skip, "force": args.force}
-    report = convert(args.source, args.out, args.to, **settings, progress=not args.json)
-    _print(args, report, lambda: f"{table(report)}\n\n{args.out}: {', '.join(report['files'])}")
-
-
 def _explain(args: argparse.Namespace) -> None:
     from . import hf
     from .engine.attach import attach, state_of
@@ -429,7 +420,7 @@ def _bench(args: argparse.Namespace) -> int:
         raise ValueError("--device cuda, but torch sees no CUDA device")
     options = runner.Options(
         selection="quick" if args.quick else "all" if args.all else "default",
-        words=tuple(args.filter),
+        words=tuple(args.words),
         device=device,
         backends=tuple(args.backend) if args.backend else None,
         seconds=args.seconds or (1.0 if args.quick else 4.0),
@@ -437,7 +428,7 @@ def _bench(args: argparse.Namespace) -> int:
         compiled=args.compile,
     )
     if args.source:
-        found = [row for row in results.read(args.source) if all(word in row["case"] for word in args.filter)]
+        found = [row for row in results.read(args.source) if all(word in row["case"] for word in args.words)]
         source: Iterable[dict[str, Any]] = found
     else:
         chosen = runner.selected(options)
