@@ -331,25 +331,22 @@ __global__ void __launch_bounds__(256) nf4_sum_kernel(const float* parts, int sp
 
 constexpr int shared_bytes = std::max(Nf4Table::bytes, 32 << 10);  // the sums of two warps with 128 for a lane
 
-// f(NT, WIDE) as constants, NT being the tiles of 8 rows: at most 8, and 4 of fp32. Without vectors there is less
-// choice.
+// call(NT, WIDE) with constants, NT being the tiles of 8 rows. fp32, and weights without vectors, have less choice, as
+// nvcc takes long for each of these loops.
 template <class T, class Call>
 cudaError_t switch_rows(int m, bool wide, Call&& call) {
-  constexpr int most = sizeof(T) == 4 ? 4 : 8;
-  const auto go = [&](auto tiles) {
-    if (wide) return call(tiles, std::true_type{});
-    if constexpr (decltype(tiles)::value == 2 || decltype(tiles)::value == most) return call(tiles, std::false_type{});
-    return cudaErrorInvalidValue;
-  };
-  if (m <= 8 && wide) return go(std::integral_constant<int, 1>{});
-  if (m <= 16) return go(std::integral_constant<int, 2>{});
-  if (m <= 32 && wide) return go(std::integral_constant<int, 4>{});
-  if (m <= 8 * most) return go(std::integral_constant<int, most>{});
+  const auto either = [&](auto tiles) { return wide ? call(tiles, std::true_type{}) : call(tiles, std::false_type{}); };
+  if (m <= 8 && wide) return call(std::integral_constant<int, 1>{}, std::true_type{});
+  if (m <= 16) return either(std::integral_constant<int, 2>{});
+  if constexpr (sizeof(T) == 2) {
+    if (m <= 32 && wide) return call(std::integral_constant<int, 4>{}, std::true_type{});
+    if (m <= 64) return either(std::integral_constant<int, 8>{});
+  }
   return cudaErrorInvalidValue;
 }
 
-constexpr int dgrad_words(int tiles) { return tiles <= 2 ? 2 : 1; }
-int dgrad_columns(int m) { return 64 * dgrad_words(ceil_div(m, 8)); }
+constexpr int dgrad_words(int tiles, bool fp32) { return tiles <= 2 && !fp32 ? 2 : 1; }
+int dgrad_columns(const Nf4Product& p) { return 64 * dgrad_words(ceil_div(p.m, 8), p.type == Dtype::f32); }
 
 // The columns, or rows, of a part: a multiple of what a block takes in one turn.
 int chunk_of(int size, int splits, int turn) { return ceil_div(ceil_div(size, splits), turn) * turn; }
@@ -368,7 +365,7 @@ cudaError_t launch_sum(const float* parts, int splits, int64_t size, Dtype bias_
 
 }  // namespace
 
-int nf4_few_rows(Dtype type) { return type == Dtype::f32 ? 32 : 64; }
+int nf4_few_rows(Dtype type) { return type == Dtype::f32 ? 16 : 64; }
 
 int nf4_linear_splits(const Nf4Product& p) {
   return splits_of(p.k, ceil_div(p.n, linear_rows), 512, 128 * linear_shares);
@@ -393,7 +390,7 @@ cudaError_t nf4_linear_cuda(const Nf4Product& p, const void* x, const Nf4Cuda& w
 }
 
 int nf4_dgrad_splits(const Nf4Product& p) {
-  return splits_of(p.n, ceil_div(p.k, dgrad_columns(p.m)), 128, 32 * dgrad_warps);
+  return splits_of(p.n, ceil_div(p.k, dgrad_columns(p)), 128, 32 * dgrad_warps);
 }
 
 cudaError_t nf4_dgrad_cuda(const Nf4Product& p, const void* g, const Nf4Cuda& w, const Nf4Update& update, void* dx,
@@ -401,12 +398,12 @@ cudaError_t nf4_dgrad_cuda(const Nf4Product& p, const void* g, const Nf4Cuda& w,
   if (p.m == 0 || p.k == 0) return cudaSuccess;
   const bool wide = p.k % 32 == 0 && p.n % 8 == 0 && aligned16(g, w.bytes);
   Args args = {nf4_args(w), p, g, nullptr, p.type, dx, splits > 1 ? parts : nullptr};
-  args.blocks = ceil_div(p.k, dgrad_columns(p.m)), args.splits = splits, args.update = update;
+  args.blocks = ceil_div(p.k, dgrad_columns(p)), args.splits = splits, args.update = update;
   args.chunk = chunk_of(p.n, splits, 32 * dgrad_warps);
   return switch_dtype(p.type, [&](auto t) {
     using T = decltype(t);
     const cudaError_t done = switch_rows<T>(p.m, wide, [&](auto tiles, auto vectors) {
-      constexpr int words = dgrad_words(decltype(tiles)::value);
+      constexpr int words = dgrad_words(decltype(tiles)::value, sizeof(T) == 4);
       const auto kernel = nf4_dgrad_kernel<decltype(vectors)::value, T, decltype(tiles)::value, words>;
       return launch(kernel, dim3(args.blocks * splits), dim3(32 * dgrad_warps), shared_bytes, stream, args);
     });

@@ -23,7 +23,7 @@ _ops = torch.ops._peft_kernels
 
 # CUDA multiplies up to so many rows with packed weights. For more, W is read panel by panel into a workspace of this
 # size, which stays in the L2 cache, and multiplied by torch.
-_FEW = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
+_FEW = {torch.float32: 16, torch.bfloat16: 64, torch.float16: 64}
 _PANEL_BYTES = 16 << 20
 
 
