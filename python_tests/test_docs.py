@@ -180,7 +180,7 @@ def test_the_commands_of_the_pages_exist():
         if program == cli.PROGRAM:
             args = cli._parser().parse_args(words)
             assert callable(args.run), line
-            assert words[0] != "bench" or runner.selected(runner.Options("all", tuple(args.filter))), line
+            assert words[0] != "bench" or runner.selected(runner.Options("all", tuple(args.words))), line
         elif program == "make":
             assert targets.issuperset(words), line
         elif program == "python":
