@@ -3,8 +3,10 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "lora/lora_launch.h"
 
@@ -52,10 +54,16 @@ struct Weights {
 #endif
 };
 
+// A blocksize2 that no sum or product of sizes overflows with: of n scales, larger blocks are the same.
+int64_t bounded(int64_t block2, int64_t n) {
+  PK_CHECK(block2 >= 1, "blocksize2 must be at least 1");
+  return std::min(block2, std::max<int64_t>(n, 1));
+}
+
 // The second level, of n scales.
 Weights second(const Tensor& absmax, const Tensor& q, const Tensor& code, const Tensor& offset, int64_t n,
                int64_t block2) {
-  PK_CHECK(block2 >= 1, "blocksize2 must be at least 1");
+  block2 = bounded(block2, n);
   check_holds(q, "absmax_q", ScalarType::Byte, n, absmax);
   check_holds(absmax, "absmax", ScalarType::Float, blocks(n, block2), q);
   check_holds(code, "code2", ScalarType::Float, 256, absmax);
@@ -94,7 +102,6 @@ std::tuple<Tensor, Tensor> new_weights(const Tensor& w, int64_t blocksize) {
 // (q, absmax2, offset) for the scales
 std::tuple<Tensor, Tensor, Tensor> new_second(const Tensor& absmax, const Tensor& code, int64_t block2) {
   const int64_t n = absmax.numel();
-  PK_CHECK(block2 >= 1, "blocksize2 must be at least 1");
   check_holds(absmax, "absmax", ScalarType::Float, n, code);
   check_holds(code, "code", ScalarType::Float, 256, absmax);
   return {new_empty(absmax, {n}, ScalarType::Byte), new_empty(absmax, {blocks(n, block2)}, ScalarType::Float),
@@ -133,6 +140,7 @@ void dequantize(const Tensor& out, const Tensor& packed, const Tensor& absmax, i
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& code, int64_t block2) {
+  block2 = bounded(block2, absmax.numel());
   const auto [q, absmax2, offset] = new_second(absmax, code, block2);
   *floats(offset) = PK_DISPATCH_ISA(nf4_quantize_absmax, floats(absmax), absmax.numel(), floats(code), block2, bytes(q),
                                     floats(absmax2));
@@ -257,6 +265,7 @@ void panel_cuda(const Tensor& out, const Tensor& packed, const Tensor& absmax, i
 
 std::tuple<Tensor, Tensor, Tensor> quantize_absmax_cuda(const Tensor& absmax, const Tensor& code, int64_t block2) {
   const DeviceGuard guard(absmax.get_device_index());
+  block2 = bounded(block2, absmax.numel());
   const auto [q, absmax2, offset] = new_second(absmax, code, block2);
   check_cuda(nf4_quantize_absmax_cuda(floats(absmax), absmax.numel(), floats(code), block2, bytes(q), floats(absmax2),
                                       floats(offset), stream_of(absmax)),
