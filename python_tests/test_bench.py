@@ -188,7 +188,7 @@ def test_what_is_not_here_is_a_row_that_says_so(monkeypatch):
     assert rows["HF PEFT"]["missing"] == "peft is not installed" and "wall_p50" in rows["ours (cpu)"]
     rescaling = next(c for c in TINY if c.op == "rescale")
     rows = {row["rival"]: row for row in rows_of(rescaling, backends=("cpu", "triton"))}
-    assert "it does not serve cpu tensors" in rows["ours (triton)"]["missing"] and "wall_p50" in rows["ours (cpu)"]
+    assert "backend 'triton' refused" in rows["ours (triton)"]["missing"] and "wall_p50" in rows["ours (cpu)"]
 
 
 def test_a_case_that_takes_too_long_is_left_out(monkeypatch):

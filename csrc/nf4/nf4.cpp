@@ -102,7 +102,6 @@ std::tuple<Tensor, Tensor> new_weights(const Tensor& w, int64_t blocksize) {
 // (q, absmax2, offset) for the scales
 std::tuple<Tensor, Tensor, Tensor> new_second(const Tensor& absmax, const Tensor& code, int64_t block2) {
   const int64_t n = absmax.numel();
-  block2 = bounded(block2, n);
   check_holds(absmax, "absmax", ScalarType::Float, n, code);
   check_holds(code, "code", ScalarType::Float, 256, absmax);
   return {new_empty(absmax, {n}, ScalarType::Byte), new_empty(absmax, {blocks(n, block2)}, ScalarType::Float),
@@ -141,9 +140,10 @@ void dequantize(const Tensor& out, const Tensor& packed, const Tensor& absmax, i
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& code, int64_t block2) {
+  block2 = bounded(block2, absmax.numel());
   const auto [q, absmax2, offset] = new_second(absmax, code, block2);
-  *floats(offset) = PK_DISPATCH_ISA(nf4_quantize_absmax, floats(absmax), absmax.numel(), floats(code),
-                                    bounded(block2, absmax.numel()), bytes(q), floats(absmax2));
+  *floats(offset) = PK_DISPATCH_ISA(nf4_quantize_absmax, floats(absmax), absmax.numel(), floats(code), block2, bytes(q),
+                                    floats(absmax2));
   return {q, absmax2, offset};
 }
 
@@ -265,9 +265,10 @@ void panel_cuda(const Tensor& out, const Tensor& packed, const Tensor& absmax, i
 
 std::tuple<Tensor, Tensor, Tensor> quantize_absmax_cuda(const Tensor& absmax, const Tensor& code, int64_t block2) {
   const DeviceGuard guard(absmax.get_device_index());
+  block2 = bounded(block2, absmax.numel());
   const auto [q, absmax2, offset] = new_second(absmax, code, block2);
-  check_cuda(nf4_quantize_absmax_cuda(floats(absmax), absmax.numel(), floats(code), bounded(block2, absmax.numel()),
-                                      bytes(q), floats(absmax2), floats(offset), stream_of(absmax)),
+  check_cuda(nf4_quantize_absmax_cuda(floats(absmax), absmax.numel(), floats(code), block2, bytes(q), floats(absmax2),
+                                      floats(offset), stream_of(absmax)),
              "quantize_absmax");
   return {q, absmax2, offset};
 }

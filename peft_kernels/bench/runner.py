@@ -172,6 +172,8 @@ def _checked(
 
 
 def _error(out: Tensor, truth: Tensor) -> float:
+    if not out.numel():  # a gradient that the case does not ask for
+        return 0.0
     return (out.double() - truth).abs().max().item() / max(truth.abs().max().item(), 1e-30)
 
 
