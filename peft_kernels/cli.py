@@ -148,10 +148,10 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("words", nargs="*", metavar="WORD", help="only cases with all of these in their name, as nf4")
     size = bench.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="the headline cases, about a minute")
     size.add_argument("--all", action="store_true", help="every case; default those that take ten minutes on a CPU")
-    bench.add_argument("--filter", nargs="+", default=[], metavar="WORD", help="cases with all of these in their name")
     bench.add_argument("--list", action="store_true", help="only print the names of the cases")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default cuda if there is one")
     bench.add_argument("--backend", nargs="+", metavar="NAME", help="of ours; default every one that is here")
@@ -396,7 +396,7 @@ def _bench(args: argparse.Namespace) -> int:
         raise ValueError("--device cuda, but torch sees no CUDA device")
     options = runner.Options(
         selection="quick" if args.quick else "all" if args.all else "default",
-        words=tuple(args.filter),
+        words=tuple(args.words),
         device=device,
         backends=tuple(args.backend) if args.backend else None,
         seconds=args.seconds or (1.0 if args.quick else 4.0),
@@ -404,7 +404,7 @@ def _bench(args: argparse.Namespace) -> int:
         compiled=args.compile,
     )
     if args.source:
-        found = [row for row in results.read(args.source) if all(word in row["case"] for word in args.filter)]
+        found = [row for row in results.read(args.source) if all(word in row["case"] for word in args.words)]
         source: Iterable[dict[str, Any]] = found
     else:
         chosen = runner.selected(options)

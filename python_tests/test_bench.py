@@ -222,7 +222,7 @@ def test_the_command_writes_rows_and_a_picture(capsys, tmp_path, few):
     assert all(row["case"] in out for row in rows) and "ours (cpu)" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
 
-    code, out, _ = run(capsys, "bench", "--from", file, "--filter", "rows=64", "--json")
+    code, out, _ = run(capsys, "bench", "rows=64", "--from", file, "--json")
     assert code == 0 and [json.loads(line) for line in out.splitlines()] == [row for row in rows if row["rows"] == 64]
 
 
@@ -238,10 +238,10 @@ def test_the_command_lists_and_refuses(capsys, tmp_path, few):
     assert run(capsys, "bench", "--list", "--device", "cpu")[1].split("\n")[:-1] == [case.name for case in few]
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"a": 1}\n')
-    assert "no case" in refused(capsys, tmp_path, "bench", "--filter", "nothing")
+    assert "no case" in refused(capsys, tmp_path, "bench", "nothing")
     assert "--backend fast" in refused(capsys, tmp_path, "bench", "--backend", "fast")
     assert "line 1: not a row" in refused(capsys, tmp_path, "bench", "--from", bad)
-    one = ("--filter", "p=0.5", "--seconds", "0.01", "--device", "cpu", "--plot", tmp_path / "one.png")
+    one = ("p=0.5", "--seconds", "0.01", "--device", "cpu", "--plot", tmp_path / "one.png")
     code, _, err = run(capsys, "bench", *one)
     assert code == 2 and "several numbers of rows" in err
 

@@ -3,8 +3,10 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "common/checks.h"
 #include "lora/lora_checks.h"
@@ -33,9 +35,15 @@ void check_holds(const Tensor& t, const char* name, ScalarType type, int64_t n) 
 const float* floats(const Tensor& t) { return static_cast<const float*>(t.data_ptr()); }
 const uint8_t* bytes(const Tensor& t) { return static_cast<const uint8_t*>(t.data_ptr()); }
 
+// A blocksize2 that no sum or product of sizes overflows with: of n scales, larger blocks are the same.
+int64_t bounded(int64_t block2, int64_t n) {
+  PK_CHECK(block2 >= 1, "blocksize2 must be at least 1");
+  return std::min(block2, std::max<int64_t>(n, 1));
+}
+
 // The second level, of n scales.
 Nf4 second(const Tensor& absmax, const Tensor& q, const Tensor& code, const Tensor& offset, int64_t n, int64_t block2) {
-  PK_CHECK(block2 >= 1, "blocksize2 must be at least 1");
+  block2 = bounded(block2, n);
   check_holds(q, "absmax_q", ScalarType::Byte, n);
   check_holds(absmax, "absmax", ScalarType::Float, blocks(n, block2));
   check_holds(code, "code2", ScalarType::Float, 256);
@@ -81,7 +89,7 @@ void dequantize(const Tensor& out, const Tensor& packed, const Tensor& absmax, i
 
 std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& code, int64_t block2) {
   const int64_t n = absmax.numel();
-  PK_CHECK(block2 >= 1, "blocksize2 must be at least 1");
+  block2 = bounded(block2, n);
   check_holds(absmax, "absmax", ScalarType::Float, n);
   check_holds(code, "code", ScalarType::Float, 256);
   Tensor q = new_empty(absmax, {n}, ScalarType::Byte);

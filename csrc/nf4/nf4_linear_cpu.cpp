@@ -9,20 +9,19 @@
 namespace pk::PK_ISA {
 namespace {
 
-constexpr int64_t kFew = 4;               // rows of x up to which weights go from the table into the product
-constexpr int64_t kFewRows = 16;          // rows of W beside few rows of x
-constexpr int64_t kDepth = 256;           // columns of W that the forward decodes at a time
-constexpr int64_t kRows = 48;             // rows of W beside them: whole tiles of 4, 6, 8, 12 and 24
-constexpr int64_t kGroup = 8;             // stripes of so many rows that take turns with one chunk of x, if their
-constexpr int64_t kSumFloats = 3 << 15;   // sums fit in the second-level cache beside it: 384 KiB
-constexpr int64_t kChunk = 512;           // rows of x, for each of which W is decoded anew
-constexpr int64_t kSlab = 128;            // rows of W that the backward decodes at a time
-constexpr int64_t kCols = 192;            // columns of W beside them: whole panels
-constexpr int64_t kAhead = 16;            // rows of W between asking for one and decoding it
-constexpr int64_t kBackChunk = 256;       // rows of g, for each of which W is decoded anew
-constexpr int64_t kWide = 3 * W;          // a panel: the widest tile
-constexpr int kSums = W == 16 ? 24 : 12;  // vectors of sums in the registers beside what they are made of
-constexpr int64_t kGrain = 1 << 20;       // multiply-adds that pay for waking a thread
+constexpr int kAbreast = W == 16 ? 2 : 1;  // rows of W that share the loads of more than four rows of x
+constexpr int64_t kDepth = 256;            // columns of W that the forward decodes at a time
+constexpr int64_t kRows = 48;              // rows of W beside them: whole tiles of 4, 6, 8, 12 and 24
+constexpr int64_t kGroup = 8;              // stripes of so many rows that take turns with one chunk of x, if their
+constexpr int64_t kSumFloats = 3 << 15;    // sums fit in the second-level cache beside it: 384 KiB
+constexpr int64_t kChunk = 512;            // rows of x, for each of which W is decoded anew
+constexpr int64_t kSlab = 128;             // rows of W that the backward decodes at a time
+constexpr int64_t kCols = 192;             // columns of W beside them: whole panels
+constexpr int64_t kAhead = 16;             // rows of W between asking for one and decoding it
+constexpr int64_t kBackChunk = 256;        // rows of g, for each of which W is decoded anew
+constexpr int64_t kWide = 3 * W;           // a panel: the widest tile
+constexpr int kSums = W == 16 ? 24 : 12;   // vectors of sums in the registers beside what they are made of
+constexpr int64_t kGrain = 1 << 20;        // multiply-adds that pay for waking a thread
 
 int64_t grain(int64_t work_of_one) { return blocks(kGrain, work_of_one + 1); }
 
@@ -44,7 +43,8 @@ PK_INLINE vec multiply_add(const uint32_t* left, vec right, vec sum) {
   return fma(splat(bit_cast<float>(*left)), right, sum);
 }
 
-// c [rows, cols] += a [rows, depth] b [depth, cols], with words of a and b. cols are V whole vectors.
+// c [rows, cols] += a [rows, depth] b [depth, cols], with words of a and b. cols are V whole vectors. The sum over
+// depth starts at 0: a single one over all depths would round worse.
 struct Product {
   float* c;
   int64_t ldc;
@@ -54,15 +54,12 @@ struct Product {
   int64_t ldb, depth;
 };
 
-template <bool pairs, int R, int V>
+template <bool pairs, int lda_known, int R, int V>
 PK_INLINE void tile(const Product& p, int64_t row) {
-  vec sum[R][V];
+  vec sum[R][V] = {};
+  const int64_t lda = lda_known ? lda_known : p.lda;
   float* c = p.c + row * p.ldc;
-  const uint32_t *a = p.a + row * p.lda, *b = p.b;
-#pragma GCC unroll 24
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) sum[i][v] = load(c + i * p.ldc + v * W);
+  const uint32_t *a = p.a + row * lda, *b = p.b;
   for (int64_t d = 0; d < p.depth; ++d, b += p.ldb) {
     vec right[V];
 #pragma GCC unroll 3
@@ -70,31 +67,32 @@ PK_INLINE void tile(const Product& p, int64_t row) {
 #pragma GCC unroll 24
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) sum[i][v] = multiply_add<pairs>(a + i * p.lda + d, right[v], sum[i][v]);
+      for (int v = 0; v < V; ++v) sum[i][v] = multiply_add<pairs>(a + i * lda + d, right[v], sum[i][v]);
   }
 #pragma GCC unroll 24
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) store(c + i * p.ldc + v * W, sum[i][v]);
+    for (int v = 0; v < V; ++v) store(c + i * p.ldc + v * W, load(c + i * p.ldc + v * W) + sum[i][v]);
 }
 
 // Tiles of R rows, then of the next smaller size.
-template <bool pairs, int R, int V>
+template <bool pairs, int lda, int R, int V>
 void tiles(const Product& p, int64_t row, int64_t rows) {
-  for (; row + R <= rows; row += R) tile<pairs, R, V>(p, row);
+  for (; row + R <= rows; row += R) tile<pairs, lda, R, V>(p, row);
   if constexpr (R > 1) {
-    if (row < rows) tiles<pairs, (R > 8 ? 8 : R > 4 ? 4 : R / 2), V>(p, row, rows);
+    if (row < rows) tiles<pairs, lda, (R > 8 ? 8 : R > 4 ? 4 : R / 2), V>(p, row, rows);
   }
 }
 
-template <bool pairs>
+// lda: that of p, or 0 if it is not known here; known, it costs no registers.
+template <bool pairs, int lda>
 void run(const Product& p, int64_t rows, int64_t vectors) {
   if (vectors == 3)
-    tiles<pairs, kSums / 3, 3>(p, 0, rows);
+    tiles<pairs, lda, kSums / 3, 3>(p, 0, rows);
   else if (vectors == 2)
-    tiles<pairs, kSums / 2, 2>(p, 0, rows);
+    tiles<pairs, lda, kSums / 2, 2>(p, 0, rows);
   else
-    tiles<pairs, kSums, 1>(p, 0, rows);
+    tiles<pairs, lda, kSums, 1>(p, 0, rows);
 }
 
 // Calls f(first column, vectors) for each panel of `cols` columns, which are whole vectors.
@@ -254,68 +252,112 @@ void factor_row(const Nf4Lora& lora, int64_t first, int64_t n, float* out) {
 
 // -- the forward ----------------------------------------------------------------------------------------------------
 
-// sum[m] += weights at p times x[m], with W weights in fp32, or twice as many in pairs.
-template <bool pairs, int M>
-PK_INLINE void dot_step(const Table& table, const uint8_t* p, const uint32_t* x, int64_t ldx, vec* sum) {
+// W weights at p in fp32, or twice as many in pairs, as words.
+template <bool pairs>
+PK_INLINE vec lookup(const Table& table, const uint8_t* p) {
 #ifdef __AVX512BF16__
-  if constexpr (pairs) {
-    const __m512bh right = _mm512_cvtne2ps_pbh((__m512)table.at(p + W / 2), (__m512)table.at(p));
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-      sum[m] = (vec)_mm512_dpbf16_ps((__m512)sum[m], (__m512bh)_mm512_loadu_si512(x + m * ldx), right);
-    return;
-  }
+  if constexpr (pairs) return (vec)_mm512_cvtne2ps_pbh((__m512)table.at(p + W / 2), (__m512)table.at(p));
 #endif
-  const vec right = table.at(p);
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) sum[m] = fma(load(reinterpret_cast<const float*>(x + m * ldx)), right, sum[m]);
+  return table.at(p);
 }
 
-// The lanes of out[m] together are n weights from `first` on, which is even, times as many of M rows of x, ldx words
-// apart.
+// sum + left * right, word by word.
+template <bool pairs>
+PK_INLINE vec multiply_add(vec left, vec right, vec sum) {
+#ifdef __AVX512BF16__
+  if constexpr (pairs) return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
+#endif
+  return fma(left, right, sum);
+}
+
+PK_INLINE vec load_words(const uint32_t* p) { return load(reinterpret_cast<const float*>(p)); }
+
+// The lanes of out[r][m] together are row r of R rows of W, K weights each from `first` on in whole blocks of 64, times
+// row m of x, whose steps of W words lie row beside row.
+template <bool pairs, int M, int R>
+PK_INLINE void dot_64(const Nf4& w, int64_t first, int64_t k, const uint32_t* x, float* room, vec (*out)[M]) {
+  constexpr int U = R * M > 3 ? 1 : M == 1 ? 4 : 2;  // sums of each, so that they do not wait for each other
+  constexpr int step = pairs ? 2 * W : W;            // weights
+  const float* scale[R];
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r) {
+    const int64_t begin = first + r * k, block = begin >> w.shift;
+    scale[r] = scales(w, block, ((begin + k - 1) >> w.shift) - block + 1, room + r * room_of(w, k)) - block;
+  }
+  vec sum[U][R][M] = {};
+  const uint8_t* p = w.bytes + first / 2;
+  for (int64_t i = first; i < first + k; i += 64, p += 32) {
+    const auto table = [&](int r) { return Table(scale[r][(i + r * k) >> w.shift]); };
+    const Table tables[2] = {table(0), table(R - 1)};
+#pragma GCC unroll 16
+    for (int j = 0; j < 64 / step; ++j) {
+      vec right[R];
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) right[r] = lookup<pairs>(tables[r], p + (r * k + j * step) / 2);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m, x += W) {
+        const vec left = load_words(x);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) sum[j % U][r][m] = multiply_add<pairs>(left, right[r], sum[j % U][r][m]);
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+      for (int u = 1; u < U; ++u) sum[0][r][m] += sum[u][r][m];
+      out[r][m] = sum[0][r][m];
+    }
+}
+
+// As dot_64 for one row of n weights from `first` on, which is even, however its blocks lie, and for rows of x that are
+// ldx words apart.
 template <class T, bool pairs, int M>
 PK_INLINE void dot(const Nf4& w, int64_t first, int64_t n, const uint32_t* x, int64_t ldx, float* room, vec* out) {
   using X = std::conditional_t<pairs, T, float>;
-  constexpr int U = M == 1 ? 4 : M < 5 ? 2 : 1;  // sums of a row, so that they do not wait for each other
-  constexpr int64_t step = pairs ? 2 * W : W;    // weights
-  const auto from = [&](int64_t i) { return reinterpret_cast<const uint32_t*>(reinterpret_cast<const X*>(x) + i); };
-  vec sum[U][M] = {};
+  constexpr int64_t step = pairs ? 2 * W : W;  // weights
+  const auto from = [&](int m, int64_t i) { return reinterpret_cast<const X*>(x + m * ldx) + i; };
+  vec sum[M] = {};
   each_block(w, first, n, room, [&](int64_t at, int64_t count, float scale) {
     const Table table(scale);
-    const uint8_t* p = w.bytes + at / 2;
     int64_t i = 0;
-    for (; i + U * step <= count; i += U * step)
-#pragma GCC unroll 4
-      for (int u = 0; u < U; ++u)
-        dot_step<pairs, M>(table, p + (i + u * step) / 2, from(at - first + i + u * step), ldx, sum[u]);
+    for (; i + step <= count; i += step) {
+      const vec right = lookup<pairs>(table, w.bytes + (at + i) / 2);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const auto* left = reinterpret_cast<const uint32_t*>(from(m, at - first + i));
+        sum[m] = multiply_add<pairs>(load_words(left), right, sum[m]);
+      }
+    }
     for (; i < count; i += W) {
       const int rest = static_cast<int>(at_most(W, count - i));
       float numbers[W] = {};
       for (int j = 0; j < rest; ++j) numbers[j] = number(w, at + i + j, scale);
 #pragma GCC unroll 8  // an index that is no constant would put the sums into memory
-      for (int m = 0; m < M; ++m) {
-        const X* left = reinterpret_cast<const X*>(x + m * ldx) + (at - first) + i;
-        sum[0][m] = fma(load_n(left, rest), load(numbers), sum[0][m]);
-      }
+      for (int m = 0; m < M; ++m) sum[m] = fma(load_n(from(m, at - first + i), rest), load(numbers), sum[m]);
     }
   });
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-    for (int u = 1; u < U; ++u) sum[0][m] += sum[u][m];
-    out[m] = sum[0][m];
-  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) out[m] = sum[m];
 }
 
 template <class T, int M>
 void few_rows(const Nf4Linear& s, const T* x, const Nf4& w, const float* bias, const Nf4Lora& lora, T* y) {
   constexpr bool pairs = kPairs<T> && M > 1;  // one row is bound by the decoding, and fp32 is free
+  constexpr int64_t step = pairs ? 2 * W : W;
+  constexpr int R = M < 5 ? 1 : kAbreast;
+  const bool whole = s.k % 64 == 0 && w.shift >= 6;
   // A row that starts in the middle of a byte is read from the byte on, and its x from a zero on.
-  const int64_t ldx = padded(words<pairs>(s.k + 1), W), copies = 1 + s.k % 2;
-  const Buffer left(copies * M * ldx);
+  const int64_t ldx = padded(words<pairs>(s.k + 1), W), copies = 1 + s.k % 2, rank = padded(lora.r, W);
+  const Buffer left(copies * M * ldx), ts(M * rank);
   auto* xs = reinterpret_cast<uint32_t*>(left.p);
-  for (int64_t c = 0; c < copies; ++c)
-    for (int m = 0; m < M; ++m) {
+  for (int m = 0; m < M; ++m) {
+    scaled(lora.u + m * lora.r, lora.r, lora.scale, ts.p + m * rank);
+    for (int64_t k = 0; whole && k < s.k; k += step)
+      fetch<pairs>(x + m * s.k + k, step, xs + words<pairs>(k) * M + m * W);
+    for (int64_t c = 0; !whole && c < copies; ++c) {
       uint32_t* to = xs + (c * M + m) * ldx;
       to[0] = 0;
       if constexpr (pairs)
@@ -323,19 +365,28 @@ void few_rows(const Nf4Linear& s, const T* x, const Nf4& w, const float* bias, c
       else
         fetch<false>(x + m * s.k, s.k, to + c);
     }
-  const int64_t rank = padded(lora.r, W);
-  const Buffer ts(M * rank);
-  for (int m = 0; m < M; ++m) scaled(lora.u + m * lora.r, lora.r, lora.scale, ts.p + m * rank);
-  parallel_for(0, s.n, grain(s.k * M), [&](int64_t begin, int64_t end) {
-    const Buffer room(room_of(w, s.k + 1)), line(rank);
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t half = n * s.k % 2;
-      vec out[M];
-      dot<T, pairs, M>(w, n * s.k - half, s.k + half, xs + half * M * ldx, ldx, room.p, out);
-      factor_row(lora, n * lora.r, lora.r, line.p);
-      for (int m = 0; m < M; ++m) {
-        for (int64_t i = 0; i < rank; i += W) out[m] = fma(load(ts.p + m * rank + i), load(line.p + i), out[m]);
-        y[m * s.n + n] = narrow<T>(hsum(out[m]) + bias[n]);
+  }
+  parallel_for(0, blocks(s.n, R), grain(R * s.k * M), [&](int64_t begin, int64_t end) {
+    const Buffer room(R * room_of(w, s.k + 1)), line(rank);
+    const int64_t stop = at_most(s.n, end * R);
+    for (int64_t top = begin * R, rows; top < stop; top += rows) {
+      vec sums[R][M];
+      rows = whole && top + R <= stop ? R : 1;
+      if (!whole) {
+        const int64_t half = top * s.k % 2;
+        dot<T, pairs, M>(w, top * s.k - half, s.k + half, xs + half * M * ldx, ldx, room.p, sums[0]);
+      } else if (rows == R) {
+        dot_64<pairs, M, R>(w, top * s.k, s.k, xs, room.p, sums);
+      } else {
+        dot_64<pairs, M, 1>(w, top * s.k, s.k, xs, room.p, sums);
+      }
+      for (int64_t n = top; n < top + rows; ++n) {
+        factor_row(lora, n * lora.r, lora.r, line.p);
+        for (int m = 0; m < M; ++m) {
+          vec sum = sums[n - top][m];
+          for (int64_t i = 0; i < rank; i += W) sum = fma(load(ts.p + m * rank + i), load(line.p + i), sum);
+          y[m * s.n + n] = narrow<T>(hsum(sum) + bias[n]);
+        }
       }
     }
   });
@@ -392,7 +443,7 @@ void many_rows(const Nf4Linear& s, const T* x, const Nf4& w, const float* bias, 
           factor_row(lora, n * r, rows * r, left.p);
           each_panel(mp, [&](int64_t col, int64_t vectors) {
             const auto* panel = reinterpret_cast<const uint32_t*>(terms.p) + col * r;
-            run<false>({c + col, ldc, ws, r, panel, vectors * W, r}, rows, vectors);
+            run<false, 0>({c + col, ldc, ws, r, panel, vectors * W, r}, rows, vectors);
           });
         });
       for (int64_t k = 0; k < s.k; k += kDepth) {
@@ -404,7 +455,7 @@ void many_rows(const Nf4Linear& s, const T* x, const Nf4& w, const float* bias, 
           }
           each_panel(mp, [&](int64_t col, int64_t vectors) {
             const uint32_t* panel = xs + words<pairs>(k) * mp + col * depth;
-            run<pairs>({c + col, ldc, ws, ldw, panel, vectors * W, depth}, rows, vectors);
+            run<pairs, ldw>({c + col, ldc, ws, ldw, panel, vectors * W, depth}, rows, vectors);
           });
         });
       }
@@ -441,7 +492,7 @@ void back(const Nf4Linear& s, int64_t first, const T* g, const Nf4& w, const Nf4
       }
       const auto* terms = reinterpret_cast<const uint32_t*>(lora.u);
       each_panel(width, [&](int64_t c, int64_t vectors) {
-        run<false>({sums.p + c, ldc, terms, r, ws + c * r, vectors * W, r}, s.m, vectors);
+        run<false, 0>({sums.p + c, ldc, terms, r, ws + c * r, vectors * W, r}, s.m, vectors);
       });
       for (int64_t m = 0; drop && m < s.m; ++m) drop(sums.p + m * ldc, first + m, k, cols);
       for (int64_t n = 0; n < s.n; n += kSlab) {
@@ -453,7 +504,7 @@ void back(const Nf4Linear& s, int64_t first, const T* g, const Nf4& w, const Nf4
         }
         for (int64_t m = 0; m < s.m; ++m) fetch<pairs>(g + m * s.n + n, rows, gs + m * ldg);
         each_panel(width, [&](int64_t c, int64_t vectors) {
-          run<pairs>({sums.p + c, ldc, gs, ldg, ws + c * depth, vectors * W, depth}, s.m, vectors);
+          run<pairs, ldg>({sums.p + c, ldc, gs, ldg, ws + c * depth, vectors * W, depth}, s.m, vectors);
         });
       }
       for (int64_t m = 0; m < s.m; ++m) put(sums.p + m * ldc, cols, dx + m * s.k + k);
@@ -470,7 +521,7 @@ void nf4_linear(const Nf4Linear& s, Dtype type, const void* x, const Nf4& w, Dty
     using T = decltype(t);
     const T* in = static_cast<const T*>(x);
     T* out = static_cast<T*>(y);
-    constexpr int few = kPairs<T> ? 8 : 4;
+    constexpr int few = kPairs<T> ? 12 : 4;
     if (s.m <= few) return by_rows<T, few>(s, in, w, wide.get(), lora, out);
     const int64_t chunk = chunk_of(s.m, kChunk);
     for (int64_t m = 0; m < s.m; m += chunk) {

@@ -1,4 +1,4 @@
-"""What the kernels are compared with: LoRA in plain torch, mixed batches in three ways, and HF PEFT."""
+"""What the kernels are compared with: LoRA in plain torch, mixed batches in three ways, HF PEFT, and bitsandbytes."""
 
 from __future__ import annotations
 
@@ -150,3 +150,28 @@ def peft_layers(layers: Sequence[Layer], scale: float, p: float, dtype: torch.dt
 
 def trainable(module: nn.Module) -> list[Tensor]:
     return [p for p in module.parameters() if p.requires_grad]
+
+
+# -- bitsandbytes -----------------------------------------------------------------------------------------------------
+
+
+def not_for_bitsandbytes(n: int, k: int, blocksize: int) -> str:
+    """ "", or why its kernels do not serve, or serve wrongly, weights [n, k]."""
+    return "" if n % 32 == 0 and k % blocksize == 0 else f"bitsandbytes wants out in 32s and in in {blocksize}s"
+
+
+def bitsandbytes_layers(
+    pool: Sequence[tuple[Tensor, Tensor]], shape: tuple[int, int], blocksize: int, dtype: torch.dtype, training: bool
+) -> list[nn.Module]:
+    """Its 4-bit layers on (a copy of) the same packed weights; those that infer change them at the first call."""
+    import bitsandbytes as bnb
+
+    code = bnb.functional.get_4bit_type("nf4", device=pool[0][0].device)
+    made = []
+    for packed, absmax in pool:
+        layer = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
+        state = bnb.functional.QuantState(absmax.clone(), torch.Size(shape), code, blocksize, "nf4", dtype)
+        kept = {"quant_state": state, "blocksize": blocksize, "compress_statistics": False, "quant_type": "nf4"}
+        layer.weight = bnb.nn.Params4bit(packed.clone(), **kept, module=layer, bnb_quantized=True)
+        made.append(layer.train(training))
+    return made

@@ -200,7 +200,9 @@ def _rates(costs: Sequence, times: measure.Times, rates: tuple[float, float]) ->
 
 def about(device: str) -> dict[str, Any]:
     """The machine and what runs on it, the same in every row of a run."""
-    packages = {name: metadata.version(name) for name in ("torch", "triton", "peft") if not missing(name)}
+    packages = {
+        name: metadata.version(name) for name in ("torch", "triton", "peft", "bitsandbytes") if not missing(name)
+    }
     out = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": _commit(),

@@ -299,6 +299,39 @@ def test_linear_layers_on_any_shape(m, n, k, blocksize, dtype, nested, r, p):
             assert not wrong, f"{name} {m=} {n=} {k=} {blocksize=} {dtype=} {r=} {p=}: {wrong}"
 
 
+@pytest.mark.parametrize("m", [1, 4, 30])
+def test_long_sums_are_as_good_as_torch(m):
+    """Weights of a usual size beside a LoRA term a thousand times larger, in fp32 and by the law of all ops."""
+    n, k, r, own = 24, 11008, 8, (None, None, None, 256)
+    packed, absmax, _ = packed_weight(n, k)
+    packed_t, absmax_t, _ = packed_weight(k, n)
+    x, a, b = torch.randn(m, k), torch.randn(r, k), torch.randn(n, r)
+    for name, args in (
+        ("nf4_linear", (x, packed, absmax, n, 64, None, *own)),
+        ("nf4_linear_dgrad", (x, packed_t, absmax_t, n, 64, *own)),
+        ("nf4_lora_linear", (x, packed, absmax, n, 64, a, b, 1.0, None, 0.0, None, *own)),
+    ):
+        op = OPS[name]
+        with pk.backend("cpu"):
+            ours = outputs(op.run(*args))[0]
+        plain, truth = (outputs(op.reference(*own_args))[0] for own_args in (args, double(args)))
+        _, wrong = compare(ours, plain, truth)
+        assert not wrong, f"{name}: {wrong}"
+
+
+@pytest.mark.parametrize("blocksize2", [2**40, 2**62, 2**63 - 1])
+def test_any_second_blocksize(blocksize2):
+    absmax = torch.rand(130) + 0.5
+    with pk.backend("cpu"):
+        ours, plain = (pk.ops.quantize_absmax(absmax, None, size) for size in (blocksize2, 130))
+        assert all(map(torch.equal, ours, plain))
+        back, same = (
+            pk.ops.dequantize_absmax(plain[0], plain[1], pk.ops.dynamic_map(), plain[2], size)
+            for size in (blocksize2, 130)
+        )
+    assert torch.equal(back, same)
+
+
 @pytest.mark.parametrize("m", [1, 4, 9, 300])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_lora_is_accumulated_before_the_only_rounding(m, p):
