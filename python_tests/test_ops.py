@@ -47,6 +47,7 @@ LORA_BACKENDS = [p.values[1] for p in RUNNABLE if p.values[0].name == "lora_add"
 every_kernel = pytest.mark.parametrize(("op", "name", "device"), RUNNABLE)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 differentiable_kernels = pytest.mark.parametrize(("op", "name", "device"), RUNNABLE_BACK)
+gradients_of_kernels = pytest.mark.parametrize(("op", "name", "device"), _slowly(RUNNABLE_BACK))
 every_differentiable = pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
 
 
@@ -80,7 +81,7 @@ def test_error(op, name, device, dtype):
             _assert_as_good(out, p, t, f"{sample.id}, output {i}")
 
 
-@pytest.mark.parametrize(("op", "name", "device"), _slowly(RUNNABLE_BACK))
+@gradients_of_kernels
 @every_dtype
 def test_gradient_is_the_vjp_of_the_reference(op, name, device, dtype):
     for sample in op.samples(dtype, device):
@@ -92,7 +93,7 @@ def test_gradient_is_the_vjp_of_the_reference(op, name, device, dtype):
             _assert_as_good(g, p, t, f"{sample.id}, gradient of argument {sample.differentiable[i]}")
 
 
-@pytest.mark.parametrize(("op", "name", "device"), _slowly(RUNNABLE_BACK))
+@gradients_of_kernels
 def test_each_gradient_alone(op, name, device):
     """Asking for one gradient gives the bits that asking for all gives; of kernels that are interpreted, in turn."""
     slow = device == "cpu" and name in ("triton", "cuda")
