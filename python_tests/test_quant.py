@@ -580,6 +580,29 @@ def test_methods_stack_and_route_on_a_packed_base():
     close(out[1], single["b"][1])
 
 
+@every_format
+def test_a_bank_and_combine_on_a_packed_base(name):
+    case, twin = quantized(name, "llama"), quantized(name, "llama")
+    for i, method in enumerate((pk.LoRA(rank=2), pk.QLoRA(rank=3))):
+        pk.attach(twin.model, method, ("q", "v"), name="ab"[i], seed=i)
+        perturb(twin.model, "ab"[i]).eval()
+    bank = pk.AdapterBank(case.model, slots=2, max_rank=3)
+    single = {}
+    for adapter in "ab":
+        bank.load(adapter, twin.model)
+        pk.set_active(twin.model, [adapter])
+        single[adapter] = twin.call(twin.model)
+    with pk.route(case.model, ["b", "a"]), torch.no_grad():
+        out = case.call(case.model)
+    close(out[0], single["b"][0].detach())
+    close(out[1], single["a"][1].detach())
+    pk.set_active(twin.model, ["a", "b"])
+    both = twin.call(twin.model)
+    assert pk.combine(twin.model, ["a", "b"]).exact
+    pk.set_active(twin.model, ["combined"])
+    close(twin.call(twin.model), both)
+
+
 # -- merge ------------------------------------------------------------------------------------------------------------
 
 
