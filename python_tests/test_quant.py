@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -459,6 +460,21 @@ def test_a_model_on_the_meta_device_takes_a_packed_checkpoint(name):
     hollow.load_state_dict(state, assign=True)
     hollow.model.rotary_emb = full.model.model.rotary_emb  # a buffer that is in no checkpoint
     assert torch.equal(full.call(hollow), full.call(full.model))
+
+
+def test_dense_weights_go_one_by_one(monkeypatch):
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(5)])
+    weights, alive = [weakref.ref(linear.weight) for linear in model], []
+    original = pk.NF4Linear.from_linear.__func__
+
+    def counted(cls, linear, **settings):
+        alive.append(sum(w() is not None for w in weights))
+        return original(cls, linear, **settings)
+
+    monkeypatch.setattr(pk.NF4Linear, "from_linear", classmethod(counted))
+    pk.quantize(model)
+    assert alive == [5, 4, 3, 2, 1]
+    assert not any(w() is not None for w in weights)
 
 
 _STREAMED = """
