@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -461,6 +462,21 @@ def test_a_model_on_the_meta_device_takes_a_packed_checkpoint(name):
     assert torch.equal(full.call(hollow), full.call(full.model))
 
 
+def test_dense_weights_go_one_by_one(monkeypatch):
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(5)])
+    weights, alive = [weakref.ref(linear.weight) for linear in model], []
+    original = pk.NF4Linear.from_linear.__func__
+
+    def counted(cls, linear, **settings):
+        alive.append(sum(w() is not None for w in weights))
+        return original(cls, linear, **settings)
+
+    monkeypatch.setattr(pk.NF4Linear, "from_linear", classmethod(counted))
+    pk.quantize(model)
+    assert alive == [5, 4, 3, 2, 1]
+    assert not any(w() is not None for w in weights)
+
+
 _STREAMED = """
 import sys, threading, torch, time
 from safetensors.torch import load_file
@@ -578,6 +594,29 @@ def test_methods_stack_and_route_on_a_packed_base():
         out = case.call(case.model)
     close(out[0], single["a"][0])
     close(out[1], single["b"][1])
+
+
+@every_format
+def test_a_bank_and_combine_on_a_packed_base(name):
+    case, twin = quantized(name, "llama"), quantized(name, "llama")
+    for i, method in enumerate((pk.LoRA(rank=2), pk.QLoRA(rank=3))):
+        pk.attach(twin.model, method, ("q", "v"), name="ab"[i], seed=i)
+        perturb(twin.model, "ab"[i]).eval()
+    bank = pk.AdapterBank(case.model, slots=2, max_rank=3)
+    single = {}
+    for adapter in "ab":
+        bank.load(adapter, twin.model)
+        pk.set_active(twin.model, [adapter])
+        single[adapter] = twin.call(twin.model)
+    with pk.route(case.model, ["b", "a"]), torch.no_grad():
+        out = case.call(case.model)
+    close(out[0], single["b"][0].detach())
+    close(out[1], single["a"][1].detach())
+    pk.set_active(twin.model, ["a", "b"])
+    both = twin.call(twin.model)
+    assert pk.combine(twin.model, ["a", "b"]).exact
+    pk.set_active(twin.model, ["combined"])
+    close(twin.call(twin.model), both)
 
 
 # -- merge ------------------------------------------------------------------------------------------------------------

@@ -75,8 +75,9 @@ class Int8Linear(QuantLinear):
         return _read(stored["weight"], stored["scb"], dtype)
 
     def linear(self, x: Tensor, stored: Stored) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         # A transform of torch.func knows no autograd.Function.
         if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:

@@ -85,6 +85,9 @@ class QuantLinear(Packed):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        told = (prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, *told)
         given = {k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)}
         given = {k: t for k, t in given.items() if k.partition(".")[0] not in self._modules}
         weight, bias = given.pop("weight", None), given.pop("bias", None)

@@ -149,7 +149,8 @@ def _quantizable(model: nn.Module, skip: tuple[str, ...]) -> list[tuple[str, nn.
     for module in modules.values():
         for p in module._parameters.values():
             owners[id(p)] = owners.get(id(p), 0) + 1
-    wide = getattr(model, "_keep_in_fp32_modules", None) or ()
+    kept = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    wide = {name for attribute in kept for name in getattr(model, attribute, None) or ()}
     unseen = tuple(p for p, m in modules.items() if isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoderLayer)))
     chosen = []
     for path, module in modules.items():
