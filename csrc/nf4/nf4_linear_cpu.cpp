@@ -270,6 +270,40 @@ PK_INLINE vec multiply_add(vec left, vec right, vec sum) {
   return fma(left, right, sum);
 }
 
+// The table of dot_64: W levels looked up at once or, in pairs, 32 in an order that permuted() gives to x too.
+template <bool pairs>
+struct Levels : Table {
+  using Table::Table;
+};
+
+PK_INLINE vec permuted(vec x) {
+#ifdef __AVX512BF16__
+  return (vec)_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), (__m512i)x);
+#else
+  return x;
+#endif
+}
+
+#ifdef __AVX512BF16__
+template <>
+struct Levels<true> {
+  __m512i twice;  // the levels times the scale in bf16, so that the lookup may ignore a fifth bit
+  PK_INLINE explicit Levels(float scale)
+      : twice(_mm512_broadcast_i64x4(
+            (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(kLevels), _mm512_set1_ps(scale))))) {}
+
+  // 64 bits after 64 bits, in turn of the lower and of the upper 8 bytes, the next four.
+  PK_INLINE vec at(const uint8_t* p) const {
+    const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    constexpr int64_t four = 0x0008000c00000004;  // where the nibbles of two bytes are, each the lower byte of a word
+    constexpr int64_t next = 0x0010001000100010;
+    const __m512i where = _mm512_setr_epi64(four, four, four + next, four + next, four + 2 * next, four + 2 * next,
+                                            four + 3 * next, four + 3 * next);
+    return (vec)_mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(where, all), twice);
+  }
+};
+#endif
+
 PK_INLINE vec load_words(const uint32_t* p) { return load(reinterpret_cast<const float*>(p)); }
 
 // The lanes of out[r][m] together are row r of R rows of W, K weights each from `first` on in whole blocks of 64, times
@@ -287,13 +321,13 @@ PK_INLINE void dot_64(const Nf4& w, int64_t first, int64_t k, const uint32_t* x,
   vec sum[U][R][M] = {};
   const uint8_t* p = w.bytes + first / 2;
   for (int64_t i = first; i < first + k; i += 64, p += 32) {
-    const auto table = [&](int r) { return Table(scale[r][(i + r * k) >> w.shift]); };
-    const Table tables[2] = {table(0), table(R - 1)};
+    const auto table = [&](int r) { return Levels<pairs>(scale[r][(i + r * k) >> w.shift]); };
+    const Levels<pairs> tables[2] = {table(0), table(R - 1)};
 #pragma GCC unroll 16
     for (int j = 0; j < 64 / step; ++j) {
       vec right[R];
 #pragma GCC unroll 2
-      for (int r = 0; r < R; ++r) right[r] = lookup<pairs>(tables[r], p + (r * k + j * step) / 2);
+      for (int r = 0; r < R; ++r) right[r] = tables[r].at(p + (r * k + j * step) / 2);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m, x += W) {
         const vec left = load_words(x);
@@ -345,7 +379,7 @@ PK_INLINE void dot(const Nf4& w, int64_t first, int64_t n, const uint32_t* x, in
 
 template <class T, int M>
 void few_rows(const Nf4Linear& s, const T* x, const Nf4& w, const float* bias, const Nf4Lora& lora, T* y) {
-  constexpr bool pairs = kPairs<T> && M > 1;  // one row is bound by the decoding, and fp32 is free
+  constexpr bool pairs = kPairs<T>;
   constexpr int64_t step = pairs ? 2 * W : W;
   constexpr int R = M < 5 ? 1 : kAbreast;
   const bool whole = s.k % 64 == 0 && w.shift >= 6;
@@ -355,8 +389,11 @@ void few_rows(const Nf4Linear& s, const T* x, const Nf4& w, const float* bias, c
   auto* xs = reinterpret_cast<uint32_t*>(left.p);
   for (int m = 0; m < M; ++m) {
     scaled(lora.u + m * lora.r, lora.r, lora.scale, ts.p + m * rank);
-    for (int64_t k = 0; whole && k < s.k; k += step)
-      fetch<pairs>(x + m * s.k + k, step, xs + words<pairs>(k) * M + m * W);
+    for (int64_t k = 0; whole && k < s.k; k += step) {
+      uint32_t* to = xs + words<pairs>(k) * M + m * W;
+      fetch<pairs>(x + m * s.k + k, step, to);
+      if (pairs) store(reinterpret_cast<float*>(to), permuted(load_words(to)));
+    }
     for (int64_t c = 0; !whole && c < copies; ++c) {
       uint32_t* to = xs + (c * M + m) * ldx;
       to[0] = 0;
