@@ -47,7 +47,8 @@ def merge(model: nn.Module, name: str | None = None, *, into: str | None = None,
     Folding runs in fp32 or wider and each weight is rounded once. stash=True keeps the original values, so that
     unmerge is bit-exact; stash=False keeps nothing (then `detach` leaves a plain merged model).
     into: None writes every weight in its own format: a packed one (NF4, int8) is read, changed and packed again.
-        "bf16", "fp16" or "fp32" makes all packed layers of the model dense instead, those without a tuner too.
+        "bf16", "fp16" or "fp32" makes all packed layers of the model dense instead, those without a tuner too; what
+        is not packed keeps its dtype.
     RuntimeError if a tuner has no weight-space form, is not at the bottom of its stack, a weight is tied to another
     module, or a folded weight is not finite; the model is untouched then.
     """

@@ -29,7 +29,7 @@ from .lora import LoRA, LoRATuner
 class QLoRA(
     LoRA,
     roles=("*",),
-    lr=2e-4,
+    lr=2e-3,
     tiny={"rank": 2, "dropout": 0.25, "double_quant": False, "quantization_aware": True},
     kinds=("linear",),
 ):
