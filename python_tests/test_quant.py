@@ -1033,3 +1033,16 @@ def test_counts_and_footprint_see_the_numbers_behind_the_bytes():
         assert {row["op"] for row in pk.explain(case.model)} == {"lora_add" if name == "int8" else "nf4_lora_linear"}
     assert "14 layers nf4, 1 linear layers dense (lm_head, ...)" in str(pk.footprint(quantized("nf4", "llama").model))
     assert "no packed layer" in str(pk.footprint(dense))
+
+
+def test_what_is_trained_whole_stays_dense_and_merges_exactly():
+    """BERT's pooler, trained beside the head: packed, its copy would be rounded by the merge."""
+    case = make("bert")
+    pk.attach(case.model, pk.QLoRA(rank=2, quantization_aware=True), train=("classifier", "bert.pooler"))
+    perturb(case.model)
+    assert pk.footprint(case.model).dense == ("bert.pooler.dense", "classifier")
+    case.model.eval()
+    with torch.no_grad():
+        trained = case.call(case.model)
+        pk.merge(case.model)
+        assert torch.equal(case.call(case.model), trained)

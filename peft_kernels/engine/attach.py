@@ -160,7 +160,8 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
             )
     chosen = chosen_sites(model, adapter)
     _guard(model, chosen)
-    if any([part.method.prepare(model) for part, _ in adapter.expanded()]):
+    whole = tuple({site.name for _, cfg, site in chosen if site.name and cfg.tuner.opaque})
+    if any([part.method.prepare(model, whole) for part, _ in adapter.expanded()]):
         chosen = chosen_sites(model, adapter)  # sites know their modules' layouts
     for _, _, site in chosen:
         adapted(type(site.module))  # a class that cannot be extended stops here, before anything is changed

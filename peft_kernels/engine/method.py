@@ -111,8 +111,11 @@ class Method:
         """The method's fields at one site, where patterns override them."""
         return self
 
-    def prepare(self, model: nn.Module) -> bool:
-        """Before it is attached: may change the base once and for all, as by quantising it; whether it did."""
+    def prepare(self, model: nn.Module, whole: tuple[str, ...]) -> bool:
+        """Before it is attached: may change the base once and for all, as by quantising it; whether it did.
+
+        whole: paths of the modules that the same adapter trains whole.
+        """
         return False
 
     def expand(self, part: Part) -> list[Part]:

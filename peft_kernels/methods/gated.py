@@ -37,8 +37,8 @@ class Gated(Method, roles=(), lr=2e-3, tiny={"inner": LoRA(rank=2)}, kinds=("lin
     def select(self, sites: list[Site]) -> list[Site]:
         return super().select(self.inner.select(sites))
 
-    def prepare(self, model: nn.Module) -> bool:
-        return self.inner.prepare(model)
+    def prepare(self, model: nn.Module, whole: tuple[str, ...]) -> bool:
+        return self.inner.prepare(model, whole)
 
     def at(self, site: Site) -> Gated:
         return replace(self, inner=self.inner.at(site))

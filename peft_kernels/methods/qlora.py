@@ -63,8 +63,9 @@ class QLoRA(
             )
         return super().at(site)
 
-    def prepare(self, model: nn.Module) -> bool:
-        settings = {"double_quant": self.double_quant, "blocksize": self.blocksize, "skip": self.skip}
+    def prepare(self, model: nn.Module, whole: tuple[str, ...]) -> bool:
+        skip = (*self.skip, *whole)  # a merge would round what is trained in full
+        settings = {"double_quant": self.double_quant, "blocksize": self.blocksize, "skip": skip}
         return quant.quantized(model, self.kind, **settings)
 
 
