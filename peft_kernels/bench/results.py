@@ -76,13 +76,13 @@ def heading(row: Row) -> str:
 def table(rows: Iterable[Row], *, lost: bool = False) -> str:
     """Time over the yardstick's (CPU time in brackets) and peak memory: the headline cases, or the other ones we lost.
 
-    Above it stands where the run took place, as `heading` says it, once for each machine.
+    Above it stands where the run took place, as `heading` says it, once for each machine and commit.
     """
     rows = list(rows)
-    places: dict[str, str] = {}
+    places: dict[tuple[str, str], str] = {}
     for row in rows:
-        places.setdefault(row["device_name"], heading(row))
-    lines = [*places.values(), "", "| case | over | ours | rivals |", "|---|---|---|---|"]
+        places.setdefault((row["device_name"], row["commit"]), heading(row))
+    lines = ["  \n".join(places.values()), "", "| case | over | ours | rivals |", "|---|---|---|---|"]
     for case, found in by_case(rows).items():
         ours = {name: row for name, row in found.items() if name.startswith("ours")}
         others = {name: row for name, row in found.items() if name not in ours and name != "frozen"}

@@ -140,7 +140,7 @@ def compile_cases(capability: int, family: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "capability"),
-    [("lora", 80), ("lora", 90), ("nf4", 80), pytest.param("nf4", 90, marks=pytest.mark.slow)],
+    [("lora", 80), ("nf4", 80), *(pytest.param(family, 90, marks=pytest.mark.slow) for family in FAMILIES)],
 )
 def test_compiles_for(family, capability, tmp_path):
     pytest.importorskip("triton")
