@@ -182,7 +182,7 @@ def make(family: str, dtype: torch.dtype = torch.float32, key: str = "") -> Case
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     model.to(dtype).eval()
     if key:
-        METHODS[key](**METHODS[key].tiny).prepare(model)
+        METHODS[key](**METHODS[key].tiny).prepare(model, ())
     return Case(model, inputs)
 
 
