@@ -5,6 +5,7 @@
 
 #include "lora/lora_dropout.h"
 #include "nf4/nf4_decode.h"
+#include "nf4/nf4_tiles.h"
 
 namespace pk::PK_ISA {
 namespace {
@@ -86,7 +87,7 @@ void tiles(const Product& p, int64_t row, int64_t rows) {
 
 // lda: that of p, or 0 if it is not known here; known, it costs no registers.
 template <bool pairs, int lda>
-void run(const Product& p, int64_t rows, int64_t vectors) {
+void run_vectors(const Product& p, int64_t rows, int64_t vectors) {
   if (vectors == 3)
     tiles<pairs, lda, kSums / 3, 3>(p, 0, rows);
   else if (vectors == 2)
@@ -94,6 +95,50 @@ void run(const Product& p, int64_t rows, int64_t vectors) {
   else
     tiles<pairs, lda, kSums, 1>(p, 0, rows);
 }
+
+#ifdef PK_TILES
+// Two by two matrix tiles of sums, which four loads feed with four products.
+void run_tiles(const Product& p, int64_t rows, int64_t vectors, int64_t depth) {
+  for (int64_t row = 0; row < rows; row += 32) {
+    const uint32_t* a = p.a + row * p.lda;
+    for (int64_t v = 0; v < vectors; v += 2) {
+      float* c = p.c + row * p.ldc + v * W;
+      const uint32_t* b = p.b + v * W;
+      const auto multiply = row + 32 <= rows ? (v + 2 <= vectors ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
+                                             : (v + 2 <= vectors ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
+      multiply(c, p.ldc, a, p.lda, b, p.ldb, depth);
+    }
+  }
+}
+#endif
+
+template <bool pairs, int lda>
+void run(const Product& p, int64_t rows, int64_t vectors) {
+#ifdef PK_TILES
+  if constexpr (pairs) {
+    const int64_t whole = rows - rows % 16, depth = p.depth - p.depth % 16;
+    if (whole && depth) {
+      run_tiles(p, whole, vectors, depth);
+      const Product rest = {p.c, p.ldc, p.a + depth, p.lda, p.b + depth * p.ldb, p.ldb, p.depth - depth};
+      if (rest.depth) run_vectors<pairs, lda>(rest, whole, vectors);
+      const Product below = {p.c + whole * p.ldc, p.ldc, p.a + whole * p.lda, p.lda, p.b, p.ldb, p.depth};
+      if (whole < rows) run_vectors<pairs, lda>(below, rows - whole, vectors);
+      return;
+    }
+  }
+#endif
+  run_vectors<pairs, lda>(p, rows, vectors);
+}
+
+// What a thread that calls run holds.
+struct Nothing {};
+#ifdef PK_TILES
+template <bool pairs>
+using Held = std::conditional_t<pairs, Tiles, Nothing>;
+#else
+template <bool pairs>
+using Held = Nothing;
+#endif
 
 // Calls f(first column, vectors) for each panel of `cols` columns, which are whole vectors.
 template <class F>
@@ -464,6 +509,7 @@ void many_rows(const Nf4Linear& s, const T* x, const Nf4& w, const float* bias, 
   // Rows of W whose sums stay in the second-level cache, beside the chunk of x^T that all of them meet in turn.
   const int64_t group = kRows * std::max<int64_t>(1, at_most(kGroup, kSumFloats / (kRows * ldc)));
   parallel_for(0, blocks(s.n, kRows), grain(kRows * s.k * mp), [&](int64_t begin, int64_t end) {
+    [[maybe_unused]] const Held<pairs> held;
     const int64_t stop = at_most(s.n, end * kRows);
     constexpr int64_t ldw = words<pairs>(kDepth) + 16;  // not a power of two, or rows would evict each other
     const Buffer left(kRows * std::max(ldw, r)), sums(group * ldc), room(room_of(w, kDepth));
@@ -516,6 +562,7 @@ void back(const Nf4Linear& s, int64_t first, const T* g, const Nf4& w, const Nf4
   const int64_t r = lora.r;
   const Dropout drop(lora.drop);
   parallel_for(0, blocks(s.k, kCols), grain(kCols * s.n * s.m), [&](int64_t begin, int64_t end) {
+    [[maybe_unused]] const Held<pairs> held;
     const Buffer left(s.m * ldg), right(std::max(words<pairs>(kSlab), r) * kCols), sums(s.m * ldc);
     const Buffer room(2 * room_of(w, kCols));
     auto *gs = reinterpret_cast<uint32_t*>(left.p), *ws = reinterpret_cast<uint32_t*>(right.p);
