@@ -402,8 +402,12 @@ LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_every_level(level):
+def test_every_other_level(level):
     """Each build of the kernels that this machine can run: the bits of the format, and the law on linear layers."""
+    from peft_kernels import _C
+
+    if level == _C.cpu_isa():
+        pytest.skip("the tests above run on it")
     code = """
 import sys
 sys.path.insert(0, "python_tests/ops")

@@ -105,7 +105,7 @@ FAMILIES = {
 }
 
 
-def compile_cases(capability: int, family: str) -> None:
+def compile_cases(capability: int, family: str, *names: str) -> None:
     """One JSON line per compiled kernel: case, kernel, shared memory and what its PTX holds."""
     import torch
     import triton
@@ -127,7 +127,8 @@ def compile_cases(capability: int, family: str) -> None:
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = run
     launches, cases, *_ = FAMILIES[family]
-    for (case, (low, high, *sizes)), launch_all in itertools.product(cases.items(), launches):
+    for case, launch_all in itertools.product(names, launches):
+        low, high, *sizes = cases[case]
         launch_all(getattr(torch, low), getattr(torch, high), *sizes)
         for name, kernel in compiled:
             ptx = kernel.asm["ptx"]
@@ -138,18 +139,26 @@ def compile_cases(capability: int, family: str) -> None:
         compiled.clear()
 
 
+# A quick test of what differs most, a slow one of every case.
 @pytest.mark.parametrize(
-    ("family", "capability"),
-    [("lora", 80), ("nf4", 80), *(pytest.param(family, 90, marks=pytest.mark.slow) for family in FAMILIES)],
+    ("family", "capability", "cases"),
+    [
+        pytest.param("lora", 80, ("mixed_fp16", "odd_decode"), id="lora-80-quick"),
+        pytest.param("nf4", 80, tuple(NF4), id="nf4-80"),
+        pytest.param("lora", 80, tuple(LORA), id="lora-80", marks=pytest.mark.slow),
+        pytest.param("lora", 90, tuple(LORA), id="lora-90", marks=pytest.mark.slow),
+        pytest.param("nf4", 90, tuple(NF4), id="nf4-90", marks=pytest.mark.slow),
+    ],
 )
-def test_compiles_for(family, capability, tmp_path):
+def test_compiles_for(family, capability, cases, tmp_path):
     pytest.importorskip("triton")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path)
-    child = subprocess.run([sys.executable, __file__, str(capability), family], env=env, capture_output=True, text=True)
+    words = [sys.executable, __file__, str(capability), family, *cases]
+    child = subprocess.run(words, env=env, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     compiled = [json.loads(line) for line in child.stdout.splitlines()]
-    launches, cases, products, loops, exact = FAMILIES[family]
+    launches, _, products, loops, exact = FAMILIES[family]
     for case in (case + launch.__name__ for case in cases for launch in launches):
         assert {name for at, name, *_ in compiled if at == case} >= products | exact, case
     for case, name, ok, shared, found in compiled:
@@ -166,4 +175,4 @@ def test_compiles_for(family, capability, tmp_path):
 
 
 if __name__ == "__main__":
-    compile_cases(int(sys.argv[1]), sys.argv[2])
+    compile_cases(int(sys.argv[1]), *sys.argv[2:])
