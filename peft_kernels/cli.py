@@ -30,7 +30,6 @@ RELATED = (
     "triton",
     "peft",
 )
-_FORMATS = ("nf4", "int8")
 SWEPT = ("lr", "epochs", "batch_size")  # what --sweep can vary besides the fields of the method
 
 
@@ -56,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .quant import KINDS
+
     parser = _Parser(prog=PROGRAM, description="Parameter-efficient fine-tuning on fused kernels.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -87,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = command("convert", _convert, "write a model with its linear layers quantised, file by file")
     convert.add_argument("source", metavar="MODEL_DIR", help="a transformers model in safetensors files")
-    convert.add_argument("--to", required=True, choices=_FORMATS, help="4 bits with block scales, 8 with row scales")
+    convert.add_argument("--to", required=True, choices=KINDS, help="4 bits with block scales, 8 with row scales")
     convert.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist")
     convert.add_argument("--force", action="store_true", help="replace an earlier result in DIR")
     convert.add_argument("--blocksize", type=int, default=64, help="of nf4: weights to a scale; default %(default)s")

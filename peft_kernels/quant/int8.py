@@ -115,9 +115,8 @@ class _Int8(torch.autograd.Function):
         if x.dtype == torch.float16:  # in which sums of unscaled products overflow
             return F.linear(x, _read(weight, scb, x.dtype))
         rows = x.numel() // max(x.shape[-1], 1)
-        if (
-            x.device.type == "cpu" and 0 < rows <= _FEW.get(x.dtype, 0) and not x.shape[-1] % 32
-        ):  # it reads 32 at a time
+        few = x.device.type == "cpu" and 0 < rows <= _FEW.get(x.dtype, 0)
+        if few and x.shape[-1] % 32 == 0:  # torch's kernel reads 32 at a time
             y = torch._weight_int8pack_mm(x.reshape(rows, -1), weight, torch.ones(len(weight), dtype=x.dtype))
         else:
             y = F.linear(x, weight.to(x.dtype))

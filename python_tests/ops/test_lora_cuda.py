@@ -2,34 +2,16 @@
 
 import pytest
 import torch
+from laws import OPS, as_good
 
 import peft_kernels as pk
-from peft_kernels.check import compare
 
-OPS = pk.ops.all_ops()
 for _op in OPS.values():
     _op._load("cpu")
 pytestmark = pytest.mark.skipif(
     all(kernel.name != "cuda" for kernel in OPS["lora_add"]._kernels["cpu"]), reason="no compiler for the emulation"
 )
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
-
-
-def _doubled(args):
-    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
-
-
-def _as_good(op, *args):
-    """The outputs of the CUDA kernels, which must be as good as those of plain torch, and the same at a second run."""
-    with pk.backend("cuda"):
-        outs, again = OPS[op].run(*args), OPS[op].run(*args)
-    plain, truth = OPS[op].reference(*args), OPS[op].reference(*_doubled(args))
-    outs, again, plain, truth = ([o] if isinstance(o, torch.Tensor) else o for o in (outs, again, plain, truth))
-    for i, (o, other, p, t) in enumerate(zip(outs, again, plain, truth, strict=True)):
-        assert torch.equal(o, other), f"output {i} of {op} differs from run to run"
-        _, wrong = compare(o, p.to(o.dtype), t)
-        assert not wrong, f"output {i} of {op}: {wrong}"
-    return outs
 
 
 def _one(m, k, n, r, x=bf16, y=None, a=None):
@@ -40,10 +22,10 @@ def _one(m, k, n, r, x=bf16, y=None, a=None):
 
 def _both_ways(y, x, a, b, p=0.0):
     rng = torch.tensor([-5, 2**33 + 1]) if p else None
-    _, t = _as_good("lora_add", y, x, a, b, 0.75, p, rng)
+    _, t = as_good("lora_add", y, x, a, b, 0.75, p, rng)
     t = t.contiguous()
-    _as_good("lora_add_backward", y, x, a, b, t, 0.75, p, rng, (True, True, True))
-    _as_good("lora_add_backward", y, x, a, b, t, 0.75, p, rng, (False, True, False))
+    as_good("lora_add_backward", y, x, a, b, t, 0.75, p, rng, (True, True, True))
+    as_good("lora_add_backward", y, x, a, b, t, 0.75, p, rng, (False, True, False))
 
 
 @pytest.mark.parametrize("clusters", ("0", "1"))
@@ -115,10 +97,10 @@ def test_plans(m, k, n, ranks, block_m, clusters, monkeypatch):
     y, x, *bank = _bank(m, k, n, ranks, bf16, f32 if block_m == 16 else bf16)
     plan = block_m and pk.ops.lora_plan(bank[4], bank[2], block_m)
     rest = plan, max(ranks), 0.25, torch.tensor([3, 4])
-    (out,) = _as_good("multi_lora_add", y, x, *bank, *rest)
+    (out,) = as_good("multi_lora_add", y, x, *bank, *rest)
     idle = (bank[4] < 0) | (bank[4] >= len(ranks))
     assert torch.equal(out[idle].view(torch.int16), y[idle].view(torch.int16))
-    _as_good("multi_lora_add_backward", y, x, *bank, *rest, (True, True, True))
+    as_good("multi_lora_add_backward", y, x, *bank, *rest, (True, True, True))
 
 
 @pytest.mark.parametrize("clusters", ("0", "1"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import same_nf4_bits
 
 import peft_kernels as pk
 from peft_kernels.bench.measure import peak_bytes
@@ -224,16 +225,6 @@ def test_autocast_casts_x_and_the_bias_alone():
 # -- the CPU kernels --------------------------------------------------------------------------------------------------
 
 
-def equal(a, b):
-    """The same bits, but for those of NaN."""
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and torch.equal(a.isnan(), b.isnan())
-        and torch.equal(a.nan_to_num(), b.nan_to_num())
-    )
-
-
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     n=st.integers(0, 40),
@@ -241,26 +232,12 @@ def equal(a, b):
     blocksize=st.sampled_from(nf4.BLOCKSIZES),
     dtype=st.sampled_from(DTYPES),
     magnitude=st.sampled_from((1e-42, 1e-3, 1.0, 1e4)),
-    bad=st.booleans(),
+    bad=st.sampled_from((None, torch.nan)),
     blocksize2=st.sampled_from((1, 7, 256)),
 )
 def test_the_kernels_have_the_bits_of_the_reference(n, k, blocksize, dtype, magnitude, bad, blocksize2):
     """Bytes, scales, scales of scales and every number read back, whatever the shape."""
-    made = torch.Generator().manual_seed(n * 201 + k)
-    w = (torch.randn(n, k, generator=made) * magnitude).to(dtype)
-    if bad and n:
-        w[n // 2, k // 2] = torch.nan
-    results = []
-    for backend in ("reference", "cpu"):
-        with pk.backend(backend):
-            packed, absmax = pk.ops.quantize_nf4(w, blocksize)
-            q, absmax2, offset = pk.ops.quantize_absmax(absmax, None, blocksize2)
-            expanded = pk.ops.dequantize_absmax(q, absmax2, pk.ops.dynamic_map(), offset, blocksize2)
-            nested = {"absmax_q": q, "code2": pk.ops.dynamic_map(), "offset": offset, "blocksize2": blocksize2}
-            read = [pk.ops.dequantize_nf4(packed, absmax, (n, k), blocksize, d) for d in DTYPES]
-            read.append(pk.ops.dequantize_nf4(packed, absmax2, (n, k), blocksize, dtype, **nested))
-        results.append((packed, absmax, q, absmax2, offset, expanded, *read))
-    assert all(map(equal, *results))
+    same_nf4_bits("cpu", n, k, blocksize, dtype, magnitude, bad, blocksize2)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -410,7 +387,7 @@ def test_every_other_level(level):
         pytest.skip("the tests above run on it")
     code = """
 import sys
-sys.path.insert(0, "python_tests/ops")
+sys.path[:0] = ["python_tests", "python_tests/ops"]
 import test_nf4 as own
 from peft_kernels import _C
 assert _C.cpu_isa() == own.sys.argv[1]

@@ -6,36 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import OPS, as_good, equal, same_nf4_bits
 
 import peft_kernels as pk
-from peft_kernels.check import DTYPES, compare, double
+from peft_kernels.check import DTYPES
 from peft_kernels.ops import nf4
 
-OPS = pk.ops.all_ops()
 for _op in OPS.values():
     _op._load("cpu")
 pytestmark = pytest.mark.skipif(
     all(kernel.name != "cuda" for kernel in OPS["nf4_linear"]._kernels["cpu"]), reason="no compiler for the emulation"
 )
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
-
-
-def _equal(a, b):
-    """The same bits, but for those of NaN."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-
-
-def _as_good(op, *args):
-    """The outputs of the CUDA kernels, which must be as good as those of plain torch, and the same at a second run."""
-    with pk.backend("cuda"):
-        outs, again = OPS[op].run(*args), OPS[op].run(*args)
-    plain, truth = OPS[op].reference(*args), OPS[op].reference(*double(args))
-    outs, again, plain, truth = ([o] if isinstance(o, torch.Tensor) else o for o in (outs, again, plain, truth))
-    for i, (o, other, p, t) in enumerate(zip(outs, again, plain, truth, strict=True)):
-        assert torch.equal(o, other), f"output {i} of {op} differs from run to run"
-        _, wrong = compare(o, p.to(o.dtype), t)
-        assert not wrong, f"output {i} of {op}: {wrong}"
-    return outs
 
 
 def _packed(n, k, blocksize=64, blocksize2=256):
@@ -57,8 +39,8 @@ def _drawn(dtype, *shapes):
 def _both_ways(m, n, k, dtype=bf16, blocksize=64, blocksize2=256):
     packed, absmax, blocksize, nested = _packed(n, k, blocksize, blocksize2)
     x, g, bias = _drawn(dtype, (m, k), (m, n), (n,))
-    _as_good("nf4_linear", x, packed, absmax, n, blocksize, bias, *nested)
-    _as_good("nf4_linear_dgrad", g, packed, absmax, k, blocksize, *nested)
+    as_good("nf4_linear", x, packed, absmax, n, blocksize, bias, *nested)
+    as_good("nf4_linear_dgrad", g, packed, absmax, k, blocksize, *nested)
 
 
 def _module():
@@ -80,21 +62,7 @@ def _module():
     blocksize2=st.sampled_from((1, 7, 256)),
 )
 def test_the_bits_of_the_reference(n, k, blocksize, dtype, magnitude, bad, blocksize2):
-    made = torch.Generator().manual_seed(n * 201 + k)
-    w = (torch.randn(n, k, generator=made) * magnitude).to(dtype)
-    if bad is not None and n:
-        w[n // 2, k // 2] = bad
-    results = []
-    for backend in ("reference", "cuda"):
-        with pk.backend(backend):
-            packed, absmax = pk.ops.quantize_nf4(w, blocksize)
-            q, absmax2, offset = pk.ops.quantize_absmax(absmax, None, blocksize2)
-            expanded = pk.ops.dequantize_absmax(q, absmax2, pk.ops.dynamic_map(), offset, blocksize2)
-            nested = {"absmax_q": q, "code2": pk.ops.dynamic_map(), "offset": offset, "blocksize2": blocksize2}
-            read = [pk.ops.dequantize_nf4(packed, absmax, (n, k), blocksize, d) for d in DTYPES]
-            read.append(pk.ops.dequantize_nf4(packed, absmax2, (n, k), blocksize, dtype, **nested))
-        results.append((packed, absmax, q, absmax2, offset, expanded, *read))
-    assert all(map(_equal, *results))
+    same_nf4_bits("cuda", n, k, blocksize, dtype, magnitude, bad, blocksize2)
 
 
 def test_levels_ties_and_extremes():
@@ -163,7 +131,7 @@ def test_misaligned_views(offset):
             ]
             assert torch.equal(*outs), op
         w = moved(torch.randn(9, 40))
-        assert all(map(_equal, OPS["quantize_nf4"].run(w, 32), OPS["quantize_nf4"].run(w.clone(), 32)))
+        assert all(map(equal, OPS["quantize_nf4"].run(w, 32), OPS["quantize_nf4"].run(w.clone(), 32)))
         args = packed, absmax, [72, 96], blocksize, f32, *nested
         assert torch.equal(OPS["dequantize_nf4"].run(moved(packed), *args[1:]), OPS["dequantize_nf4"].run(*args))
 
@@ -174,8 +142,8 @@ def test_many_rows_go_by_panels(dtype, monkeypatch):
     m, n, k = 70, 200, 264
     packed, absmax, blocksize, nested = _packed(n, k)
     x, g, bias = _drawn(dtype, (m, k), (m, n), (n,))
-    _as_good("nf4_linear", x, packed, absmax, n, blocksize, bias.float(), *nested)
-    _as_good("nf4_linear_dgrad", g, packed, absmax, k, blocksize, *nested)
+    as_good("nf4_linear", x, packed, absmax, n, blocksize, bias.float(), *nested)
+    as_good("nf4_linear_dgrad", g, packed, absmax, k, blocksize, *nested)
     room = 64 * k * dtype.itemsize
     monkeypatch.setattr(_module(), "_PANEL_BYTES", room)
     for u, along, across in ((x, n, k), (g, k, n)):
@@ -184,8 +152,8 @@ def test_many_rows_go_by_panels(dtype, monkeypatch):
         assert [i for i, _ in where] == [0, *torch.tensor([size for _, size in where]).cumsum(0).tolist()][:-1]
         assert sum(size for _, size in where) == along
         assert held.nbytes <= room + 64 * across * dtype.itemsize
-    _as_good("nf4_linear", x, packed, absmax, n, blocksize, bias.float(), *nested)
-    _as_good("nf4_linear_dgrad", g, packed, absmax, k, blocksize, *nested)
+    as_good("nf4_linear", x, packed, absmax, n, blocksize, bias.float(), *nested)
+    as_good("nf4_linear_dgrad", g, packed, absmax, k, blocksize, *nested)
 
 
 @pytest.mark.parametrize(("m", "dtype"), [(3, f32), (9, bf16), (40, f16), (70, bf16)])
@@ -244,10 +212,10 @@ def test_updates(m, n, k, r, dtype, low, p):
     a, b = _drawn(low, (r, k), (n, r))
     a, rng = a * k**-0.5, torch.tensor([-5, 2**33 + 1]) if p else None
     rest = a, b, 0.75, bias, p, rng, *nested
-    _, t = _as_good("nf4_lora_linear", x, packed, absmax, n, blocksize, *rest)
+    _, t = as_good("nf4_lora_linear", x, packed, absmax, n, blocksize, *rest)
     for needs in ((True, True, True), (True, False, False), (False, True, True)):
         back = (g, x, packed, absmax, blocksize, a, b, t, 0.75, p, rng, *nested, needs)
-        _as_good("nf4_lora_linear_backward", *back)
+        as_good("nf4_lora_linear_backward", *back)
 
 
 def test_an_update_without_ranks_is_none():

@@ -4,35 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_nf4 import equal, packed_weight
+from laws import same_nf4_bits
+from test_nf4 import packed_weight
 
 import peft_kernels as pk
 from peft_kernels.check import DTYPES, compare, double, outputs
 from peft_kernels.ops import nf4
 
 OPS = pk.ops.all_ops()
-
-
-def bits(w, blocksize, blocksize2):
-    """Everything that quantising and reading back gives."""
-    packed, absmax = pk.ops.quantize_nf4(w, blocksize)
-    q, absmax2, offset = pk.ops.quantize_absmax(absmax, None, blocksize2)
-    code = pk.ops.dynamic_map()
-    expanded = pk.ops.dequantize_absmax(q, absmax2, code, offset, blocksize2)
-    nested = {"absmax_q": q, "code2": code, "offset": offset, "blocksize2": blocksize2}
-    read = [pk.ops.dequantize_nf4(packed, absmax, w.shape, blocksize, d) for d in DTYPES]
-    read.append(pk.ops.dequantize_nf4(packed, absmax2, w.shape, blocksize, w.dtype, **nested))
-    return packed, absmax, q, absmax2, offset, expanded, *read
-
-
-def same_bits(n, k, blocksize, dtype, magnitude, bad, blocksize2):
-    w = (torch.randn(n, k, generator=torch.Generator().manual_seed(n * 201 + k)) * magnitude).to(dtype)
-    if bad and n:
-        w[n // 2, k // 2] = bad
-    with pk.backend("triton"):
-        ours = bits(w, blocksize, blocksize2)
-    with pk.backend("reference"):
-        assert all(map(equal, ours, bits(w, blocksize, blocksize2)))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +27,7 @@ def same_bits(n, k, blocksize, dtype, magnitude, bad, blocksize2):
     ids=str,
 )
 def test_bits(n, k, blocksize, dtype, magnitude, bad, blocksize2):
-    same_bits(n, k, blocksize, dtype, magnitude, bad, blocksize2)
+    same_nf4_bits("triton", n, k, blocksize, dtype, magnitude, bad, blocksize2)
 
 
 @pytest.mark.slow
@@ -63,7 +42,7 @@ def test_bits(n, k, blocksize, dtype, magnitude, bad, blocksize2):
     blocksize2=st.sampled_from((1, 7, 256)),
 )
 def test_bits_of_any_shape(n, k, blocksize, dtype, magnitude, bad, blocksize2):
-    same_bits(n, k, blocksize, dtype, magnitude, bad, blocksize2)
+    same_nf4_bits("triton", n, k, blocksize, dtype, magnitude, bad, blocksize2)
 
 
 def as_good(m, n, k, r, blocksize, dtype, low, nested, p, seed=0):

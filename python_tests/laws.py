@@ -1,0 +1,49 @@
+"""What the tests of single backends share."""
+
+import torch
+
+import peft_kernels as pk
+from peft_kernels.check import DTYPES, compare, double
+
+OPS = pk.ops.all_ops()
+
+
+def equal(a, b):
+    """The same bits, but for those of NaN."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def as_good(op, *args):
+    """The outputs of the CUDA kernels, which must be as good as those of plain torch, and the same at a second run."""
+    with pk.backend("cuda"):
+        outs, again = OPS[op].run(*args), OPS[op].run(*args)
+    plain, truth = OPS[op].reference(*args), OPS[op].reference(*double(args))
+    outs, again, plain, truth = ([o] if isinstance(o, torch.Tensor) else o for o in (outs, again, plain, truth))
+    for i, (o, other, p, t) in enumerate(zip(outs, again, plain, truth, strict=True)):
+        assert torch.equal(o, other), f"output {i} of {op} differs from run to run"
+        _, wrong = compare(o, p.to(o.dtype), t)
+        assert not wrong, f"output {i} of {op}: {wrong}"
+    return outs
+
+
+def same_nf4_bits(backend, n, k, blocksize, dtype, magnitude, bad, blocksize2):
+    """Bytes, scales, scales of scales and every number read back are the reference's; bad: one number of w, or None."""
+    w = (torch.randn(n, k, generator=torch.Generator().manual_seed(n * 201 + k)) * magnitude).to(dtype)
+    if bad is not None and n:
+        w[n // 2, k // 2] = bad
+    results = []
+    for name in ("reference", backend):
+        with pk.backend(name):
+            results.append(_nf4_bits(w, blocksize, blocksize2))
+    assert all(map(equal, *results))
+
+
+def _nf4_bits(w, blocksize, blocksize2):
+    code = pk.ops.dynamic_map()
+    packed, absmax = pk.ops.quantize_nf4(w, blocksize)
+    q, absmax2, offset = pk.ops.quantize_absmax(absmax, None, blocksize2)
+    expanded = pk.ops.dequantize_absmax(q, absmax2, code, offset, blocksize2)
+    nested = {"absmax_q": q, "code2": code, "offset": offset, "blocksize2": blocksize2}
+    read = [pk.ops.dequantize_nf4(packed, absmax, w.shape, blocksize, d) for d in DTYPES]
+    read.append(pk.ops.dequantize_nf4(packed, absmax2, w.shape, blocksize, w.dtype, **nested))
+    return packed, absmax, q, absmax2, offset, expanded, *read
