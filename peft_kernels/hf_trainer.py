@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from .engine.attach import all_adapters, is_attached, state_of
 from .engine.checkpoint import below, set_weights, weights
-from .engine.life import advance, has_penalty, method_terms, penalty, scheduled, timeline, trained, unmerged
+from .engine.life import advance, has_penalty, method_terms, penalty, prepared, scheduled, timeline, trained, unmerged
 from .engine.store import replacing, save
 
 _WEIGHTS = "model.safetensors"
@@ -47,6 +47,7 @@ class Callback(TrainerCallback):
         _plant(model)  # with model_init, every training has a new one
         unmerged(model, "training")
         names = trained(model)
+        prepared(model, names)
         entries = timeline(model, names, state.max_steps)
         if several := [entry.phase.name for entry in entries if entry.phase.steps != state.max_steps]:
             raise RuntimeError(

@@ -18,6 +18,7 @@ from . import hf, report
 from .batches import Batches, device_of
 from .data import Columns, Data, Row, read_data, read_test
 from .engine.attach import attach, detach
+from .engine.calibrate import calibrate
 from .engine.counts import counts
 from .engine.fit import fit
 from .engine.merge import merge, unmerge
@@ -221,6 +222,9 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
 
     place = checkpoint.begin()
     wall, cpu = time.perf_counter(), time.process_time()
+    if not checkpoint.resumed:
+        batches = setup.batches("train", job.batch_size)
+        calibrate(model, batches, steps=-(-job.method.samples // job.batch_size) or None, progress=progress)
     log = fit(
         model,
         setup.batches("train", job.batch_size),

@@ -17,7 +17,19 @@ from torch import Tensor, nn
 from . import checkpoint as files
 from .attach import state_of, tuners
 from .batches import LossFn, finite, length, task_loss, to
-from .life import Entry, advance, all_tuners, has_penalty, method_terms, penalty, scheduled, timeline, trained, unmerged
+from .life import (
+    Entry,
+    advance,
+    all_tuners,
+    has_penalty,
+    method_terms,
+    penalty,
+    prepared,
+    scheduled,
+    timeline,
+    trained,
+    unmerged,
+)
 from .store import described
 
 OnEpoch = Callable[[int, nn.Module], dict[str, Any]]
@@ -91,7 +103,8 @@ def fit(
     The log has a row {"step", "epoch", "loss", "lr", "seconds"} per step, a row {"epoch", "loss", ...} per epoch, and
     of several phases a row {"phase", "step"} before the first step of each.
     ValueError if nothing is trainable, there is no batch, or a resume has other settings; RuntimeError if the loss is
-    not finite; FileExistsError if `checkpoint` holds a training that is not to be resumed.
+    not finite, or a method is to be calibrated first; FileExistsError if `checkpoint` holds a training that is not to
+    be resumed.
     """
     from tqdm.auto import tqdm
 
@@ -119,6 +132,7 @@ def fit(
     if saved is not None and not resume:
         raise FileExistsError(f"{directory} holds a checkpoint; pass resume=True to go on or choose another directory")
     if saved is None:
+        prepared(model, names)
         run.start()
     else:
         run.resume(*saved)
