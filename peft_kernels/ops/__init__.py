@@ -9,6 +9,8 @@ from .nf4 import dequantize_nf4, quantize_nf4
 from .nf4_absmax import dequantize_absmax, dynamic_map, quantize_absmax
 from .nf4_linear import nf4_linear, nf4_lora_linear
 from .rescale import rescale
+from .sparse import sddmm, sddmm_add_, sparse_add, sparse_add_, sparse_linear
+from .sparse_inplace import sparse_scatter_, sparse_swap_
 
 __all__ = [
     "BackendError",
@@ -30,4 +32,11 @@ __all__ = [
     "quantize_absmax",
     "quantize_nf4",
     "rescale",
+    "sddmm",
+    "sddmm_add_",
+    "sparse_add",
+    "sparse_add_",
+    "sparse_linear",
+    "sparse_scatter_",
+    "sparse_swap_",
 ]
