@@ -1,0 +1,1 @@
+"""Sparse fine-tuning: products with masks, selection, statistics, gates, optimizer. The maths is in README.md."""
