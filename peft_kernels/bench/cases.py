@@ -197,7 +197,7 @@ def _of_reference(
 def _sample_cases(device: str) -> Iterator[Case]:
     for op in all_ops().values():
         sample = next(iter(op.samples(torch.float32, "cpu")))
-        first = sample.args[0]
+        first = next(a for a in sample.args if isinstance(a, Tensor) and a.dim())
         width = first.shape[-1]
         for mode in ("forward", "recorded", "full") if op.gradient else ("forward",):
             shape = f"sample {sample.id}"
