@@ -14,6 +14,7 @@ from .engine.method import Method, Phase, Stats, Tuner
 from .engine.recipe import at
 from .engine.route import checkpoint_context, route
 from .engine.store import load, save
+from .engine.trunk import shared_trunk
 from .explain import explain
 
 # `methods` is the registry, shadowing the package of that name.
@@ -85,5 +86,6 @@ __all__ = [
     "route",
     "save",
     "set_active",
+    "shared_trunk",
     "unmerge",
 ]
