@@ -19,15 +19,18 @@ from .explain import explain
 # `methods` is the registry, shadowing the package of that name.
 from .methods import (
     IA3,
+    LTSFT,
     BitFit,
     ByLayer,
     DoRA,
+    FishMask,
     FullTuning,
     Gated,
     Head,
     LayerType,
     LoRA,
     QLoRA,
+    RandomMask,
     TopLayers,
     Union,
     methods,
@@ -37,6 +40,7 @@ from .quant import Footprint, Int8Linear, NF4Linear, footprint, quantize
 
 __all__ = [
     "IA3",
+    "LTSFT",
     "AdapterBank",
     "BackendError",
     "BitFit",
@@ -45,6 +49,7 @@ __all__ = [
     "Counts",
     "DoRA",
     "Footprint",
+    "FishMask",
     "FullTuning",
     "Gated",
     "Head",
@@ -56,6 +61,7 @@ __all__ = [
     "NF4Linear",
     "Phase",
     "QLoRA",
+    "RandomMask",
     "Stats",
     "TopLayers",
     "Tuner",
