@@ -15,6 +15,7 @@ from .engine.recipe import at
 from .engine.route import checkpoint_context, route
 from .engine.store import load, save
 from .explain import explain
+from .mask import Mask
 
 # `methods` is the registry, shadowing the package of that name.
 from .methods import (
@@ -56,6 +57,7 @@ __all__ = [
     "Int8Linear",
     "LayerType",
     "LoRA",
+    "Mask",
     "MergeReport",
     "Method",
     "NF4Linear",

@@ -35,8 +35,8 @@ def kept(total: int, ratio: float, pattern: str) -> int:
 def best(scores: Sequence[Tensor], k: int, pattern: str = FREE, *, use_abs: bool = False) -> list[Tensor]:
     """For each tensor [out, in] the flat int64 positions of what is kept, ascending. ValueError on a NaN.
 
-    "free": the k largest of all tensors together, k in all. "n:m": the n largest of every m neighbours in a row, whatever
-    k is. Ties go to the first tensor, and within one to the first position.
+    "free": the k largest of all tensors together, k in all. "n:m": the n largest of every m neighbours in a row,
+    whatever k is. Ties go to the first tensor, and within one to the first position.
     """
     sizes = parsed(pattern)
     if sizes is None:

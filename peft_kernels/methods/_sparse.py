@@ -47,7 +47,7 @@ class SparseTuner(Tuner):
         positions: int, flat in the weight [out, in], ascending, none twice; any device. ValueError if they are not, and
         nothing has changed then.
         """
-        self._place(_checked(positions, self.shape))
+        self._place(checked(positions, self.shape))
         self.vals = nn.Parameter(self.vals.new_zeros(len(positions)), self.vals.requires_grad)
 
     def clear_mask(self) -> None:
@@ -76,7 +76,7 @@ class SparseTuner(Tuner):
         positions, vals = values.get("positions"), values.get("vals")
         if positions is None or vals is None:
             return
-        positions = _checked(positions, self.shape)
+        positions = checked(positions, self.shape)
         if vals.shape != positions.shape:
             raise ValueError(
                 f"vals is {tuple(vals.shape)} for positions {tuple(positions.shape)}; expected one for each"
@@ -121,7 +121,7 @@ class SparseTuner(Tuner):
         return Changes(weight=nnz, rank=min(rows, columns))  # D is zero outside of these
 
 
-def _checked(positions: Tensor, shape: tuple[int, int]) -> Tensor:
+def checked(positions: Tensor, shape: tuple[int, int]) -> Tensor:
     """`positions`; ValueError unless they are whole numbers in [0, out * in), each larger than the one before."""
     if positions.dim() != 1 or positions.is_floating_point() or positions.dtype == torch.bool:
         raise ValueError(f"positions is {positions.dtype} {tuple(positions.shape)}; expected integers [nnz]")

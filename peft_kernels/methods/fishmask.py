@@ -3,7 +3,7 @@
     empirical     F_i = mean over rows (x, y) of (d log p(y | x) / d w_i)^2
     expected      F_i = mean over rows x of sum over classes c of p(c | x) (d log p(c | x) / d w_i)^2
 
-The squares are those of each row's own gradient, not of a batch's. They are summed in fp32 from the inputs and the output
+The squares are those of each row's own gradient, not of a batch's. They are summed in fp32 from the inputs and output
 gradients of each layer, without a dense gradient; a dense F exists while `pk.calibrate` runs and is then freed.
 """
 
@@ -52,8 +52,8 @@ class FishMask(Masked, roles=("*",), lr=2e-3, tiny={"keep_ratio": 0.2}):
         k = int((total + beside) * self.keep_ratio) - beside
         if k < 1:
             raise ValueError(
-                f"FishMask keep_ratio = {self.keep_ratio} of {total + beside:,} numbers is less than the {beside:,} that "
-                "are trained whole beside it; raise it, or count them apart with count_head=False"
+                f"FishMask keep_ratio = {self.keep_ratio} of {total + beside:,} numbers is no more than the "
+                f"{beside:,} that are trained whole beside it; raise it, or count them apart with count_head=False"
             )
         return k
 
@@ -62,6 +62,10 @@ class FishMaskTuner(SparseTuner, method=FishMask):
     def __init__(self, cfg: FishMask, site: Site):
         super().__init__(cfg, site)
         self.fisher: Tensor | None = None  # [out, in] fp32, while calibrating
+
+    def watched(self, site: Site) -> dict[str, Tensor]:
+        self.fisher = None  # calibration begins, and one before it may have ended with an error
+        return {}
 
     def observe(self, site: Site, x: Tensor, dy: Tensor, samples: Tensor, weight: Tensor | None) -> None:
         if self.fisher is None:
