@@ -14,6 +14,7 @@ from .engine.method import Method, Phase, Stats, Tuner
 from .engine.recipe import at
 from .engine.route import checkpoint_context, route
 from .engine.store import load, save
+from .engine.trunk import shared_trunk
 from .explain import explain
 from .mask import Mask
 
@@ -93,5 +94,6 @@ __all__ = [
     "route",
     "save",
     "set_active",
+    "shared_trunk",
     "unmerge",
 ]

@@ -98,12 +98,14 @@ class Observe(pk.Method, roles=("q",), lr=1e-3, tiny={}):
     """Sums the squares of the gradient of its weight over rows, from what it observes."""
 
     expected: bool = False
+    samples: int = 0
 
-    def calibrate(self, measured):
-        super().calibrate(measured)
+    def calibrate(self, measured, beside):
+        super().calibrate(measured, beside)
         self.together.append([tuner for tuner, _ in measured])
+        self.beside.append(beside)
 
-    together = []
+    together, beside = [], []
 
 
 class ObserveTuner(pk.Tuner, method=Observe):
