@@ -44,6 +44,7 @@ GROUPS = {
     "Saving": "save load",
     "Quantising": "quantize NF4Linear Int8Linear footprint Footprint",
     "Merging and combining": "merge unmerge MergeReport combine CombineReport",
+    "Masks": "Mask",
     "Looking": "counts Counts explain",
     "Kernels": "backend BackendError ops",
     "Recipes": "methods at",

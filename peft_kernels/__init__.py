@@ -16,19 +16,23 @@ from .engine.route import checkpoint_context, route
 from .engine.store import load, save
 from .engine.trunk import shared_trunk
 from .explain import explain
+from .mask import Mask
 
 # `methods` is the registry, shadowing the package of that name.
 from .methods import (
     IA3,
+    LTSFT,
     BitFit,
     ByLayer,
     DoRA,
+    FishMask,
     FullTuning,
     Gated,
     Head,
     LayerType,
     LoRA,
     QLoRA,
+    RandomMask,
     TopLayers,
     Union,
     methods,
@@ -38,6 +42,7 @@ from .quant import Footprint, Int8Linear, NF4Linear, footprint, quantize
 
 __all__ = [
     "IA3",
+    "LTSFT",
     "AdapterBank",
     "BackendError",
     "BitFit",
@@ -46,17 +51,20 @@ __all__ = [
     "Counts",
     "DoRA",
     "Footprint",
+    "FishMask",
     "FullTuning",
     "Gated",
     "Head",
     "Int8Linear",
     "LayerType",
     "LoRA",
+    "Mask",
     "MergeReport",
     "Method",
     "NF4Linear",
     "Phase",
     "QLoRA",
+    "RandomMask",
     "Stats",
     "TopLayers",
     "Tuner",
