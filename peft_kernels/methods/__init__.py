@@ -8,6 +8,7 @@ from .full import FullTuning, Head
 from .gated import Gated
 from .ia3 import IA3
 from .layertype import LayerType
+from .lets import LeTS
 from .lora import LoRA
 from .ltsft import LTSFT
 from .qlora import QLoRA
@@ -26,6 +27,7 @@ __all__ = [
     "Gated",
     "Head",
     "LayerType",
+    "LeTS",
     "LoRA",
     "QLoRA",
     "RandomMask",
