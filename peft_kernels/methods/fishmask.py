@@ -30,7 +30,7 @@ class FishMask(Masked, roles=("*",), lr=2e-3, tiny={"keep_ratio": 0.2}):
 
     keep_ratio: float = 0.005  # the part of the targeted numbers and of those trained whole beside them
     expected: bool = False  # the Fisher of the model's own classes instead of the labels; as many passes as classes
-    samples: int = 1024  # rows of the training data that `tune` calibrates with
+    samples: int = 1024  # rows that `pk.calibrate` reads unless it is told how many batches
     count_head: bool = True  # what is trained whole beside it, such as a head, is taken off the kept numbers
 
     def __post_init__(self):
@@ -38,7 +38,7 @@ class FishMask(Masked, roles=("*",), lr=2e-3, tiny={"keep_ratio": 0.2}):
         if self.samples < 1:
             raise ValueError(f"FishMask samples = {self.samples}; expected at least 1")
 
-    def calibrate(self, measured: list[tuple[Tuner, Stats]], beside: int = 0) -> None:
+    def calibrate(self, measured: list[tuple[Tuner, Stats]], beside: int) -> None:
         tuners = [tuner for tuner, _ in measured if isinstance(tuner, FishMaskTuner)]
         found = [tuner.information() for tuner in tuners]
         for tuner, positions in zip(tuners, best(found, self._budget(found, beside), self.pattern), strict=True):
