@@ -2,6 +2,7 @@
 
 from ..engine.method import methods
 from .bitfit import BitFit
+from .diffpruning import DiffPruning
 from .dora import DoRA
 from .fishmask import FishMask
 from .full import FullTuning, Head
@@ -10,6 +11,8 @@ from .ia3 import IA3
 from .layertype import LayerType
 from .lora import LoRA
 from .ltsft import LTSFT
+from .magnitude import MagnitudePruning
+from .movement import MovementPruning
 from .qlora import QLoRA
 from .random import RandomMask
 from .toplayers import TopLayers
@@ -20,6 +23,7 @@ __all__ = [
     "LTSFT",
     "BitFit",
     "ByLayer",
+    "DiffPruning",
     "DoRA",
     "FishMask",
     "FullTuning",
@@ -27,6 +31,8 @@ __all__ = [
     "Head",
     "LayerType",
     "LoRA",
+    "MagnitudePruning",
+    "MovementPruning",
     "QLoRA",
     "RandomMask",
     "TopLayers",
