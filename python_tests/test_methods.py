@@ -267,6 +267,7 @@ OTHER_VALUES = {
     "dora": _LORA,
     "ia3": {"feedforward": ("v", "down")},
     "layertype": {"types": ("o",)},
+    "lets": {"keep_ratio": 0.4, "pattern": "1:4", "tuned": 1, "samples": 1},
     "lora": _LORA,
     "ltsft": {"keep_ratio": 0.4, "pattern": "1:4", "prime": 0.3, "l1": 100.0},
     "magnitude": {

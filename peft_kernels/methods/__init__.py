@@ -9,6 +9,7 @@ from .full import FullTuning, Head
 from .gated import Gated
 from .ia3 import IA3
 from .layertype import LayerType
+from .lets import LeTS
 from .lora import LoRA
 from .ltsft import LTSFT
 from .magnitude import MagnitudePruning
@@ -30,6 +31,7 @@ __all__ = [
     "Gated",
     "Head",
     "LayerType",
+    "LeTS",
     "LoRA",
     "MagnitudePruning",
     "MovementPruning",
