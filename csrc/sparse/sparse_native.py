@@ -14,7 +14,7 @@ ON_CUDA: frozenset[str] = frozenset()  # the ops with CUDA launchers; all have C
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _PANEL_BYTES = 4 << 20  # of W + D: it stays in the last-level cache
-_FEW = 7  # bytes of W that are copied in the time of 16 tokens of an entry
+_FEW = 4  # bytes of W that are copied in the time in which 16 tokens meet an entry
 _ops = torch.ops._peft_kernels
 
 
