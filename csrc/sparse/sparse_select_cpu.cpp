@@ -393,48 +393,45 @@ PK_INLINE uvec words(const T* from, [[maybe_unused]] const T* below, int n) {
   return bit_cast<uvec>(n == W ? load(from) : load_n(from, n));
 }
 
-// to[i / step][t][i % step] = the words of from[t][i], with zeros beyond n; `to` is [width / step, words, step].
-template <int step, int width, class T>
-void pack(const T* from, int64_t stride, int rows, int64_t n, uint32_t* to) {
+// to[i / step][t][i % step] = the words of from[t][i], with zeros beyond n; `to` is [panels, words, step]. Whole
+// vectors are stored: what is beyond a step is overwritten by the next, and behind the last one there is room.
+template <int step, class T>
+void pack(const T* from, int64_t stride, int rows, int64_t n, int panels, uint32_t* to) {
   constexpr int per_word = kPairs<T> ? 2 : 1;
-  uint32_t row[width] = {};
-  const int whole = static_cast<int>(std::min<int64_t>(n, width)), depth = (rows + per_word - 1) / per_word;
-  for (int t = 0; t < depth; ++t) {
-    const T *upper = from + t * per_word * stride, *lower = t * per_word + 1 < rows ? upper + stride : nullptr;
-    for (int i = 0; i < whole; i += W) {
-      const uvec w = words(upper + i, lower ? lower + i : nullptr, std::min(W, whole - i));
-      std::memcpy(row + i, &w, sizeof(w));
-    }
-    for (int p = 0; p < width / step; ++p)
-      std::memcpy(to + (p * depth + t) * step, row + p * step, step * sizeof(uint32_t));
-  }
+  for (int p = 0; p < panels; ++p)
+    for (int t = 0; t < rows; t += per_word, to += step)
+      for (int i = 0; i < step; i += W) {
+        const T* upper = from + t * stride + p * step + i;
+        const auto left = static_cast<int>(std::clamp<int64_t>(n - p * step - i, 0, W));
+        const uvec w = words(upper, t + 1 < rows ? upper + stride : nullptr, left);
+        std::memcpy(to + i, &w, sizeof(w));
+      }
 }
 
 // sums = a^T b + sums where `more`, of a [depth, kDown] and b [depth, kAcross] words; into `sums`, or squared into f.
-// Not inlined: the registers are all taken.
+// Not inlined, and its loops unrolled: it takes nearly all registers, and keeps c in them only so.
 template <bool pairs>
 __attribute__((noinline)) void micro(const uint32_t* a, const uint32_t* b, int depth, float* sums, bool more, bool last,
                                      float weight, float* f) {
-  vec c[kDown][2] = {};
+  vec c[2 * kDown];
+#pragma GCC unroll 24
+  for (int i = 0; i < 2 * kDown; ++i) c[i] = vec{};
   if (more)
-    for (int i = 0; i < kDown; ++i)
-      for (int j = 0; j < 2; ++j) c[i][j] = load(sums + i * kAcross + j * W);
+#pragma GCC unroll 24
+    for (int i = 0; i < 2 * kDown; ++i) c[i] = load(sums + i * W);
   for (int t = 0; t < depth; ++t, a += kDown, b += kAcross) {
     vec right[2];
     std::memcpy(right, b, sizeof(right));
-#pragma GCC unroll 12
-    for (int i = 0; i < kDown; ++i)
-      for (int j = 0; j < 2; ++j) c[i][j] = multiply_add<pairs>(a + i, right[j], c[i][j]);
+#pragma GCC unroll 24
+    for (int i = 0; i < 2 * kDown; ++i) c[i] = multiply_add<pairs>(a + i / 2, right[i % 2], c[i]);
   }
   const vec scale = splat(weight);
-  for (int i = 0; i < kDown; ++i)
-    for (int j = 0; j < 2; ++j) {
-      const int at = i * kAcross + j * W;
-      if (last)
-        store(f + at, fma(scale * c[i][j], c[i][j], load(f + at)));
-      else
-        store(sums + at, c[i][j]);
-    }
+  if (last)
+#pragma GCC unroll 24
+    for (int i = 0; i < 2 * kDown; ++i) store(f + i * W, fma(scale * c[i], c[i], load(f + i * W)));
+  else
+#pragma GCC unroll 24
+    for (int i = 0; i < 2 * kDown; ++i) store(sums + i * W, c[i]);
 }
 
 // Copies the tile of f at (down, across) to or from registers' order, padded.
@@ -473,8 +470,8 @@ void fisher_linear(const FisherLinear& s) {
           for (int64_t t = s.bounds[n]; t < s.bounds[n + 1]; t += kRows) {
             const int rows = static_cast<int>(std::min<int64_t>(kRows, s.bounds[n + 1] - t));
             const int depth = kPairs<T> ? (rows + 1) / 2 : rows;
-            pack<kDown, kTileDown>(static_cast<const T*>(s.dy) + t * s.out + i, s.out, rows, s.out - i, a);
-            pack<kAcross, kTileAcross>(static_cast<const T*>(s.x) + t * s.in + j, s.in, rows, s.in - j, b);
+            pack<kDown>(static_cast<const T*>(s.dy) + t * s.out + i, s.out, rows, s.out - i, downs, a);
+            pack<kAcross>(static_cast<const T*>(s.x) + t * s.in + j, s.in, rows, s.in - j, acrosses, b);
             for (int q = 0; q < acrosses; ++q)
               for (int p = 0; p < downs; ++p) {
                 const int at = (q * (kTileDown / kDown) + p) * kMicro;
