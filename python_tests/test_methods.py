@@ -323,7 +323,7 @@ def test_every_field_is_read(key):
         for m in case.model.modules():
             if isinstance(m, torch.nn.Dropout):
                 m.p = 0.0
-        calibrated(case, steps=cfg.samples or None)
+        calibrated(case)
         if type(cfg).phases is not pk.Method.phases and trained(case.model):  # some fields speak of training alone
             pk.fit(case.model, [{**case.inputs, "labels": torch.arange(2)}] * 10, progress=False)
         perturb(case.model).train()
