@@ -159,6 +159,17 @@ class OntoTuner(pk.Tuner, method=Onto):
         return y + (self.c * base.seen("residual")).to(y.dtype)
 
 
+def classified(rows=5):
+    """(tiny BERT with three classes, batches of 3 rows)"""
+    from models import make
+
+    made = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 50, (rows, 7), generator=made)
+    labels = torch.arange(rows) % 3
+    batches = [{"input_ids": ids[i : i + 3], "labels": labels[i : i + 3]} for i in range(0, rows, 3)]
+    return make("bert").model, batches
+
+
 _TOYS = {key: registry._registry.pop(key) for key in ("toy", "watch", "observe", "beside", "onto")}
 
 

@@ -10,15 +10,14 @@ gradients of each layer, without a dense gradient; a dense F exists while `pk.ca
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
-import torch
 from torch import Tensor
 
 from .. import ops
 from ..engine.method import Stats, Tuner
-from ..engine.site import Site
+from ._scored import ScoredTuner
 from ._select import FREE, Masked, best, kept
-from ._sparse import SparseTuner
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ class FishMask(Masked, roles=("*",), lr=2e-3, tiny={"keep_ratio": 0.2}):
             raise ValueError(f"FishMask samples = {self.samples}; expected at least 1")
 
     def calibrate(self, measured: list[tuple[Tuner, Stats]], beside: int) -> None:
-        tuners = [tuner for tuner, _ in measured if isinstance(tuner, FishMaskTuner)]
-        found = [tuner.information() for tuner in tuners]
+        tuners = [cast(FishMaskTuner, tuner) for tuner, _ in measured]
+        found = [tuner.taken() for tuner in tuners]
         for tuner, positions in zip(tuners, best(found, self._budget(found, beside), self.pattern), strict=True):
             tuner.set_mask(positions)
 
@@ -58,21 +57,6 @@ class FishMask(Masked, roles=("*",), lr=2e-3, tiny={"keep_ratio": 0.2}):
         return k
 
 
-class FishMaskTuner(SparseTuner, method=FishMask):
-    def __init__(self, cfg: FishMask, site: Site):
-        super().__init__(cfg, site)
-        self.fisher: Tensor | None = None  # [out, in] fp32, while calibrating
-
-    def watched(self, site: Site) -> dict[str, Tensor]:
-        self.fisher = None  # calibration begins, and one before it may have ended with an error
-        return {}
-
-    def observe(self, site: Site, x: Tensor, dy: Tensor, samples: Tensor, weight: Tensor | None) -> None:
-        if self.fisher is None:
-            self.fisher = torch.zeros(self.shape, device=dy.device)
-        ops.fisher_linear_(self.fisher, dy, x, samples, weight=weight)
-
-    def information(self) -> Tensor:
-        """The sum over the rows, handed over once; zeros where the loss never came by."""
-        found, self.fisher = self.fisher, None
-        return torch.zeros(self.shape, device=self.vals.device) if found is None else found
+class FishMaskTuner(ScoredTuner, method=FishMask):
+    def add(self, sums: Tensor, x: Tensor, dy: Tensor, samples: Tensor, weight: Tensor | None) -> None:
+        ops.fisher_linear_(sums, dy, x, samples, weight=weight)

@@ -50,7 +50,7 @@ def test_the_best_of_all_weights_by_the_squares_of_single_rows(expected, size):
     first, second = masks(model)
     assert {*first, *(240 + i for i in second)} == best
     assert len(first) != len(second)  # no quota for a weight
-    assert all(tuner.fisher is None for _, tuner in tuners(model, "default"))
+    assert all(tuner.sums is None for _, tuner in tuners(model, "default"))
 
 
 def test_squares_of_batch_gradients_would_choose_others():
@@ -79,7 +79,7 @@ def test_the_fisher_of_one_logit_at_zero_is_a_quarter(expected, monkeypatch):
     model, found = Logit(), []
     pk.attach(model, pk.FishMask(keep_ratio=1.0, expected=expected), ("inner",))
     (_, tuner), *_ = tuners(model, "default")
-    monkeypatch.setattr(tuner, "information", lambda: found.append(tuner.fisher) or tuner.fisher)
+    monkeypatch.setattr(tuner, "taken", lambda: found.append(tuner.sums) or tuner.sums)
     pk.calibrate(model, [(torch.ones(4, 1), torch.arange(4) % 2)], cross_entropy, progress=False)
     assert found[0].item() == pytest.approx(4 * 0.25)  # the sum over four rows
 
