@@ -79,8 +79,9 @@ def _layouts(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tuple, Tens
         if name == "transposed":
             x, w, g = x.transpose(0, 1), w.T.contiguous().T, g.transpose(0, 1)
         if name == "expanded":
-            x, g, bias, bt = x[:1].expand_as(x), g[:1].expand_as(g), None, None
-        yield name, (x, w, bias, wt, None if name == "one_trained" else bt, rows), g
+            x, g = x[:1].expand_as(x), g[:1].expand_as(g)
+        biases = None if name == "expanded" else bias, None if name in ("expanded", "one_trained") else bt
+        yield name, (x, w, biases[0], wt, biases[1], rows), g
 
 
 def _samples(dtype, device):
