@@ -1,4 +1,4 @@
-"""The linear layer of FAR, of whose weight some rows are trained. Vucetic et al. 2022, arXiv:2205.03772.
+"""The linear layer of FAR, of whose weight some rows are trained. Vucetic et al. 2022, arXiv:2205.01541.
 
     y = x W'^T + b'      x [..., K]   y [..., N]      W' [N, K] is W, but its row rows[i] is wt[i]; b' is bias with bt
 
@@ -179,7 +179,7 @@ def far_linear(
     dtypes: x, w and bias equal; wt and bt the same or fp32. Differentiable in x, wt, bt and bias; where w asks for a
     gradient, dense, in w too. w is only read. x is held for the backward only if wt asks for a gradient.
     The rows must differ from each other, which is not checked; one that does not exist raises IndexError on the CPU.
-    Raises ValueError on shapes, dtypes or devices that do not fit. Vucetic et al. 2022, arXiv:2205.03772.
+    Raises ValueError on shapes, dtypes or devices that do not fit. Vucetic et al. 2022, arXiv:2205.01541.
     """
     _fits("far_linear", w, rows, wt)
     if not x.dim() or x.shape[-1] != w.shape[1] or x.device != w.device:
