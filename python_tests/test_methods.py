@@ -246,6 +246,7 @@ def test_gradient_checkpointing_repeats_the_draw(key, family):
 _LORA = {"rank": 3, "alpha": 3.0, "dropout": 0.7, "rslora": True, "rank_pattern": {"q": 1}, "alpha_pattern": {"v": 5.0}}
 OTHER_VALUES = {
     "bylayer": {"members": [pk.at("q", pk.LoRA(rank=2), layers=0)]},
+    "far": {"ratio": 0.6, "prime": 0.5},
     "fishmask": {"keep_ratio": 0.4, "pattern": "1:4", "expected": True, "samples": 1, "count_head": False},
     "gated": {"inner": pk.LoRA(rank=3)},
     "union": {"members": [pk.LoRA(rank=1)]},

@@ -3,6 +3,7 @@
 from ..engine.method import methods
 from .bitfit import BitFit
 from .dora import DoRA
+from .far import FAR
 from .fishmask import FishMask
 from .full import FullTuning, Head
 from .gated import Gated
@@ -17,6 +18,7 @@ from .toplayers import TopLayers
 from .union import ByLayer, Union
 
 __all__ = [
+    "FAR",
     "IA3",
     "LTSFT",
     "BitFit",
