@@ -345,8 +345,9 @@ def resolve(
 ) -> list[Site]:
     """The sites that roles, globs or spans of globs ("*.fc1>*.fc2") pick, in model order.
 
-    ValueError for a target that matches nothing; default: of a method's own roles, those that the model lacks are left
-    out as long as it has one, as not every feed-forward layer has a gate. A site knows the LayerNorm of its sublayer and, as a span, its entry.
+    ValueError for a target that matches nothing; default: of a method's own roles those that the model lacks are left
+    out as long as it has one, as not every feed-forward layer has a gate. A site knows the LayerNorm of its sublayer
+    and, as a span, its entry.
     """
     if not targets:
         raise ValueError("targets is empty; expected roles or globs over module paths")

@@ -2,6 +2,7 @@
 
 from ..engine.method import methods
 from .bitfit import BitFit
+from .diffpruning import DiffPruning
 from .dora import DoRA
 from .far import FAR
 from .fishmask import FishMask
@@ -12,6 +13,8 @@ from .layertype import LayerType
 from .lets import LeTS
 from .lora import LoRA
 from .ltsft import LTSFT
+from .magnitude import MagnitudePruning
+from .movement import MovementPruning
 from .qlora import QLoRA
 from .random import RandomMask
 from .toplayers import TopLayers
@@ -23,6 +26,7 @@ __all__ = [
     "LTSFT",
     "BitFit",
     "ByLayer",
+    "DiffPruning",
     "DoRA",
     "FishMask",
     "FullTuning",
@@ -31,6 +35,8 @@ __all__ = [
     "LayerType",
     "LeTS",
     "LoRA",
+    "MagnitudePruning",
+    "MovementPruning",
     "QLoRA",
     "RandomMask",
     "TopLayers",

@@ -27,9 +27,9 @@ class FAR(Method, roles=("up", "gate", "down"), lr=5e-4, tiny={"ratio": 0.3, "pr
     """Trains the output nodes of feed-forward linears that change most at first. Vucetic et al. 2022, arXiv:2205.01541.
 
     The first phase trains a dense fp32 copy of the change of every targeted weight: as much memory as full fine-tuning
-    of them takes, for prime of the steps. Then the nodes go on from where they are, and all others are the base's again.
+    of them takes, for that part of the steps. Then the nodes go on from where they are; the others are the base's again.
     With prime = 0 no dense copy is made: `pk.calibrate` scores a node by the L1 norm of the gradient of its row, summed
-    over batches, which is how far plain gradient descent would move it; `tune` calls it by itself.
+    over batches, so by how far plain gradient descent would move it; `tune` calls it by itself.
     """
 
     ratio: float = 0.1  # the part of the output nodes of each linear that is trained
