@@ -24,10 +24,10 @@ _PANEL = 256  # rows of a gradient that exist at a time while nodes are scored
 
 @dataclass(frozen=True)
 class FAR(Method, roles=("up", "gate", "down"), lr=5e-4, tiny={"ratio": 0.3, "prime": 0.0}):
-    """Trains the output nodes of feed-forward linears that change most at first. Vucetic et al. 2022, arXiv:2205.01541.
+    """Trains the output nodes of feed-forward layers that change most. Vucetic et al. 2022, arXiv:2205.01541.
 
     The first phase trains a dense fp32 copy of the change of every targeted weight: as much memory as full fine-tuning
-    of them takes, for that part of the steps. Then the nodes go on from where they are; the others are the base's again.
+    of them takes, for that part of the steps. Then the nodes go on from there; all others are the base's again.
     With prime = 0 no dense copy is made: `pk.calibrate` scores a node by the L1 norm of the gradient of its row, summed
     over batches, so by how far plain gradient descent would move it; `tune` calls it by itself.
     """
@@ -83,8 +83,9 @@ class FARTuner(Tuner, method=FAR):
         if self.bt is not None and len(self.bt) != h:
             self.bt = nn.Parameter(self.bt.new_zeros(h), self.bt.requires_grad)
 
+    @torch.no_grad()
     def choose(self, score: Tensor) -> None:
-        """The best nodes by score [out] are trained from now on, from where they are; ties go to the first. No grad."""
+        """The best nodes by score [out] are trained from now on, from where they are; ties go to the first."""
         before = (self.wt, self.bt) if self.dense else (None, None)
         h = max(1, round(self.ratio * self.shape[0]))
         rows = score.sort(descending=True, stable=True).indices[:h].sort().values
