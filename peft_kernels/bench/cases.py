@@ -741,7 +741,9 @@ FAMILIES = (_sample_cases, _rescale_cases, _lora_cases, _slices_cases, _route_ca
 
 def cases(device: str) -> list[Case]:
     """Every case of a device, in the order in which they run."""
-    return [case for family in FAMILIES for case in family(device)]
+    from .split_cases import split_cases  # which is made of the parts above
+
+    return [case for family in (*FAMILIES, split_cases) for case in family(device)]
 
 
 def roofline(costs: Sequence[Cost], flops: float, byterate: float) -> float:
