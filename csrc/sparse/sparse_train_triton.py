@@ -44,7 +44,7 @@ def places(w: Tensor) -> tuple[int, int, int] | None:
     if w.is_contiguous():
         return 1, 1, 0
     if w.dim() == 2 and all(stride or size == 1 for size, stride in zip(w.shape, w.stride(), strict=True)):
-        return w.shape[1], *w.stride()
+        return w.shape[1], w.stride(0), w.stride(1)
     return None
 
 

@@ -109,10 +109,10 @@ class _Delta(NamedTuple):
         else:
             panel = w[r0:r1, c0:c1].clone(memory_format=torch.contiguous_format)
         if len(self.col) and panel.numel():
-            share, wide = len(self.col) / self.m, 4
+            share, wide = len(self.col) / self.m, 16
             sparse_patch_kernel[(triton.cdiv(r1 - r0, wide),)](
                 panel, self.vals, self.crow, self.col, r0, r1 - r0, c0, c1 - c0,
-                ROWS=wide, LIST=tile(math.ceil(share), 32, 256), num_warps=4,
+                ROWS=wide, LIST=tile(math.ceil(share), 16, 64), num_warps=4,
             )  # fmt: skip
         return panel
 
