@@ -313,7 +313,7 @@ def sddmm(dy, x, crow, col):
             )  # fmt: skip
             return out
         g, x = g.contiguous(), x.contiguous()
-        bt, bm, bn = 32, tile(m, 16, 128), tile(n, 16, 128)
+        bt, bm, bn = 32 if full else 64, tile(m, 16, 128), tile(n, 16, 128)
         tiles_m, tiles_n = triton.cdiv(m, bm), triton.cdiv(n, bn)
         starts = torch.empty((tiles_n + 1, m), dtype=crow.dtype, device=x.device)
         high = tile(tiles_n + 1, 1, 16)
