@@ -1,1 +1,1 @@
-"""Sparse fine-tuning: products with masks, selection, statistics, gates, optimizer. The maths is in README.md."""
+"""Sparse fine-tuning: products with W + D, gradients at a mask, selection, statistics, gates, optimizer."""

@@ -11,7 +11,10 @@ from .nf4 import dequantize_nf4, quantize_nf4
 from .nf4_absmax import dequantize_absmax, dynamic_map, quantize_absmax
 from .nf4_linear import nf4_linear, nf4_lora_linear
 from .rescale import rescale
+from .sparse import sddmm, sddmm_add_, sparse_add, sparse_add_, sparse_linear
 from .sparse_adamw import sparse_adamw_
+from .sparse_inplace import sparse_scatter_, sparse_swap_
+from .split import far_linear, row_scatter_
 from .topk import topk_compact, topk_threshold
 
 __all__ = [
@@ -21,6 +24,7 @@ __all__ = [
     "dequantize_absmax",
     "dequantize_nf4",
     "dynamic_map",
+    "far_linear",
     "fisher_accum_",
     "fisher_linear_",
     "hard_concrete",
@@ -37,6 +41,14 @@ __all__ = [
     "quantize_absmax",
     "quantize_nf4",
     "rescale",
+    "row_scatter_",
+    "sddmm",
+    "sddmm_add_",
+    "sparse_add",
+    "sparse_add_",
+    "sparse_linear",
+    "sparse_scatter_",
+    "sparse_swap_",
     "sparse_adamw_",
     "topk_compact",
     "topk_threshold",
