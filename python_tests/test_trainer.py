@@ -223,9 +223,12 @@ def test_evaluation_is_the_task_loss(tmp_path):
     assert losses[-1]["train_loss"] > 100
 
 
-def test_what_does_not_fit_trainer_is_refused(tmp_path):
+def test_what_does_not_fit_trainer_is_refused(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"phases \(prime, train\).*pk.fit"):
         trainer(adapted(Toy(prime=0.5)), tmp_path).train()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="learning rates of its own.*pk.fit"):
+        patch.setattr(Toy.tuner, "rates", {"shift": 0.5})
+        trainer(adapted(Toy()), tmp_path).train()
     with pytest.raises(RuntimeError, match="returned no loss to add a term to"):
         trainer(adapted(Toy(penalty=1.0)), tmp_path, label_smoothing_factor=0.1).train()
     with pytest.raises(ValueError, match="has no adapter"):
