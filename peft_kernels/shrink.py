@@ -17,8 +17,10 @@ from .engine.site import Site, base_class, base_modules, is_adapted
 from .methods.structured import StructuredTuner
 
 # Fields of a config that say how wide a feed-forward layer is, and how many heads there are.
-_WIDTHS = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "n_inner", "hidden_dim")
-_WIDTHS += ("ffn_hidden_size",)
+_WIDTHS = (
+    *("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"),
+    *("d_ff", "n_inner", "hidden_dim", "ffn_hidden_size"),
+)
 _HEADS = ("num_attention_heads", "num_key_value_heads", "num_kv_heads")
 
 
@@ -141,7 +143,7 @@ def _made(model: nn.Module, config: Any, values: dict[str, Tensor]) -> nn.Module
     """A model of the class and config that holds `values`."""
     cls = base_class(model) if is_adapted(model) else type(model)
     try:
-        made = cls(config)
+        made: Any = cls(config)
     except ValueError as error:
         raise ValueError(f"{cls.__name__} cannot be made of what is left: {error}") from None
     wanted = {key: tuple(t.shape) for key, t in made.state_dict().items()}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +36,12 @@ class StructuredPruning(Method, roles=("o", "down"), lr=1e-2, tiny=_TINY, key="s
     """
 
     identity = False
+    samples = 1024  # rows that `pk.calibrate` reads unless it is told how many batches
 
     neurons: float = 0.5  # the part of the neurons that is kept
     heads: float = 1.0  # the part of the heads that is kept
     score: str = "gradient"  # or "magnitude"
     scope: str = "layer"  # equally many units are kept in every layer; or "global": the best of all layers together
-    samples: ClassVar[int] = 1024
 
     def __post_init__(self):
         super().__post_init__()
