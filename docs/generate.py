@@ -46,7 +46,7 @@ GROUPS = {
     "Training": "fit calibrate penalty hf.Callback",
     "Saving": "save load",
     "Quantising": "quantize NF4Linear Int8Linear footprint Footprint",
-    "Merging and combining": "merge unmerge MergeReport combine CombineReport",
+    "Merging and combining": "merge unmerge MergeReport combine CombineReport shrink",
     "Masks": "Mask",
     "Looking": "counts Counts explain",
     "Kernels": "backend BackendError ops",
