@@ -20,6 +20,7 @@ from .mask import Mask
 
 # `methods` is the registry, shadowing the package of that name.
 from .methods import (
+    FAR,
     IA3,
     LTSFT,
     BitFit,
@@ -45,6 +46,7 @@ from .ops import BackendError, backend
 from .quant import Footprint, Int8Linear, NF4Linear, footprint, quantize
 
 __all__ = [
+    "FAR",
     "IA3",
     "LTSFT",
     "AdapterBank",

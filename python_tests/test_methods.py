@@ -261,6 +261,7 @@ OTHER_VALUES = {
         "finetune": 0.7,
         "finetune_lr": 0.1,
     },
+    "far": {"ratio": 0.6, "prime": 0.5},
     "fishmask": {"keep_ratio": 0.4, "pattern": "1:4", "expected": True, "samples": 1, "count_head": False},
     "gated": {"inner": pk.LoRA(rank=3)},
     "union": {"members": [pk.LoRA(rank=1)]},

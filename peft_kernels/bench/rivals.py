@@ -1,4 +1,4 @@
-"""What the kernels are compared with: LoRA in plain torch, mixed batches in three ways, HF PEFT, and bitsandbytes."""
+"""What the kernels are compared with: plain torch, mixed batches in three ways, HF PEFT, and bitsandbytes."""
 
 from __future__ import annotations
 
@@ -46,6 +46,16 @@ def delta(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 def lora(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
     """LoRA as anybody would write it."""
     return F.linear(x, w, bias) + delta(F.dropout(x, p) if p else x, a, b, scale)
+
+
+# -- sparse deltas ----------------------------------------------------------------------------------------------------
+
+
+def shira(x: Tensor, w: Tensor, bias: Tensor, vals: Tensor, places: Tensor) -> Tensor:
+    """SHiRA as HF PEFT runs it: a copy of W for every call, to which a COO tensor is added. places [2, nnz]."""
+    whole = w.clone()
+    whole += torch.sparse_coo_tensor(places, vals.to(w.dtype), w.shape, check_invariants=False)
+    return F.linear(x, whole, bias)
 
 
 # -- mixed batches ----------------------------------------------------------------------------------------------------

@@ -208,7 +208,8 @@ def chosen_sites(model: nn.Module, adapter: Adapter) -> list[tuple[int, Method, 
     chosen: list[tuple[int, Method, Site]] = []
     parts = adapter.expanded()
     for level, (part, _) in enumerate(parts):
-        found = resolve(model, part.targets, exclude=part.exclude, layers=part.layers, seed=adapter.seed + level)
+        default, seed = part.targets == part.method.roles, adapter.seed + level
+        found = resolve(model, part.targets, exclude=part.exclude, layers=part.layers, seed=seed, default=default)
         sites = part.method.select(found)
         if not sites:
             kinds = ", ".join(sorted({s.kind for s in found})) or "nothing"

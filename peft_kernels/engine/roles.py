@@ -341,16 +341,21 @@ def resolve(
     exclude: Iterable[str] = (),
     layers: Sequence[int] | None = None,
     seed: int = 0,
+    default: bool = False,
 ) -> list[Site]:
     """The sites that roles, globs or spans of globs ("*.fc1>*.fc2") pick, in model order.
 
-    ValueError for a target that matches nothing. A site knows the LayerNorm of its sublayer and, as a span, its entry.
+    ValueError for a target that matches nothing; default: of a method's own roles those that the model lacks are left
+    out as long as it has one, as not every feed-forward layer has a gate. A site knows the LayerNorm of its sublayer
+    and, as a span, its entry.
     """
     if not targets:
         raise ValueError("targets is empty; expected roles or globs over module paths")
     modules = dict(base_modules(model))
     skipped = {key for pattern in exclude for key, _ in _picks(model, modules, pattern)}
     chosen: dict[Key, str] = {}
+    if default:
+        targets = [target for target in targets if _has(model, modules, target)] or targets
     for target in targets:
         picks = list(_picks(model, modules, target))
         if not picks:
@@ -430,6 +435,14 @@ def _patterns(model: nn.Module, role: str) -> tuple[str, ...]:
     if role not in row.roles:
         raise ValueError(f"role {role!r} does not exist in family {kind}; it has {' '.join(row.roles)}")
     return row.roles[role]
+
+
+def _has(model: nn.Module, modules: dict[str, nn.Module], target: str) -> bool:
+    """False for a role that the model's family does not have, or this model of it."""
+    row = family(model)
+    if row is None or target not in ROLES or target == "model":
+        return True
+    return target in row.roles and next(_picks(model, modules, target), None) is not None
 
 
 def _prefixes(path: str) -> list[str]:

@@ -4,6 +4,7 @@ from ..engine.method import methods
 from .bitfit import BitFit
 from .diffpruning import DiffPruning
 from .dora import DoRA
+from .far import FAR
 from .fishmask import FishMask
 from .full import FullTuning, Head
 from .gated import Gated
@@ -20,6 +21,7 @@ from .toplayers import TopLayers
 from .union import ByLayer, Union
 
 __all__ = [
+    "FAR",
     "IA3",
     "LTSFT",
     "BitFit",

@@ -82,8 +82,12 @@ class PrunedTuner(Tuner):
 
     def reshape(self, values: dict[str, Tensor]) -> None:
         bits, delta = values.get("bits"), values.get("delta")
-        if bits is None or delta is None or self.delta is None or bits.shape != self.bits.shape:
+        if bits is None or bits.shape != self.bits.shape or (delta is None) != (self.delta is None):
             return  # which is reported for all tensors
+        if bits.dtype != torch.uint8:
+            raise ValueError(f"bits is {bits.dtype}; expected uint8")
+        if delta is None or self.delta is None:
+            return
         if delta.shape != self.shape and delta.shape != (kept := int(_unpacked(bits, self.shape).sum()),):
             raise ValueError(f"delta is {tuple(delta.shape)}; expected {self.shape} or what the mask keeps, ({kept},)")
         if delta.shape != self.delta.shape:

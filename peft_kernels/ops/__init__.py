@@ -14,6 +14,7 @@ from .rescale import rescale
 from .sparse import sddmm, sddmm_add_, sparse_add, sparse_add_, sparse_linear
 from .sparse_adamw import sparse_adamw_
 from .sparse_inplace import sparse_scatter_, sparse_swap_
+from .split import far_linear, row_scatter_
 from .topk import topk_compact, topk_threshold
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "dequantize_absmax",
     "dequantize_nf4",
     "dynamic_map",
+    "far_linear",
     "fisher_accum_",
     "fisher_linear_",
     "hard_concrete",
@@ -39,6 +41,7 @@ __all__ = [
     "quantize_absmax",
     "quantize_nf4",
     "rescale",
+    "row_scatter_",
     "sddmm",
     "sddmm_add_",
     "sparse_add",
