@@ -28,12 +28,11 @@ def ordered(scores, ABSOLUTE: tl.constexpr):
     return key, size > 0x7F800000
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("shift",))
 def sparse_topk_count_kernel(
-    scores_ptr, histogram_ptr, state_ptr, n,
-    SHIFT: tl.constexpr, ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """histogram [256] += the bytes at SHIFT of the scores whose upper bytes are state[0]; state[2] += NaN, once."""
+    scores_ptr, histogram_ptr, state_ptr, n, shift, ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """histogram [256] += the bytes at `shift` of the scores whose upper bytes are state[0]; state[2] += NaN, once."""
     counts = tl.zeros([256], tl.int32)
     nans = tl.zeros([BLOCK], tl.int32)
     prefix = tl.load(state_ptr)
@@ -41,22 +40,21 @@ def sparse_topk_count_kernel(
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, stride):
         at = first + tl.arange(0, BLOCK)
         key, nan = ordered(cast(tl.load(scores_ptr + at, mask=at < n, other=0.0), tl.float32), ABSOLUTE)
-        mask = at < n
-        if SHIFT < 24:
-            mask = mask & ((key >> (SHIFT + 8)).to(tl.int64) == prefix)
-        else:
-            nans += (nan & mask).to(tl.int32)
-        counts += tl.histogram(((key >> SHIFT) & 255).to(tl.int32), 256, mask)
+        upper = key.to(tl.int64) >> shift
+        nans += (nan & (at < n)).to(tl.int32)
+        counts += tl.histogram((upper & 255).to(tl.int32), 256, (at < n) & (upper >> 8 == prefix))
     bins = tl.arange(0, 256)
     tl.atomic_add(histogram_ptr + bins, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
-    if SHIFT == 24:
-        found = tl.sum(nans).to(tl.int64)
-        tl.atomic_add(state_ptr + 2, found, mask=found > 0, sem="relaxed")
+    found = tl.sum(nans).to(tl.int64)
+    tl.atomic_add(state_ptr + 2, found, mask=(found > 0) & (shift == 24), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=("rank",))
-def sparse_topk_byte_kernel(histogram_ptr, state_ptr, threshold_ptr, rank, LAST: tl.constexpr, ABSOLUTE: tl.constexpr):
-    """The byte of the rank-th largest, appended to state[0]; state[1] += how many are above it. LAST: the threshold."""
+def sparse_topk_byte_kernel(histogram_ptr, state_ptr, threshold_ptr, rank, ABSOLUTE: tl.constexpr):
+    """The byte of the rank-th largest, appended to state[0], and how many are above it, added to state[1].
+
+    state[0] as a score is the threshold, once all bytes are there.
+    """
     bins = tl.arange(0, 256)
     counts = tl.load(histogram_ptr + bins)
     from_here = tl.sum(counts) - tl.cumsum(counts, 0) + counts  # in this byte and above
@@ -65,11 +63,10 @@ def sparse_topk_byte_kernel(histogram_ptr, state_ptr, threshold_ptr, rank, LAST:
     prefix = tl.load(state_ptr) * 256 + byte
     tl.store(state_ptr, prefix)
     tl.store(state_ptr + 1, above + tl.sum(tl.where(bins > byte, counts, 0)))
-    if LAST:
-        key = prefix.to(tl.uint32)
-        if not ABSOLUTE:
-            key = tl.where(key >= 0x80000000, key & 0x7FFFFFFF, ~key)
-        tl.store(threshold_ptr, key.to(tl.float32, bitcast=True))
+    key = prefix.to(tl.uint32)
+    if not ABSOLUTE:
+        key = tl.where(key >= 0x80000000, key & 0x7FFFFFFF, ~key)
+    tl.store(threshold_ptr, key.to(tl.float32, bitcast=True))
 
 
 def topk_threshold(k, use_abs, *scores):
@@ -83,11 +80,9 @@ def topk_threshold(k, use_abs, *scores):
             for histogram, shift in zip(histograms, (24, 16, 8, 0), strict=True):
                 for s in scores:
                     sparse_topk_count_kernel[(min(triton.cdiv(s.numel(), _BLOCK), _PROGRAMS),)](
-                        s, histogram, state, s.numel(), SHIFT=shift, ABSOLUTE=use_abs, BLOCK=_BLOCK, num_warps=4
+                        s, histogram, state, s.numel(), shift, ABSOLUTE=use_abs, BLOCK=_BLOCK, num_warps=4
                     )
-                sparse_topk_byte_kernel[(1,)](
-                    histogram, state, threshold, max(k, 1), LAST=shift == 0, ABSOLUTE=use_abs, num_warps=4
-                )
+                sparse_topk_byte_kernel[(1,)](histogram, state, threshold, max(k, 1), ABSOLUTE=use_abs, num_warps=4)
     return threshold, state[1].clone(), state[2].clone()
 
 

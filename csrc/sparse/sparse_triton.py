@@ -12,7 +12,7 @@ Nothing is atomic; sums that are cut into parts are added in a fixed order.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -59,7 +59,7 @@ def row_of(entries, crow_ptr, M, STEPS: tl.constexpr):
     low = tl.zeros_like(entries)
     high = low + M
     for _ in range(STEPS):
-        middle = (low + high) // 2
+        middle = low + (high - low) // 2
         searching = low < high
         before = tl.load(crow_ptr + middle + 1, mask=searching, other=0) <= entries
         low = tl.where(searching & before, middle + 1, low)
@@ -233,7 +233,7 @@ def sparse_starts_kernel(
     low = tl.load(crow_ptr + rows + number * 0, mask=there, other=0)
     high = tl.load(crow_ptr + rows + number * 0 + 1, mask=there, other=0)
     for _ in range(STEPS):
-        middle = (low + high) // 2
+        middle = low + (high - low) // 2
         searching = low < high
         before = tl.load(col_ptr + middle, mask=searching, other=0) < number * WIDTH
         low = tl.where(searching & before, middle + 1, low)
@@ -395,7 +395,7 @@ def sparse_swap_(w, idx, stash):
 # -- what they refuse -------------------------------------------------------------------------------------------------
 
 
-why_not_sparse_linear: Callable[..., str] = refuses(0, 1, 2, 5)
+why_not_sparse_linear = refuses(0, 1, 2, 5)
 why_not_sparse_linear_dx = refuses(0, 1, 2)
 why_not_sparse_add = refuses(0, 1, 2)
 why_not_sddmm = refuses(0, 1)

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import peft_kernels as pk
-from peft_kernels.check import compare, double, outputs
+from peft_kernels.check import DTYPES, compare, double, outputs
 from peft_kernels.ops import _philox
 
 OPS = pk.ops.all_ops()
@@ -95,6 +97,30 @@ def test_products(mask, t, dtype, low, panel, monkeypatch):
     as_good("sparse_linear", x, w, *delta, None)
     as_good("sparse_linear_dx", y, w, *delta, n)
     as_good("sparse_linear_dx", y, None, *delta, n)
+    as_good("sparse_add", y, x, *delta)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    t=st.integers(0, 140),
+    m=st.integers(1, 200),
+    n=st.integers(1, 200),
+    density=st.sampled_from((0.0, 0.001, 0.01, 0.1, 0.5, 1.0)),
+    dtypes=st.sampled_from([(d, low) for d in DTYPES for low in {d: 0, torch.float32: 0}]),
+    whole=st.sampled_from((torch.int32, torch.int64)),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape(t, m, n, density, dtypes, whole, seed):
+    """Products and the gradient of the values."""
+    dtype, low = dtypes
+    torch.manual_seed(seed)
+    crow, col = csr(torch.rand(m, n) < density, whole)
+    delta = (torch.randn(len(col)) * n**-0.5).to(low), crow, col
+    x, y, w = torch.randn(t, n).to(dtype), torch.randn(t, m).to(dtype), (torch.randn(m, n) * n**-0.5).to(dtype)
+    as_good("sddmm", y, x, crow, col)
+    as_good("sparse_linear", x, w, *delta, torch.randn(m).to(dtype))
+    as_good("sparse_linear_dx", y, w if seed % 2 else None, *delta, n)
     as_good("sparse_add", y, x, *delta)
 
 
