@@ -39,11 +39,12 @@ RUN = ROOT / "benchmarks" / "results" / "cpu.jsonl"
 # Names of `pk` by what they are for; the methods themselves come by the registry.
 GROUPS = {
     "Attaching": "attach detach active set_active disabled rename",
-    "Routing": "route AdapterBank checkpoint_context",
+    "Routing": "route shared_trunk AdapterBank checkpoint_context",
     "Training": "fit calibrate penalty hf.Callback",
     "Saving": "save load",
     "Quantising": "quantize NF4Linear Int8Linear footprint Footprint",
     "Merging and combining": "merge unmerge MergeReport combine CombineReport",
+    "Masks": "Mask",
     "Looking": "counts Counts explain",
     "Kernels": "backend BackendError ops",
     "Recipes": "methods at",

@@ -14,20 +14,26 @@ from .engine.method import Method, Phase, Stats, Tuner
 from .engine.recipe import at
 from .engine.route import checkpoint_context, route
 from .engine.store import load, save
+from .engine.trunk import shared_trunk
 from .explain import explain
+from .mask import Mask
 
 # `methods` is the registry, shadowing the package of that name.
 from .methods import (
     IA3,
+    LTSFT,
     BitFit,
     ByLayer,
     DoRA,
+    FishMask,
     FullTuning,
     Gated,
     Head,
     LayerType,
+    LeTS,
     LoRA,
     QLoRA,
+    RandomMask,
     TopLayers,
     Union,
     methods,
@@ -37,6 +43,7 @@ from .quant import Footprint, Int8Linear, NF4Linear, footprint, quantize
 
 __all__ = [
     "IA3",
+    "LTSFT",
     "AdapterBank",
     "BackendError",
     "BitFit",
@@ -45,17 +52,21 @@ __all__ = [
     "Counts",
     "DoRA",
     "Footprint",
+    "FishMask",
     "FullTuning",
     "Gated",
     "Head",
     "Int8Linear",
     "LayerType",
+    "LeTS",
     "LoRA",
+    "Mask",
     "MergeReport",
     "Method",
     "NF4Linear",
     "Phase",
     "QLoRA",
+    "RandomMask",
     "Stats",
     "TopLayers",
     "Tuner",
@@ -85,5 +96,6 @@ __all__ = [
     "route",
     "save",
     "set_active",
+    "shared_trunk",
     "unmerge",
 ]

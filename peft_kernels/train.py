@@ -223,8 +223,7 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
     place = checkpoint.begin()
     wall, cpu = time.perf_counter(), time.process_time()
     if not checkpoint.resumed:
-        batches = setup.batches("train", job.batch_size)
-        calibrate(model, batches, steps=-(-job.method.samples // job.batch_size) or None, progress=progress)
+        calibrate(model, setup.batches("train", job.batch_size), progress=progress)
     log = fit(
         model,
         setup.batches("train", job.batch_size),

@@ -280,11 +280,22 @@ def test_a_layer_that_runs_twice_has_one_gradient_per_row():
 
 def test_a_method_sees_all_its_tuners_at_once(monkeypatch):
     monkeypatch.setattr(Observe, "together", [])
+    monkeypatch.setattr(Observe, "beside", [])
     model, batches, loss_fn = observed("mlp")
-    pk.attach(model, Observe(), ("out",), name="other")
+    pk.attach(model, Observe(), ("out",), name="other", train=("ln",))
     pk.calibrate(model, batches, loss_fn, progress=False)
     first, second, out = (getattr(model, n).peft.tuners for n in ("first", "second", "out"))
     assert Observe.together == [[first["default"], second["default"]], [out["other"]]]
+    assert Observe.beside == [0, 40]  # the LayerNorm of the other
+
+
+def test_a_method_says_how_many_rows_are_enough():
+    model, batches, loss_fn = observed("mlp", samples=2)
+    first = model.first.peft.tuners["default"]
+    pk.calibrate(model, batches, loss_fn, progress=False)
+    assert first.passes == 1  # the first batch has 3
+    pk.calibrate(model, batches, loss_fn, steps=2, progress=False)
+    assert first.passes == 3
 
 
 def test_training_waits_for_what_must_come_first():

@@ -12,6 +12,7 @@ from models import (
     METHODS,
     assert_same,
     attached,
+    calibrated,
     close,
     make,
     mergeable,
@@ -60,7 +61,9 @@ def test_only_the_adapter_trains_and_the_base_stays_bit_equal(key, family):
 def test_every_tuner_parameter_gets_a_gradient(key, family):
     case = attached(key, family)
     perturb(case.model).train()
-    missing = {n for n, p in case.model.named_parameters() if p.requires_grad}
+    missing = {
+        n for n, p in case.model.named_parameters() if p.requires_grad and p.numel()
+    }  # a mask may leave a layer out
     for _ in range(3):  # dropout may leave an entry out once
         case.loss(case.model).backward()
         for n, p in case.model.named_parameters():
@@ -243,12 +246,15 @@ def test_gradient_checkpointing_repeats_the_draw(key, family):
 _LORA = {"rank": 3, "alpha": 3.0, "dropout": 0.7, "rslora": True, "rank_pattern": {"q": 1}, "alpha_pattern": {"v": 5.0}}
 OTHER_VALUES = {
     "bylayer": {"members": [pk.at("q", pk.LoRA(rank=2), layers=0)]},
+    "fishmask": {"keep_ratio": 0.4, "pattern": "1:4", "expected": True, "samples": 1, "count_head": False},
     "gated": {"inner": pk.LoRA(rank=3)},
     "union": {"members": [pk.LoRA(rank=1)]},
     "dora": _LORA,
     "ia3": {"feedforward": ("v", "down")},
     "layertype": {"types": ("o",)},
+    "lets": {"keep_ratio": 0.4, "pattern": "1:4", "tuned": 1, "samples": 1},
     "lora": _LORA,
+    "ltsft": {"keep_ratio": 0.4, "pattern": "1:4", "prime": 0.3, "l1": 100.0},
     "qlora": {
         **_LORA,
         "kind": "int8",
@@ -257,6 +263,7 @@ OTHER_VALUES = {
         "skip": ("head", "q"),
         "quantization_aware": False,
     },
+    "random": {"keep_ratio": 0.4, "pattern": "1:4"},
     "toplayers": {"n": 2},
 }
 
@@ -266,12 +273,15 @@ def test_every_field_is_read(key):
     """Changing a field changes what is built or saved: no field is decoration."""
 
     def fingerprint(**fields):
-        case = make("bert")
-        pk.attach(case.model, METHODS[key](**{**METHODS[key].tiny, **fields}))
-        perturb(case.model).train()
+        case, cfg = make("bert"), METHODS[key](**{**METHODS[key].tiny, **fields})
+        pk.attach(case.model, cfg, train=("head",) if cfg.samples else ())
         for m in case.model.modules():
             if isinstance(m, torch.nn.Dropout):
                 m.p = 0.0
+        calibrated(case, steps=cfg.samples or None)
+        if type(cfg).phases is not pk.Method.phases:  # some fields speak of training alone
+            pk.fit(case.model, [{**case.inputs, "labels": torch.arange(2)}] * 10, progress=False)
+        perturb(case.model).train()
         torch.manual_seed(0)
         return case.call(case.model).detach()
 

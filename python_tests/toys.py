@@ -98,12 +98,14 @@ class Observe(pk.Method, roles=("q",), lr=1e-3, tiny={}):
     """Sums the squares of the gradient of its weight over rows, from what it observes."""
 
     expected: bool = False
+    samples: int = 0
 
-    def calibrate(self, measured):
-        super().calibrate(measured)
+    def calibrate(self, measured, beside):
+        super().calibrate(measured, beside)
         self.together.append([tuner for tuner, _ in measured])
+        self.beside.append(beside)
 
-    together = []
+    together, beside = [], []
 
 
 class ObserveTuner(pk.Tuner, method=Observe):
@@ -155,6 +157,17 @@ class OntoTuner(pk.Tuner, method=Onto):
     def forward(self, base, x):
         y = base(x)
         return y + (self.c * base.seen("residual")).to(y.dtype)
+
+
+def classified(rows=5):
+    """(tiny BERT with three classes, batches of 3 rows)"""
+    from models import make
+
+    made = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 50, (rows, 7), generator=made)
+    labels = torch.arange(rows) % 3
+    batches = [{"input_ids": ids[i : i + 3], "labels": labels[i : i + 3]} for i in range(0, rows, 3)]
+    return make("bert").model, batches
 
 
 _TOYS = {key: registry._registry.pop(key) for key in ("toy", "watch", "observe", "beside", "onto")}

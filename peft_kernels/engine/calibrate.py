@@ -30,8 +30,9 @@ def calibrate(
 ) -> nn.Module:
     """Measures the gradients that active tuners watch or observe, hands them over, and returns the model.
 
-    batches: as for `pk.fit`; each is taken once, at most `steps` of them, none if nothing is watched. The batch size is
-        the leading dimension of the labels; rows weigh the same, so the loss should be a mean over them.
+    batches: as for `pk.fit`; each is taken once, none if nothing is watched. The batch size is the leading dimension of
+        the labels; rows weigh the same, so the loss should be a mean over them.
+    steps: how many batches at most; None: all, or as many as the methods ask for (`Method.samples` rows).
     Runs in eval mode, with gradients even inside no_grad. Where a tuner is `per_sample`, row by row: as many passes as
     rows. Modes, requires_grad and .grad are afterwards, and after an error, as they were.
     ValueError if there is no batch or a watched tensor is no parameter; RuntimeError while merged, or if the loss is
@@ -42,7 +43,7 @@ def calibrate(
     unmerged(model, "calibrating")
     if steps is not None and steps < 1:
         raise ValueError(f"steps = {steps}; expected at least 1")
-    groups = [_Group(method, own) for method, own in _active(model)]
+    groups = [_Group(*found) for found in _active(model)]
     watchers = [w for group in groups for w in group.watchers if w.watched]
     observing = [group for group in groups if group.observers]
     if not watchers and not observing:
@@ -50,6 +51,8 @@ def calibrate(
     params = list({id(p): p for w in watchers for p in w.params}.values())
     per_sample = any(w.tuner.per_sample for w in watchers)
     device, seen = device_of(model), 0
+    asked = [group.method.samples for group in groups if group.asks]
+    enough = max(asked) if steps is None and all(asked) else float("inf")
     total = min((n for n in (steps, getattr(batches, "__len__", lambda: None)()) if n is not None), default=None)
     with _calibrating(model, params), tqdm(total=total, disable=not progress, unit="batch", dynamic_ncols=True) as bar:
         for batch in islice(batches, steps):
@@ -65,22 +68,25 @@ def calibrate(
                     watcher.add(dict(zip(map(id, params), grads, strict=True)), 1 if per_sample else rows(part))
             seen += rows(batch)
             bar.update()
+            if seen >= enough:
+                break
     if not seen:
         raise ValueError("batches is empty; expected at least one batch")
     with torch.no_grad():
         for group in groups:
-            if group.observers or any(w.watched for w in group.watchers):
-                group.method.calibrate([(w.tuner, w.stats(seen)) for w in group.watchers])
+            if group.asks:
+                group.method.calibrate([(w.tuner, w.stats(seen)) for w in group.watchers], group.beside)
     return model
 
 
 class _Group:
     """The active tuners of one method in one adapter."""
 
-    def __init__(self, method: Method, own: list[tuple[Site, Tuner]]):
-        self.method = method
+    def __init__(self, method: Method, own: list[tuple[Site, Tuner]], beside: int):
+        self.method, self.beside = method, beside
         self.watchers = [_Watcher(site, tuner) for site, tuner in own]
         self.observers = [(site, tuner) for site, tuner in own if type(tuner).observe is not Tuner.observe]
+        self.asks = bool(self.observers) or any(w.watched for w in self.watchers)
 
 
 class _Watcher:
@@ -119,8 +125,8 @@ class _Watcher:
         )
 
 
-def _active(model: nn.Module) -> list[tuple[Method, list[tuple[Site, Tuner]]]]:
-    """The groups of `life.groups` of the active adapters, each tuner with its site."""
+def _active(model: nn.Module) -> Iterator[tuple[Method, list[tuple[Site, Tuner]], int]]:
+    """`life.groups` of the active adapters, each tuner with its site, and how much is trained whole beside them."""
     sites: dict[int, Site] = {}
 
     def walk(site: Site, module: nn.Module) -> None:
@@ -136,7 +142,11 @@ def _active(model: nn.Module) -> list[tuple[Method, list[tuple[Site, Tuner]]]]:
         for name in names:
             if name in adapters.tuners:
                 walk(adapters.site, adapters.tuners[name])
-    return [(method, [(sites[id(t)], t) for t in own]) for method, own in groups_of(model, names)]
+    for name in names:
+        found = groups_of(model, [name])
+        whole = {i: sum(p.numel() for t in own if t.opaque for p in t.parameters()) for i, (_, own) in enumerate(found)}
+        for i, (method, own) in enumerate(found):
+            yield method, [(sites[id(t)], t) for t in own], sum(whole.values()) - whole[i]
 
 
 @contextmanager

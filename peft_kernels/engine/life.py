@@ -75,7 +75,7 @@ Group = tuple[Method, list[Tuner]]
 
 
 def groups(model: nn.Module, names: list[str]) -> list[Group]:
-    """The methods of the named adapters, each with its tuners; one inside another tuner is a group of its own."""
+    """The methods of the named adapters, each with its tuners; those inside other tuners are a group by their class."""
     found: dict[Any, Group] = {}
     for name in names:
         parts = [part.method for part, _ in state_of(model).adapters[name].expanded()]
@@ -84,7 +84,7 @@ def groups(model: nn.Module, names: list[str]) -> list[Group]:
             if own and not hasattr(tuner, "cfg"):
                 continue  # around others
             method = tuner.cfg if own else parts[cast(int, tuner.part)]
-            found.setdefault(id(tuner) if own else (name, tuner.part), (method, []))[1].append(tuner)
+            found.setdefault((name, type(tuner) if own else tuner.part), (method, []))[1].append(tuner)
     return list(found.values())
 
 

@@ -71,7 +71,7 @@ class Method:
     kinds: ClassVar[tuple[str, ...] | None]
     tuner: ClassVar[type[Tuner]]
     expected: bool = False  # Tuner.observe sees every class, weighted with its probability, and no labels
-    samples: int = 0  # rows of the training data that are enough for pk.calibrate; 0: all
+    samples: int = 0  # rows after which pk.calibrate stops unless it is told how many batches to read; 0: all
 
     def __init_subclass__(
         cls,
@@ -145,8 +145,11 @@ class Method:
         for tuner in tuners:
             tuner.step(progress)
 
-    def calibrate(self, measured: list[tuple[Tuner, Stats]]) -> None:
-        """`pk.calibrate` has measured: `Tuner.calibrate` of each."""
+    def calibrate(self, measured: list[tuple[Tuner, Stats]], beside: int) -> None:
+        """`pk.calibrate` has measured: `Tuner.calibrate` of each.
+
+        beside: how many numbers the modules have that the same adapter trains whole, such as a head.
+        """
         for tuner, stats in measured:
             tuner.calibrate(stats)
 

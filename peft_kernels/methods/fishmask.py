@@ -1,0 +1,62 @@
+"""FishMask: the numbers with the largest Fisher information are tuned. Sung et al. 2021, arXiv:2111.09839.
+
+    empirical     F_i = mean over rows (x, y) of (d log p(y | x) / d w_i)^2
+    expected      F_i = mean over rows x of sum over classes c of p(c | x) (d log p(c | x) / d w_i)^2
+
+The squares are those of each row's own gradient, not of a batch's. They are summed in fp32 from the inputs and output
+gradients of each layer, without a dense gradient; a dense F exists while `pk.calibrate` runs and is then freed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor
+
+from .. import ops
+from ..engine.method import Stats, Tuner
+from ._scored import ScoredTuner
+from ._select import FREE, Masked, best, kept
+
+
+@dataclass(frozen=True)
+class FishMask(Masked, roles=("*",), lr=2e-3, tiny={"keep_ratio": 0.2}):
+    """Tunes the numbers with the largest Fisher information. Sung et al. 2021, arXiv:2111.09839.
+
+    `pk.calibrate(model, batches)` chooses them, the best of all targeted weights together; `tune` calls it by itself.
+    """
+
+    keep_ratio: float = 0.005  # the part of the targeted numbers and of those trained whole beside them
+    expected: bool = False  # the Fisher of the model's own classes instead of the labels; as many passes as classes
+    samples: int = 1024  # rows of the training data that `tune` calibrates with
+    count_head: bool = True  # what is trained whole beside it, such as a head, is taken off the kept numbers
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.samples < 1:
+            raise ValueError(f"FishMask samples = {self.samples}; expected at least 1")
+
+    def calibrate(self, measured: list[tuple[Tuner, Stats]], beside: int) -> None:
+        tuners = [cast(FishMaskTuner, tuner) for tuner, _ in measured]
+        found = [tuner.taken() for tuner in tuners]
+        for tuner, positions in zip(tuners, best(found, self._budget(found, beside), self.pattern), strict=True):
+            tuner.set_mask(positions)
+
+    def _budget(self, found: list[Tensor], beside: int) -> int:
+        """How many numbers are kept of the tensors: the head is always dense and counts."""
+        total = sum(f.numel() for f in found)
+        if not (self.count_head and beside):
+            return kept(total, self.keep_ratio, FREE)
+        k = int((total + beside) * self.keep_ratio) - beside
+        if k < 1:
+            raise ValueError(
+                f"FishMask keep_ratio = {self.keep_ratio} of {total + beside:,} numbers is no more than the "
+                f"{beside:,} that are trained whole beside it; raise it, or count them apart with count_head=False"
+            )
+        return k
+
+
+class FishMaskTuner(ScoredTuner, method=FishMask):
+    def add(self, sums: Tensor, x: Tensor, dy: Tensor, samples: Tensor, weight: Tensor | None) -> None:
+        ops.fisher_linear_(sums, dy, x, samples, weight=weight)
