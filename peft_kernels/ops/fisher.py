@@ -29,7 +29,7 @@ def _linear_reference(f, dy, x, cu_samples, weight):
     if isinstance(cu_samples, FakeTensor):  # has no numbers, and the result the layout of f whatever they are
         return f.clone()
     dtype = torch.promote_types(torch.promote_types(f.dtype, dy.dtype), torch.float32)
-    total, dy, x = f.to(dtype), _rows(dy).to(dtype), _rows(x).to(dtype)
+    total, dy, x = f.to(dtype, copy=True), _rows(dy).to(dtype), _rows(x).to(dtype)
     for n, (begin, end) in enumerate(itertools.pairwise(cu_samples.tolist())):
         square = (dy[begin:end].T @ x[begin:end]).square()
         total = total + (square if weight is None else weight[n] * square)

@@ -36,7 +36,7 @@ def _compact_reference(threshold, k, use_abs, *scores):
     flat = _joined(scores, use_abs)
     above, tied = flat > threshold, flat == threshold
     chosen = above | (tied & (tied.cumsum(0) <= k - above.sum()))
-    count = chosen.sum().clamp(max=k)
+    count = chosen.sum()
     position = torch.arange(k, device=flat.device)
     return torch.where(position < count, torch.argsort((~chosen).byte(), stable=True)[:k], -1), count
 
