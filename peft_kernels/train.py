@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import hf, report
 from .batches import Batches, device_of
 from .data import Columns, Data, Row, read_data, read_test
-from .engine.attach import attach, detach
+from .engine.attach import attach, detach, tuners
 from .engine.calibrate import calibrate
 from .engine.counts import counts
 from .engine.fit import fit
@@ -277,6 +277,7 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
         },
         "epochs": [row for row in log if f"{watched}_loss" in row],
         "counts": asdict(counts(model)),
+        "index_bytes": _index_bytes(model),
         "base": _base(model),
         "merge": merged_check(model, task, setup.batches("test"), scores),
         "peak_memory_bytes": peak_memory(job.on_cuda),
@@ -296,6 +297,12 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
     report.draw(directory / PICTURE, log, summary)
     (directory / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def _index_bytes(model: nn.Module) -> int:
+    """Of the adapter's bytes, those that say where its numbers belong; whole copies of modules have other integers."""
+    kept = (t for _, tuner in tuners(model, "default") if not tuner.opaque for t in tuner.state_dict().values())
+    return sum(t.numel() * t.element_size() for t in kept if not t.is_floating_point())
 
 
 def _base(model: nn.Module) -> dict[str, Any]:

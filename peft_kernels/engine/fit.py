@@ -30,6 +30,7 @@ from .life import (
     trained,
     unmerged,
 )
+from .method import Tuner
 from .store import described
 
 OnEpoch = Callable[[int, nn.Module], dict[str, Any]]
@@ -41,23 +42,25 @@ def param_groups(model: nn.Module, lr: float | None = None, phases: Iterable[Ent
     """Optimizer groups of the active adapters: the trainable tensors by learning rate.
 
     A phase that was entered decides the rate of its method, else `lr` does, else the method; modules trained beside
-    it (train=...) keep their own.
+    it (train=...) and what a tuner names in `rates` keep their own.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     seen: set[int] = set()
     for name in trained(model):
         rates = [
-            part.method.lr if lr is None or not own else lr for part, own in state_of(model).adapters[name].expanded()
+            part.method.lr if lr is None or not main else lr for part, main in state_of(model).adapters[name].expanded()
         ]
         latest = {entry.part: entry.phase.lr for entry in phases if entry.adapter == name}
-        rates = [rate if (own := latest.get(part)) is None else own for part, rate in enumerate(rates)]
+        rates = [rate if (now := latest.get(part)) is None else now for part, rate in enumerate(rates)]
         for tuner in all_tuners(model, name):
             if tuner.part is None:  # inside another or around others
                 continue
-            for p in tuner.parameters():
-                if p.requires_grad and id(p) not in seen:
-                    seen.add(id(p))
-                    groups.setdefault(rates[tuner.part], []).append(p)
+            for module in tuner.modules():
+                own = module.rates if isinstance(module, Tuner) else {}
+                for key, p in module.named_parameters(recurse=False):
+                    if p.requires_grad and id(p) not in seen:
+                        seen.add(id(p))
+                        groups.setdefault(own.get(key, rates[tuner.part]), []).append(p)
     return [{"params": params, "lr": rate} for rate, params in groups.items()]
 
 

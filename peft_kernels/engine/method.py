@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -70,6 +70,7 @@ class Method:
     tiny: ClassVar[dict[str, Any]]
     kinds: ClassVar[tuple[str, ...] | None]
     tuner: ClassVar[type[Tuner]]
+    identity: ClassVar[bool] = True  # attached and untrained, it leaves the function of the model as it is
     expected: bool = False  # Tuner.observe sees every class, weighted with its probability, and no labels
     samples: int = 0  # rows after which pk.calibrate stops unless it is told how many batches to read; 0: all
 
@@ -134,6 +135,9 @@ class Method:
 
     # What decides over several sites, such as the best k of all their numbers, overrides these; a tuner its own ones.
     # `tuners` are those that this method has in one adapter, in model order.
+
+    def attached(self, tuners: list[Tuner]) -> None:
+        """The tuners have been made, for attach or to be filled from a file; not called for those inside others."""
 
     def enter(self, tuners: list[Tuner], phase: str) -> None:
         """A phase begins: `Tuner.enter` of each."""
@@ -266,6 +270,7 @@ class Tuner(nn.Module):
     # fold is linear in the distance of the numbers from those of a new tuner: several tuners' distances may be added.
     additive: ClassVar[bool] = False
     rounds: ClassVar[bool] = False  # on a packed layer it runs with what the format stores of the folded weight
+    rates: Mapping[str, float] = {}  # parameter -> a learning rate of its own, whatever that of the method or phase
     per_sample: ClassVar[bool] = False  # calibration squares the gradient of each row alone: Stats.fisher
 
     def __init_subclass__(cls, *, method: type[Method] | None = None):

@@ -2,6 +2,7 @@
 
 from ..engine.method import methods
 from .bitfit import BitFit
+from .diffpruning import DiffPruning
 from .dora import DoRA
 from .fishmask import FishMask
 from .full import FullTuning, Head
@@ -11,6 +12,8 @@ from .layertype import LayerType
 from .lets import LeTS
 from .lora import LoRA
 from .ltsft import LTSFT
+from .magnitude import MagnitudePruning
+from .movement import MovementPruning
 from .qlora import QLoRA
 from .random import RandomMask
 from .toplayers import TopLayers
@@ -21,6 +24,7 @@ __all__ = [
     "LTSFT",
     "BitFit",
     "ByLayer",
+    "DiffPruning",
     "DoRA",
     "FishMask",
     "FullTuning",
@@ -29,6 +33,8 @@ __all__ = [
     "LayerType",
     "LeTS",
     "LoRA",
+    "MagnitudePruning",
+    "MovementPruning",
     "QLoRA",
     "RandomMask",
     "TopLayers",

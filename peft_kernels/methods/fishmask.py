@@ -29,7 +29,7 @@ class FishMask(Masked, roles=("*",), lr=2e-3, tiny={"keep_ratio": 0.2}):
 
     keep_ratio: float = 0.005  # the part of the targeted numbers and of those trained whole beside them
     expected: bool = False  # the Fisher of the model's own classes instead of the labels; as many passes as classes
-    samples: int = 1024  # rows of the training data that `tune` calibrates with
+    samples: int = 1024  # rows that `pk.calibrate` reads unless it is told how many batches
     count_head: bool = True  # what is trained whole beside it, such as a head, is taken off the kept numbers
 
     def __post_init__(self):

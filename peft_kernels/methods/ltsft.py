@@ -41,7 +41,9 @@ class LTSFT(Masked, roles=("*",), lr=5e-4, tiny={"keep_ratio": 0.2}):
             raise ValueError(f"LTSFT l1 = {self.l1}; expected 0 or more")
 
     def phases(self, total_steps: int) -> list[Phase]:
-        first = min(max(1, round(self.prime * total_steps)), total_steps)
+        first = max(
+            1, min(round(self.prime * total_steps), total_steps - 1)
+        )  # at least a step for each, if there are two
         return [Phase("prime", first), Phase("sparse", total_steps - first)]
 
     def enter(self, tuners: Iterable[Tuner], phase: str) -> None:
