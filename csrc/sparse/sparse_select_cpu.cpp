@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <type_traits>
 
 #include "common/cpu.h"
 
@@ -15,6 +16,8 @@ constexpr int64_t kSmallChunk = 1 << 16;  // elements: chunks are no smaller, an
 constexpr int64_t kChunks = 256;
 constexpr int64_t kSample = 1 << 14;  // elements of a sample, and a sixteenth of what is worth one
 constexpr int64_t kBlock = 4096;      // elements whose chosen are buffered before they are kept
+
+constexpr uint32_t kAll = (1u << W) - 1;
 
 // A bit for each lane.
 PK_INLINE uint32_t lanes(ivec mask) {
@@ -209,6 +212,7 @@ std::optional<Threshold> by_sample(const Joined& all, int64_t k) {
           ivec above = {}, at_high = {}, at_low = {}, nan = {};  // minus the numbers of each lane
           for (; i + W <= n; i += W) {
             const vec v = all.at(p + i);
+            if (lanes(v < lows) == kAll) continue;
             above += v > highs;
             at_high += v == highs;
             at_low += v == lows;
@@ -250,6 +254,31 @@ std::optional<Threshold> by_sample(const Joined& all, int64_t k) {
   return Threshold{low + 0.0f, sum.above + sum.high + inside, sum.nan};
 }
 
+// Writes the positions of a chunk's scores above `bar`, and of the first `ties` equal ones, or of every one.
+void compact(const Joined& all, int64_t chunk, float bar, int64_t ties, bool every, int64_t* out, int64_t* end) {
+  uint32_t buffer[kBlock + W];
+  ivec lane;
+  for (int l = 0; l < W; ++l) lane[l] = l;
+  const vec bars = splat(bar);
+  all.pieces(chunk, [&](const auto* whole, int64_t total, int64_t start) {
+    for (int64_t first = 0; first < total; first += kBlock) {
+      int64_t kept = 0;
+      vectors(all, whole + first, std::min(kBlock, total - first), [&](vec v, int n, int64_t i) {
+        const uint32_t present = static_cast<uint32_t>((1ull << n) - 1);
+        uint32_t bits = (ties > 0 ? lanes(v >= bars) : lanes(v > bars)) & present;
+        if (!bits) return;
+        if (ties > 0 && !every)
+          for (uint32_t equal = lanes(v == bars) & bits; equal; equal &= equal - 1)
+            ties > 0 ? void(--ties) : void(bits &= ~(equal & -equal));
+        kept += compress(buffer + kept, bit_cast<vec>(lane + static_cast<int32_t>(first + i)), bits);
+      });
+      const int64_t at = chunk * all.size + start, room = std::min(kept, end - out);
+      for (int64_t i = 0; i < room; ++i) out[i] = at + buffer[i];
+      out += std::max<int64_t>(room, 0);
+    }
+  });
+}
+
 }  // namespace
 
 Threshold topk_threshold(const std::vector<Scores>& scores, int64_t k, bool use_abs) {
@@ -260,58 +289,42 @@ Threshold topk_threshold(const std::vector<Scores>& scores, int64_t k, bool use_
   return by_radix(all, k);
 }
 
-// Each chunk lists what is at least the threshold, ties with the upper bit set; then it is known how many ties of each
-// chunk are chosen, and where its positions belong.
+// Counts first, so that each chunk knows where its positions belong and how many of its ties are chosen.
 int64_t topk_compact(const std::vector<Scores>& scores, float threshold, int64_t k, bool use_abs, int64_t* out) {
-  constexpr uint32_t kTie = 1u << 31;
   const Joined all(scores, use_abs);
   const vec bar = splat(threshold);
-  std::vector<std::vector<uint32_t>> lists(all.count);
-  std::vector<int64_t> ties(all.count), starts(all.count + 1), allowed(all.count);
-  ivec lane;
-  for (int l = 0; l < W; ++l) lane[l] = l;
+  std::vector<int64_t> above(all.count), tied(all.count);
   parallel_for(0, all.count, 1, [&](int64_t begin, int64_t end) {
-    uint32_t buffer[kBlock + W];
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      int64_t tied = 0;
-      all.pieces(chunk, [&](const auto* whole, int64_t total, int64_t start) {
-        for (int64_t first = 0; first < total; first += kBlock) {
-          const bool full = tied >= k;  // no further tie can be chosen
-          int64_t kept = 0;
-          vectors(all, whole + first, std::min(kBlock, total - first), [&](vec v, int n, int64_t i) {
-            const uint32_t bits = lanes(v >= bar) & static_cast<uint32_t>((1ull << n) - 1);
-            if (!bits) return;
-            const ivec equal = v == bar, at = lane + static_cast<int32_t>(start + first + i);
-            tied += __builtin_popcount(lanes(equal) & bits);
-            kept += compress(buffer + kept, bit_cast<vec>(at | (equal & INT32_MIN)), bits);
-          });
-          if (full) kept = std::remove_if(buffer, buffer + kept, [](uint32_t entry) { return entry & kTie; }) - buffer;
-          lists[chunk].insert(lists[chunk].end(), buffer, buffer + kept);
-        }
+      int64_t over = 0, equal = 0;
+      all.pieces(chunk, [&](const auto* p, int64_t n, int64_t) {
+        vectors(all, p, n, [&](vec v, int count, int64_t) {
+          const uint32_t bits = lanes(v >= bar) & static_cast<uint32_t>((1ull << count) - 1);
+          if (!bits) return;
+          const uint32_t ties = lanes(v == bar) & bits;
+          over += __builtin_popcount(bits & ~ties);
+          equal += __builtin_popcount(ties);
+        });
       });
-      ties[chunk] = 0;
-      for (const uint32_t entry : lists[chunk]) ties[chunk] += entry >> 31;
+      above[chunk] = over, tied[chunk] = equal;
     }
   });
-  int64_t above = 0;
-  for (int64_t c = 0; c < all.count; ++c) above += static_cast<int64_t>(lists[c].size()) - ties[c];
-  int64_t budget = std::max<int64_t>(0, k - above);
+  int64_t found = 0;
+  for (const int64_t n : above) found += n;
+  int64_t budget = std::max<int64_t>(0, k - found);
+  std::vector<int64_t> starts(all.count), ties(all.count);
+  found = 0;
   for (int64_t c = 0; c < all.count; ++c) {
-    allowed[c] = std::min(budget, ties[c]);
-    budget -= allowed[c];
-    starts[c + 1] = starts[c] + static_cast<int64_t>(lists[c].size()) - ties[c] + allowed[c];
+    starts[c] = found;
+    ties[c] = std::min(budget, tied[c]);
+    budget -= ties[c];
+    found += above[c] + ties[c];
   }
   parallel_for(0, all.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      int64_t at = starts[c], left = allowed[c];
-      for (const uint32_t entry : lists[c]) {
-        if ((entry & kTie) && left-- <= 0) continue;
-        if (at >= k) break;
-        out[at++] = c * all.size + (entry & ~kTie);
-      }
-    }
+    for (int64_t c = begin; c < end; ++c)
+      if (above[c] + ties[c] > 0)
+        compact(all, c, threshold, ties[c], ties[c] == tied[c], out + std::min(k, starts[c]), out + k);
   });
-  const int64_t found = starts[all.count];
   std::fill(out + std::min(k, found), out + k, -1);
   return found;
 }
@@ -341,51 +354,84 @@ void fisher_accum(Dtype f_type, void* f, Dtype g_type, const void* g, int64_t n,
 namespace {
 
 // A tile of f in registers, of which there are 32 or 16, then the tile that stays in the second-level cache while all
-// samples pass, and how many rows are packed at a time.
+// samples pass, and how many words along the rows are packed at a time.
 #if defined(__AVX512F__)
 constexpr int kDown = 12;
 #else
 constexpr int kDown = 6;
 #endif
-constexpr int kAcross = 2 * W, kTileDown = 96, kTileAcross = 256, kRows = 128;
+constexpr int kAcross = 2 * W, kTileDown = 96, kTileAcross = 256, kDepth = 128;
 constexpr int kTile = kTileDown * kTileAcross, kMicro = kDown * kAcross;
 
-// to[i / step][t][i % step] = from[t][i], with zeros beyond n; `to` is [width / step, rows, step].
+// An operand is made of 32-bit words along the rows: a float each, or two neighbouring bf16 for vdpbf16ps.
+#ifdef __AVX512BF16__
+template <class T>
+constexpr bool kPairs = std::is_same_v<T, bf16>;
+#else
+template <class T>
+constexpr bool kPairs = false;
+#endif
+
+template <bool pairs>
+PK_INLINE vec multiply_add(const uint32_t* left, vec right, vec sum) {
+#ifdef __AVX512BF16__
+  if constexpr (pairs)
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(*left)), (__m512bh)right);
+#endif
+  return fma(splat(bit_cast<float>(*left)), right, sum);
+}
+
+// The first n words at `from`, or of that row and the one below, which may be missing.
+template <class T>
+PK_INLINE uvec words(const T* from, [[maybe_unused]] const T* below, int n) {
+#ifdef __AVX512BF16__
+  if constexpr (kPairs<T>) {
+    const auto row = [&](const T* p) { return __builtin_convertvector(load_bits_n(p, n), uvec); };
+    return below ? row(from) | row(below) << 16 : row(from);
+  }
+#endif
+  return bit_cast<uvec>(n == W ? load(from) : load_n(from, n));
+}
+
+// to[i / step][t][i % step] = the words of from[t][i], with zeros beyond n; `to` is [width / step, words, step].
 template <int step, int width, class T>
-void pack(const T* from, int64_t stride, int rows, int64_t n, float* to) {
-  float row[width + W];
-  const int whole = static_cast<int>(std::min<int64_t>(n, width));
-  std::fill(row, row + width, 0.0f);
-  for (int t = 0; t < rows; ++t, from += stride) {
-    int i = 0;
-    for (; i + W <= whole; i += W) store(row + i, load(from + i));
-    if (i < whole) store(row + i, load_n(from + i, whole - i));
+void pack(const T* from, int64_t stride, int rows, int64_t n, uint32_t* to) {
+  constexpr int per_word = kPairs<T> ? 2 : 1;
+  uint32_t row[width] = {};
+  const int whole = static_cast<int>(std::min<int64_t>(n, width)), depth = (rows + per_word - 1) / per_word;
+  for (int t = 0; t < depth; ++t) {
+    const T *upper = from + t * per_word * stride, *lower = t * per_word + 1 < rows ? upper + stride : nullptr;
+    for (int i = 0; i < whole; i += W) {
+      const uvec w = words(upper + i, lower ? lower + i : nullptr, std::min(W, whole - i));
+      std::memcpy(row + i, &w, sizeof(w));
+    }
     for (int p = 0; p < width / step; ++p)
-      std::memcpy(to + (p * rows + t) * step, row + p * step, step * sizeof(float));
+      std::memcpy(to + (p * depth + t) * step, row + p * step, step * sizeof(uint32_t));
   }
 }
 
-// sums = a^T b + sums where `more`, of a [rows, kDown] and b [rows, kAcross]; into `sums`, or squared into f.
-PK_INLINE void micro(const float* a, const float* b, int rows, float* sums, bool more, bool last, vec weight,
-                     float* f) {
+// sums = a^T b + sums where `more`, of a [depth, kDown] and b [depth, kAcross] words; into `sums`, or squared into f.
+// Not inlined: the registers are all taken.
+template <bool pairs>
+__attribute__((noinline)) void micro(const uint32_t* a, const uint32_t* b, int depth, float* sums, bool more, bool last,
+                                     float weight, float* f) {
   vec c[kDown][2] = {};
   if (more)
     for (int i = 0; i < kDown; ++i)
       for (int j = 0; j < 2; ++j) c[i][j] = load(sums + i * kAcross + j * W);
-  for (int t = 0; t < rows; ++t, a += kDown, b += kAcross) {
-    const vec b0 = load(b), b1 = load(b + W);
+  for (int t = 0; t < depth; ++t, a += kDown, b += kAcross) {
+    vec right[2];
+    std::memcpy(right, b, sizeof(right));
 #pragma GCC unroll 12
-    for (int i = 0; i < kDown; ++i) {
-      const vec v = splat(a[i]);
-      c[i][0] = fma(v, b0, c[i][0]);
-      c[i][1] = fma(v, b1, c[i][1]);
-    }
+    for (int i = 0; i < kDown; ++i)
+      for (int j = 0; j < 2; ++j) c[i][j] = multiply_add<pairs>(a + i, right[j], c[i][j]);
   }
+  const vec scale = splat(weight);
   for (int i = 0; i < kDown; ++i)
     for (int j = 0; j < 2; ++j) {
       const int at = i * kAcross + j * W;
       if (last)
-        store(f + at, fma(weight * c[i][j], c[i][j], load(f + at)));
+        store(f + at, fma(scale * c[i][j], c[i][j], load(f + at)));
       else
         store(sums + at, c[i][j]);
     }
@@ -412,28 +458,30 @@ void fisher_linear(const FisherLinear& s) {
   const int64_t down = (s.out + kTileDown - 1) / kTileDown, across = (s.in + kTileAcross - 1) / kTileAcross;
   switch_dtype(s.type, [&](auto type) {
     using T = decltype(type);
+    constexpr int kRows = kPairs<T> ? 2 * kDepth : kDepth;
     parallel_for(0, down * across, 1, [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<float[]> memory(new float[2 * kTile + kRows * (kTileDown + kTileAcross)]);
-      float *f = memory.get(), *sums = f + kTile, *a = sums + kTile, *b = a + kRows * kTileDown;
+      const std::unique_ptr<float[]> memory(new float[2 * kTile]);
+      const std::unique_ptr<uint32_t[]> packed(new uint32_t[kDepth * (kTileDown + kTileAcross)]);
+      float *f = memory.get(), *sums = f + kTile;
+      uint32_t *a = packed.get(), *b = a + kDepth * kTileDown;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t i = task / across * kTileDown, j = task % across * kTileAcross;
         const int downs = static_cast<int>((std::min<int64_t>(kTileDown, s.out - i) + kDown - 1) / kDown);
         const int acrosses = static_cast<int>((std::min<int64_t>(kTileAcross, s.in - j) + kAcross - 1) / kAcross);
         move<true>(s, i, j, f);
-        for (size_t n = 0; n + 1 < s.bounds.size(); ++n) {
-          const vec weight = splat(s.weight ? s.weight[n] : 1.0f);
+        for (size_t n = 0; n + 1 < s.bounds.size(); ++n)
           for (int64_t t = s.bounds[n]; t < s.bounds[n + 1]; t += kRows) {
             const int rows = static_cast<int>(std::min<int64_t>(kRows, s.bounds[n + 1] - t));
+            const int depth = kPairs<T> ? (rows + 1) / 2 : rows;
             pack<kDown, kTileDown>(static_cast<const T*>(s.dy) + t * s.out + i, s.out, rows, s.out - i, a);
             pack<kAcross, kTileAcross>(static_cast<const T*>(s.x) + t * s.in + j, s.in, rows, s.in - j, b);
             for (int q = 0; q < acrosses; ++q)
               for (int p = 0; p < downs; ++p) {
                 const int at = (q * (kTileDown / kDown) + p) * kMicro;
-                micro(a + p * rows * kDown, b + q * rows * kAcross, rows, sums + at, t > s.bounds[n],
-                      t + rows == s.bounds[n + 1], weight, f + at);
+                micro<kPairs<T>>(a + p * depth * kDown, b + q * depth * kAcross, depth, sums + at, t > s.bounds[n],
+                                 t + rows == s.bounds[n + 1], s.weight ? s.weight[n] : 1.0f, f + at);
               }
           }
-        }
         move<false>(s, i, j, f);
       }
     });
