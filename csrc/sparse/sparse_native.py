@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..common.library import unavailable as unavailable
@@ -10,8 +12,167 @@ VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct
 
 ON_CUDA: frozenset[str] = frozenset()  # the ops with CUDA launchers; all have CPU ones
 
-_ops = torch.ops._peft_kernels
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_PANEL_BYTES = 4 << 20  # of W + D: it stays in the last-level cache
+_FEW = 7  # bytes of W that are copied in the time of 16 tokens of an entry
+_ops = torch.ops._peft_kernels
+
+
+def _refused(*tensors) -> str:
+    """Why tensors that are computed with, of which some may be None, have no kernel, or ""."""
+    dtypes = {t.dtype for t in tensors if t is not None}
+    for dtype in dtypes:
+        if dtype not in _DTYPES:
+            return f"no kernel for {dtype}"
+    return "" if len(dtypes) == 1 else f"one dtype is expected, not {' and '.join(sorted(map(str, dtypes)))}"
+
+
+def _refused_with(vals, *tensors) -> str:
+    reason = _refused(*tensors)
+    if not reason and vals.dtype not in (tensors[0].dtype, torch.float32):
+        reason = f"vals is {vals.dtype}; the kernels take {tensors[0].dtype} or float32"
+    return reason
+
+
+def _rows(x):
+    """x [..., n] as [T, n], contiguous"""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+
+
+def _mask(crow, col, m, n):
+    """(crow, col), contiguous and looked through: the kernels go by them unasked."""
+    crow, col = crow.contiguous(), col.contiguous()
+    if not _ops.sparse_is_mask.default(crow, col, m, n):
+        raise ValueError(
+            f"crow and col are no mask [{m}, {n}] in CSR; expected crow to ascend from 0 to nnz, and within each row "
+            "columns that ascend strictly"
+        )
+    return crow, col
+
+
+# -- products with W + D ----------------------------------------------------------------------------------------------
+
+
+def _add_apart(tokens, w, nnz):
+    """Is the product with D, added to that with W, less than a copy of W that takes up D?"""
+    return -(-tokens // 16) * nnz * _FEW <= w.numel() * w.itemsize
+
+
+def _panels(w, dim):
+    """(where, room) for W in panels along `dim`: slices, and a buffer for each, laid out as W is."""
+    along, across = w.shape[dim], w.shape[1 - dim]
+    size = max(_PANEL_BYTES // max(across * w.itemsize, 1) // 64, 1) * 64
+    size = min(-(-along // -(-along // size)), along) if along else 1
+    shape = (size, across) if dim == 0 else (across, size)
+    room = w.new_empty(shape[::-1]).T if w.stride(0) < w.stride(1) else w.new_empty(shape)
+    return [(i, min(size, along - i)) for i in range(0, along, size)], room
+
+
+def _patched(w, room, dim, begin, size, vals, crow, col):
+    """W + D from `begin` on along `dim`."""
+    panel = room.narrow(dim, 0, size).copy_(w.narrow(dim, begin, size))
+    _ops.sparse_patch_.default(panel, *((begin, 0) if dim == 0 else (0, begin)), vals, crow, col, w.shape[1])
+    return panel
+
+
+def why_not_sparse_linear(x, w, vals, crow, col, bias) -> str:
+    return _refused_with(vals, x, w, bias)
+
+
+def sparse_linear(x, w, vals, crow, col, bias):
+    crow, col = _mask(crow, col, *w.shape)
+    rows, vals = _rows(x), vals.float().contiguous()
+    if _add_apart(len(rows), w, len(col)):
+        y = torch.nn.functional.linear(rows, w, bias)
+        _ops.sparse_add_.default(y, rows, vals, crow, col)
+    else:
+        y = x.new_empty(len(rows), w.shape[0])
+        where, room = _panels(w, 0)
+        for begin, size in where:
+            panel, out = _patched(w, room, 0, begin, size, vals, crow, col), y[:, begin : begin + size]
+            if bias is None:
+                torch.mm(rows, panel.T, out=out)
+            else:
+                torch.addmm(bias[begin : begin + size], rows, panel.T, out=out)
+    return y.view(*x.shape[:-1], w.shape[0])
+
+
+def why_not_sparse_linear_dx(g, w, vals, crow, col, n) -> str:
+    return _refused_with(vals, g, w)
+
+
+def sparse_linear_dx(g, w, vals, crow, col, n):
+    crow, col = _mask(crow, col, g.shape[-1], n)
+    rows, vals = _rows(g), vals.float().contiguous()
+    if w is None or _add_apart(len(rows), w, len(col)):
+        dx = rows.new_zeros(len(rows), n) if w is None else rows @ w
+        _ops.sparse_dx_add_.default(dx, rows, vals, crow, col)
+    else:
+        dx = g.new_empty(len(rows), n)
+        where, room = _panels(w, 1)
+        for begin, size in where:
+            panel = _patched(w, room, 1, begin, size, vals, crow, col)
+            torch.mm(rows, panel, out=dx[:, begin : begin + size])
+    return dx.view(*g.shape[:-1], n)
+
+
+def why_not_sparse_add(y, x, vals, crow, col) -> str:
+    return _refused_with(vals, x, y)
+
+
+def sparse_add(y, x, vals, crow, col):
+    return sparse_add_(y.clone(memory_format=torch.contiguous_format), x, vals, crow, col)
+
+
+def sparse_add_(y, x, vals, crow, col):
+    if not y.is_contiguous():
+        return sparse_add(y, x, vals, crow, col)
+    crow, col = _mask(crow, col, y.shape[-1], x.shape[-1])
+    _ops.sparse_add_.default(_rows(y), _rows(x), vals.float().contiguous(), crow, col)
+    return y
+
+
+def why_not_sddmm(dy, x, crow, col) -> str:
+    return _refused(dy, x)
+
+
+def sddmm(dy, x, crow, col):
+    return _ops.sddmm.default(_rows(dy), _rows(x), *_mask(crow, col, dy.shape[-1], x.shape[-1]))
+
+
+# -- single elements of W ---------------------------------------------------------------------------------------------
+
+
+def _refused_place(w) -> str:
+    return "" if w.is_contiguous() or w.dim() == 2 else "w is neither contiguous nor a matrix"
+
+
+def why_not_sparse_scatter(w, idx, vals, alpha, add) -> str:
+    return _refused_with(vals, w) or _refused_place(w)
+
+
+def sparse_scatter(w, idx, vals, alpha, add):
+    return sparse_scatter_(w.clone(memory_format=torch.contiguous_format), idx, vals, alpha, add)
+
+
+def sparse_scatter_(w, idx, vals, alpha, add):
+    _ops.sparse_scatter_.default(w, idx.contiguous(), vals.float().contiguous(), alpha, add)
+    return w
+
+
+def why_not_sparse_swap(w, idx, stash) -> str:
+    if w.itemsize not in (2, 4) or stash.dtype != w.dtype:
+        return f"no kernel for {w.dtype} and {stash.dtype}; 16 or 32 bits are expected, and one dtype"
+    return _refused_place(w)
+
+
+def sparse_swap(w, idx, stash):
+    return sparse_swap_(w.clone(memory_format=torch.contiguous_format), idx, stash)
+
+
+def sparse_swap_(w, idx, stash):
+    return w, _ops.sparse_swap_.default(w, idx.contiguous(), stash.contiguous())
+
 
 # -- selection, statistics, gates, optimizer --------------------------------------------------------------------------
 
