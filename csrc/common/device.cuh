@@ -119,6 +119,11 @@ __device__ inline const T* cluster_peer(const T* mine, int) {
 template <class... P, class... A>
 inline cudaError_t launch_cluster(void (*kernel)(P...), int cluster, dim3 grid, dim3 block, size_t shared_bytes,
                                   cudaStream_t stream, A... args) {
+  if (shared_bytes > 48 << 10) {  // more than a kernel has unasked
+    const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    const cudaError_t done = cudaFuncSetAttribute(kernel, most, static_cast<int>(shared_bytes));
+    if (done != cudaSuccess) return done;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
   cudaLaunchAttribute attribute = {};
