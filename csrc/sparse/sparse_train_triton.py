@@ -216,12 +216,15 @@ MARGIN = tl.constexpr(1e-4)
 
 @triton.jit
 def sigmoid(alpha, words, RANDOM: tl.constexpr):
-    """s of alpha and the noise that Philox words make."""
+    """s = u / (u + (1 - u) exp(-alpha)), which is sigmoid(log(u / (1 - u)) + alpha), with u of Philox words."""
+    decay = tl.exp(-alpha)
     if RANDOM:
         uniform = (words >> 8).to(tl.int32).to(tl.float32) * (1.0 / 16777216.0)
         scale: tl.constexpr = 1 - 2 * MARGIN
-        alpha += tl.log(uniform * scale + MARGIN) - tl.log((1.0 - uniform) * scale + MARGIN)
-    return 1.0 / (1.0 + tl.exp(-alpha))
+        u = uniform * scale + MARGIN
+        return u / (u + ((1.0 - uniform) * scale + MARGIN) * decay)
+    else:
+        return 1.0 / (1.0 + decay)
 
 
 @triton.jit
