@@ -46,7 +46,7 @@ GROUPS = {
     "Training": "fit calibrate penalty hf.Callback",
     "Saving": "save load",
     "Quantising": "quantize NF4Linear Int8Linear footprint Footprint",
-    "Merging and combining": "merge unmerge MergeReport combine CombineReport",
+    "Merging and combining": "merge unmerge MergeReport combine CombineReport shrink",
     "Masks": "Mask",
     "Looking": "counts Counts explain",
     "Kernels": "backend BackendError ops",
@@ -242,7 +242,7 @@ def _measured(model: nn.Module, method: Method) -> dict[str, str]:
         return {**dict.fromkeys((*columns, "merges", "combines by"), refused), "total": f"{total:,}"}
     for module in model.modules():
         if isinstance(module, SparseTuner) and module.positions is None:  # a mask of the size that it will have
-            n = kept(math.prod(module.shape), method.keep_ratio, method.pattern)
+            n = kept(math.prod(module.shape), module.cfg.keep_ratio, module.cfg.pattern)
             module.set_mask(torch.empty(n, dtype=torch.int64, device="meta"))
     n, own = pk.counts(model), [tuner for _, tuner in tuners(model, "default")]
     low_rank = [tuner.factors() is not None for tuner in own]

@@ -38,12 +38,14 @@ from .methods import (
     MovementPruning,
     QLoRA,
     RandomMask,
+    StructuredPruning,
     TopLayers,
     Union,
     methods,
 )
 from .ops import BackendError, backend
 from .quant import Footprint, Int8Linear, NF4Linear, footprint, quantize
+from .shrink import shrink
 
 __all__ = [
     "FAR",
@@ -76,6 +78,7 @@ __all__ = [
     "QLoRA",
     "RandomMask",
     "Stats",
+    "StructuredPruning",
     "TopLayers",
     "Tuner",
     "Union",
@@ -105,5 +108,6 @@ __all__ = [
     "save",
     "set_active",
     "shared_trunk",
+    "shrink",
     "unmerge",
 ]

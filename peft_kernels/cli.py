@@ -351,6 +351,7 @@ def _explain(args: argparse.Namespace) -> None:
     from . import hf
     from .engine.attach import attach, state_of
     from .engine.counts import counts
+    from .engine.life import all_tuners
     from .engine.store import CONFIG, load
     from .explain import explain
 
@@ -367,8 +368,9 @@ def _explain(args: argparse.Namespace) -> None:
         method = method_from(args.method or "lora", args.set)
         model, _ = hf.load_model(args.source)
         attach(model, method, args.targets)
-    (adapter,) = state_of(model).adapters.values()
+    ((name, adapter),) = state_of(model).adapters.items()
     n, kernels = counts(model), explain(model)
+    first = next(filter(None, (tuner.ready() for tuner in all_tuners(model, name))), "")  # what it trains is not chosen
     report = {
         "model": model.name_or_path,
         "adapter": [
@@ -376,9 +378,11 @@ def _explain(args: argparse.Namespace) -> None:
             for p in adapter.parts
         ],
         "counts": dataclasses.asdict(n),
+        "not_ready": first,
         "kernels": kernels,
     }
-    _print(args, report, lambda: "\n\n".join(("\n".join(map(_part, adapter.parts)), str(n), str(kernels))))
+    texts = ("\n".join(map(_part, adapter.parts)), str(n), first, str(kernels))
+    _print(args, report, lambda: "\n\n".join(filter(None, texts)))
 
 
 def _part(part: Any) -> str:

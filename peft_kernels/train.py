@@ -245,6 +245,9 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
     test, scores = latest.get("test") or task.evaluate(model, setup.batches("test"))
     validation = setup.figures({"validation"} & setup.rows.keys()).get("validation")
     after = setup.figures(setup.further)
+    found = counts(model)
+    # A phase of the training may have had more to train than what it leaves.
+    trainable = max([found.trainable, *(row["trainable"] for row in log if "phase" in row)])
     learned = {text for text, _ in setup.data.train}
     save(model, directory)
     summary = {
@@ -276,7 +279,7 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
             for name, file in job.eval_data
         },
         "epochs": [row for row in log if f"{watched}_loss" in row],
-        "counts": asdict(counts(model)),
+        "counts": {**asdict(found), "trainable": trainable},
         "index_bytes": _index_bytes(model),
         "base": _base(model),
         "merge": merged_check(model, task, setup.batches("test"), scores),

@@ -196,6 +196,9 @@ def test_explain_a_model(capsys, tmp_path):
     code, out, _ = run(capsys, "explain", source, "--method", "bitfit", "--targets", "q", "v")
     assert code == 0 and out.startswith("bitfit on q v\n") and "trainable" in out and "backend" in out
     assert "has no adapter_config.json" in refused(capsys, tmp_path, "explain", source, "--model", source)
+    assert report["not_ready"] == ""
+    code, out, _ = run(capsys, "explain", source, "--method", "fishmask", "--targets", "q")
+    assert code == 0 and "FishMask has no mask yet; call pk.calibrate(model, batches) first\n" in out
 
 
 def test_explain_an_adapter(capsys, tmp_path):

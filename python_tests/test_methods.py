@@ -301,6 +301,7 @@ OTHER_VALUES = {
         "quantization_aware": False,
     },
     "random": {"keep_ratio": 0.4, "pattern": "1:4"},
+    "structured": {"neurons": 0.25, "heads": 1.0, "score": "gradient", "scope": "global"},
     "toplayers": {"n": 2},
 }
 # (method, field) -> other fields with which alone it is read

@@ -88,7 +88,6 @@ def test_prints_json_or_one_table(capsys, model_dir, data_file, tmp_path):
 
 
 OF_OTHERS = {
-    "fishmask": "keep_ratio=0.5",  # the head of the tiny model is a large part of it
     "qlora": "rank=8",  # no layer of the model takes the default
     "gated": "inner=lora",
     "union": "members=lora,ia3",

@@ -122,23 +122,42 @@ PK_INLINE void transpose_block(const T* src, int64_t stride, int64_t rows, int64
   }
 }
 
-// src [tokens, n] transposed into dst [*, ld words], padded with zeros to whole vectors. slots as above.
+// src [tokens, n] transposed into dst [*, ld words], padded with zeros to whole vectors, in tasks. slots as above.
 template <bool pairs, class T>
-void transpose_all(const T* src, int64_t tokens, int64_t n, const int32_t* slots, float* dst, int64_t ld) {
-  constexpr int64_t step = pairs ? 2 * W : W, strip = 1024;
-  const int64_t groups = blocks(tokens, step), strips = blocks(n, strip);
-  parallel_for(0, groups * strips, at_least(1, kGrain / (step * strip)), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / strips, first = task % strips * strip, last = at_most(first + strip, n);
-      const T* from = src + group * step * n;
-      for (int64_t c = first; c < last; c += step) {
-        float* to = dst + group * W + (slots ? 0 : c * ld);
-        bool wanted = slots == nullptr;
-        for (int64_t i = c; slots && i < at_most(c + step, last); ++i) wanted |= slots[i] >= 0;
-        if (wanted)
-          transpose_block<pairs>(from + c, n, tokens - group * step, last - c, slots ? slots + c : slots, to, ld);
-      }
+struct Transposition {
+  static constexpr int64_t step = pairs ? 2 * W : W, strip = 1024;
+  const T* src;
+  int64_t tokens, n;
+  const int32_t* slots;
+  float* dst;
+  int64_t ld;
+
+  int64_t tasks() const { return blocks(tokens, step) * blocks(n, strip); }
+
+  void run(int64_t task) const {
+    const int64_t strips = blocks(n, strip), group = task / strips, first = task % strips * strip;
+    const T* from = src + group * step * n;
+    for (int64_t c = first; c < at_most(first + strip, n); c += step) {
+      bool wanted = slots == nullptr;
+      for (int64_t i = c; slots && i < at_most(c + step, n); ++i) wanted |= slots[i] >= 0;
+      if (!wanted) continue;
+      float* to = dst + group * W + (slots ? 0 : c * ld);
+      transpose_block<pairs>(from + c, n, tokens - group * step, n - c, slots ? slots + c : slots, to, ld);
     }
+  }
+};
+
+// All threads together, waiting for one another once.
+template <class... Some>
+void transpose_all(const Some&... some) {
+  constexpr int64_t grain = kGrain / (16 * 1024);
+  parallel_for(0, (some.tasks() + ...), grain, [&](int64_t begin, int64_t end) {
+    const auto part = [&](const auto& one) {
+      for (int64_t task = at_least(begin, 0); task < at_most(end, one.tasks()); ++task) one.run(task);
+      begin -= one.tasks();
+      end -= one.tasks();
+    };
+    (part(some), ...);
   });
 }
 
@@ -337,8 +356,9 @@ void sddmm_tiles(const T* dy, const T* x, int64_t tokens, const Mask& mask, cons
   const int64_t height = width < most ? at_least(kTile / (ld * 4) / kRows * kRows, kNarrow) : m;
   for (int64_t t = 0; t < tokens; t += block) {
     const int64_t count = at_most(block, tokens - t), words = padded(count, W * per_word) / per_word;
-    transpose_all<pairs>(dy + t * mask.m, count, mask.m, own.row_slots.data(), dyt, ld);
-    transpose_all<pairs>(x + t * mask.n, count, mask.n, own.column_slots.data(), xt, ld);
+    using Turn = Transposition<pairs, T>;
+    transpose_all(Turn{dy + t * mask.m, count, mask.m, own.row_slots.data(), dyt, ld},
+                  Turn{x + t * mask.n, count, mask.n, own.column_slots.data(), xt, ld});
     const Tokens<I> here{dyt, xt, ld, words, crow, col, own, at.data(), out};
     parallel_for(0, kPieces, at_least(1, kGrain * kPieces / (nnz * words)), [&](int64_t begin, int64_t end) {
       for (int64_t r = bound[begin]; r < bound[end]; r += height) {
@@ -360,7 +380,7 @@ void add_product(T* y, const T* x, int64_t tokens, const Mask& mask, const I* cr
   const Buffer xt(n * ld);
   for (int64_t t = 0; t < tokens; t += ld) {
     const int64_t count = at_most(ld, tokens - t);
-    transpose_all<false>(x + t * n, count, n, nullptr, xt.get(), ld);
+    transpose_all(Transposition<false, T>{x + t * n, count, n, nullptr, xt.get(), ld});
     parallel_for(0, groups, at_least(1, kGrain * groups / (mask.nnz * V + m)), [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {
         const int64_t first = group * W, rows = at_most(W, m - first);

@@ -120,8 +120,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PK_OPS, m) {
       "float lr, float beta1, float beta2, float eps, float weight_decay) -> ()");
 }
 
+#ifndef PK_EMULATE
 STABLE_TORCH_LIBRARY_IMPL(PK_OPS, CPU, m) {
   m.impl("hard_concrete", TORCH_BOX(&pk::hard_concrete_cpu));
   m.impl("hard_concrete_backward", TORCH_BOX(&pk::hard_concrete_backward_cpu));
   m.impl("sparse_adamw_", TORCH_BOX(&pk::sparse_adamw_cpu));
 }
+#endif

@@ -10,12 +10,17 @@ from ..common.library import unavailable as unavailable
 
 VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
 
-ON_CUDA: frozenset[str] = frozenset()  # the ops with CUDA launchers; all have CPU ones
+ON_CUDA = frozenset(("sddmm", "topk_threshold", "topk_compact", "sparse_adamw"))  # all ops have CPU launchers
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _PANEL_BYTES = 4 << 20  # of W + D: it stays in the last-level cache
 _FEW = 4  # bytes of W that are copied in the time in which 16 tokens meet an entry
 _ops = torch.ops._peft_kernels
+
+
+def _of_cuda(t):
+    """Whether the launchers are CUDA's: on a GPU, or in their emulation."""
+    return t.is_cuda or _ops is not torch.ops._peft_kernels
 
 
 def _refused(*tensors) -> str:
@@ -40,9 +45,9 @@ def _rows(x):
 
 
 def _mask(crow, col, m, n):
-    """(crow, col), contiguous and looked through: the kernels go by them unasked."""
+    """(crow, col), contiguous and, on the CPU, looked through: its kernels go by them unasked, CUDA's doubt them."""
     crow, col = crow.contiguous(), col.contiguous()
-    if not _ops.sparse_is_mask.default(crow, col, m, n):
+    if not _of_cuda(col) and not _ops.sparse_is_mask.default(crow, col, m, n):
         raise ValueError(
             f"crow and col are no mask [{m}, {n}] in CSR; expected crow to ascend from 0 to nnz, and within each row "
             "columns that ascend strictly"
@@ -238,6 +243,12 @@ def why_not_sparse_adamw(vals, m, v, grad, step, w, idx, *rest) -> str:
 
 def sparse_adamw_(vals, m, v, grad, step, w, idx, *rest):
     own = _whole(vals, m, v)
+    if _of_cuda(vals):  # which reads a step on its device itself
+        at = (step.float(), 0.0) if step.device == vals.device else (None, step.item())
+        if w is not None and not w.is_contiguous():  # the numbers that count, not a copy of all
+            w, idx = w[torch.unravel_index(idx, w.shape)], None
+        _ops.sparse_adamw_cuda_.default(*own, grad.contiguous(), *at, *_whole(w, idx), *rest)
+        return tuple(own)
     _ops.sparse_adamw_.default(*own, grad.float().contiguous(), step.item(), *_whole(w, idx), *rest)
     return tuple(own)
 

@@ -106,9 +106,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PK_OPS, m) {
   m.def("fisher_linear_(Tensor(a!) f, Tensor dy, Tensor x, Tensor cu_samples, Tensor? weight) -> ()");
 }
 
+#ifndef PK_EMULATE
 STABLE_TORCH_LIBRARY_IMPL(PK_OPS, CPU, m) {
   m.impl("topk_threshold", TORCH_BOX(&pk::topk_threshold_cpu));
   m.impl("topk_compact", TORCH_BOX(&pk::topk_compact_cpu));
   m.impl("fisher_accum_", TORCH_BOX(&pk::fisher_accum_cpu));
   m.impl("fisher_linear_", TORCH_BOX(&pk::fisher_linear_cpu));
 }
+#endif

@@ -104,7 +104,7 @@ def fit(
         whose set_epoch(epoch) alone decides their order.
     Where a method has several phases, each has a new optimizer and a schedule of its own.
     The log has a row {"step", "epoch", "loss", "lr", "seconds"} per step, a row {"epoch", "loss", ...} per epoch, and
-    of several phases a row {"phase", "step"} before the first step of each.
+    of several phases a row {"phase", "step", "trainable"} before the first step of each.
     ValueError if nothing is trainable, there is no batch, or a resume has other settings; RuntimeError if the loss is
     not finite, or a method is to be calibrated first; FileExistsError if `checkpoint` holds a training that is not to
     be resumed.
@@ -331,9 +331,10 @@ class _Run:
         for entry in entries:
             entry.enter(self.model)
             self.at.entered += 1
-            row = {"phase": entry.phase.name, "step": entry.start + 1}
-            if several and row not in self.log[-len(entries) :]:  # methods that enter the same phase together
-                self.log.append(row)
+        trainable = sum(p.numel() for group in param_groups(self.model) for p in group["params"])
+        rows = [{"phase": e.phase.name, "step": e.start + 1, "trainable": trainable} for e in entries]
+        if several:
+            self.log += [row for i, row in enumerate(rows) if row not in rows[:i]]  # methods may enter one together
 
     def _begin(self) -> None:
         """A new optimizer and schedule, up to where the next phase begins."""

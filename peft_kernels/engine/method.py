@@ -137,7 +137,7 @@ class Method:
     # `tuners` are those that this method has in one adapter, in model order.
 
     def attached(self, tuners: list[Tuner]) -> None:
-        """The tuners have been made, for attach or to be filled from a file; not called for those inside others."""
+        """The tuners have been made, by attach or to be filled from a file."""
 
     def enter(self, tuners: list[Tuner], phase: str) -> None:
         """A phase begins: `Tuner.enter` of each."""

@@ -17,6 +17,7 @@ from .magnitude import MagnitudePruning
 from .movement import MovementPruning
 from .qlora import QLoRA
 from .random import RandomMask
+from .structured import StructuredPruning
 from .toplayers import TopLayers
 from .union import ByLayer, Union
 
@@ -39,6 +40,7 @@ __all__ = [
     "MovementPruning",
     "QLoRA",
     "RandomMask",
+    "StructuredPruning",
     "TopLayers",
     "Union",
     "methods",

@@ -42,7 +42,8 @@ class PrunedTuner(Tuner):
     @property
     def mask(self) -> Tensor:
         """M, [out, in] bool."""
-        return self._kept.once("mask", lambda: _unpacked(self.bits, self.shape), [self.bits])
+        with torch.inference_mode(False):  # a later call may keep it for its backward
+            return self._kept.once("mask", lambda: _unpacked(self.bits, self.shape), [self.bits])
 
     @mask.setter
     def mask(self, mask: Tensor) -> None:

@@ -32,9 +32,10 @@ class FAR(Method, roles=("up", "gate", "down"), lr=5e-4, tiny={"ratio": 0.3, "pr
     over batches, so by how far plain gradient descent would move it; `tune` calls it by itself.
     """
 
+    samples = 1024  # rows that `pk.calibrate` reads unless it is told how many batches
+
     ratio: float = 0.1  # the part of the output nodes of each linear that is trained
     prime: float = 0.1  # the part of the steps that the priming takes
-    samples = 1024
 
     def __post_init__(self):
         super().__post_init__()

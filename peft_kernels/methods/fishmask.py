@@ -9,6 +9,7 @@ gradients of each layer, without a dense gradient; a dense F exists while `pk.ca
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import cast
 
@@ -24,13 +25,14 @@ from ._select import FREE, Masked, best, kept
 class FishMask(Masked, roles=("*",), lr=2e-3, tiny={"keep_ratio": 0.2}):
     """Tunes the numbers with the largest Fisher information. Sung et al. 2021, arXiv:2111.09839.
 
-    `pk.calibrate(model, batches)` chooses them, the best of all targeted weights together; `tune` calls it by itself.
+    `pk.calibrate(model, batches)` chooses them, the best of all targeted weights together; `tune` calls it by itself. A
+    head is always dense, and takes its size off the budget unless it is larger than that, which is said by a warning.
     """
 
-    keep_ratio: float = 0.005  # the part of the targeted numbers and of those trained whole beside them
+    keep_ratio: float = 0.005  # the part that is trained of the targeted numbers and of those trained whole beside it
     expected: bool = False  # the Fisher of the model's own classes instead of the labels; as many passes as classes
     samples: int = 1024  # rows that `pk.calibrate` reads unless it is told how many batches
-    count_head: bool = True  # what is trained whole beside it, such as a head, is taken off the kept numbers
+    count_head: bool = True  # those trained whole beside it, such as a head, are a part of the kept ones
 
     def __post_init__(self):
         super().__post_init__()
@@ -40,21 +42,23 @@ class FishMask(Masked, roles=("*",), lr=2e-3, tiny={"keep_ratio": 0.2}):
     def calibrate(self, measured: list[tuple[Tuner, Stats]], beside: int) -> None:
         tuners = [cast(FishMaskTuner, tuner) for tuner, _ in measured]
         found = [tuner.taken() for tuner in tuners]
-        for tuner, positions in zip(tuners, best(found, self._budget(found, beside), self.pattern), strict=True):
+        k = self._budget(sum(f.numel() for f in found), beside)
+        for tuner, positions in zip(tuners, best(found, k, self.pattern), strict=True):
             tuner.set_mask(positions)
 
-    def _budget(self, found: list[Tensor], beside: int) -> int:
-        """How many numbers are kept of the tensors: the head is always dense and counts."""
-        total = sum(f.numel() for f in found)
-        if not (self.count_head and beside):
-            return kept(total, self.keep_ratio, FREE)
+    def _budget(self, total: int, beside: int) -> int:
+        """How many of `total` numbers are kept where `beside` more are trained whole."""
         k = int((total + beside) * self.keep_ratio) - beside
-        if k < 1:
-            raise ValueError(
-                f"FishMask keep_ratio = {self.keep_ratio} of {total + beside:,} numbers is no more than the "
-                f"{beside:,} that are trained whole beside it; raise it, or count them apart with count_head=False"
+        if self.count_head and beside and k > 0:
+            return k
+        if self.count_head and beside and self.pattern == FREE:
+            warnings.warn(
+                f"FishMask: the {beside:,} numbers trained whole beside it are more than keep_ratio = "
+                f"{self.keep_ratio} of all {total + beside:,} and are not counted; "
+                "raise it, or say so with count_head=False",
+                stacklevel=2,
             )
-        return k
+        return kept(total, self.keep_ratio, FREE)
 
 
 class FishMaskTuner(ScoredTuner, method=FishMask):

@@ -46,6 +46,9 @@ class Gated(Method, roles=(), lr=2e-3, tiny={"inner": LoRA(rank=2)}, kinds=("lin
     def phases(self, total_steps: int) -> list[Phase]:
         return self.inner.phases(total_steps)
 
+    def attached(self, tuners: list[Tuner]) -> None:
+        self.inner.attached([cast(GatedTuner, tuner).inner for tuner in tuners])
+
     def enter(self, tuners: list[Tuner], phase: str) -> None:
         self.inner.enter([cast(GatedTuner, tuner).inner for tuner in tuners], phase)
 

@@ -96,10 +96,9 @@ def test_what_is_trained_whole_beside_it_is_in_the_budget():
     assert trained(keep_ratio=0.2) == (int(0.2 * total) - head, int(0.2 * total))
     assert trained(keep_ratio=0.2, count_head=False) == (96, 96 + head)
     assert trained(train=(), keep_ratio=0.2) == (96, 96)
-    with pytest.raises(
-        ValueError, match=r"keep_ratio = 0.05 of 519 numbers is no more than the 39 .* count_head=False"
-    ):
-        trained(keep_ratio=0.05)
+    with pytest.warns(UserWarning, match=r"the 39 numbers .* more than keep_ratio = 0.05 of all 519 .* count_head"):
+        assert trained(keep_ratio=0.05) == (24, 24 + head)
+    assert trained(keep_ratio=0.05, pattern="1:4") == (120, 120 + head)
 
 
 def test_calibration_reads_as_many_rows_as_it_is_told():

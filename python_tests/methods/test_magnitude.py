@@ -53,6 +53,14 @@ def test_global_keeps_the_largest_of_all():
     assert pk.counts(model).trainable == int(masks.sum())
 
 
+def test_gated_it_chooses_of_all_too():
+    method = pk.MagnitudePruning(keep_ratio=0.3, scope="global")
+    _, found = pruned(method)
+    _, inside = pruned(pk.Gated(inner=method))
+    for name in TARGETS:
+        assert torch.equal(inside[name].inner.mask, found[name].mask)
+
+
 @pytest.mark.parametrize(("pattern", "n", "m"), [("2:4", 2, 4), ("1:4", 1, 4), ("1:2", 1, 2)])
 def test_n_of_m_neighbours(pattern, n, m):
     model, found = pruned(pk.MagnitudePruning(pattern=pattern))

@@ -94,6 +94,19 @@ def test_training_ends_with_bits_and_the_kept_changes(tmp_path):
     assert [int((model.get_submodule(name).weight != 0).sum()) for name in TARGETS] == [60, 60]
 
 
+def test_a_mask_first_read_in_inference_serves_training():
+    model, found = moved(keep_ratio=0.25)
+    x = data()[0][0]
+
+    def evaluated(*_):
+        with torch.inference_mode():
+            return {"mean": model(x).mean().item()}
+
+    evaluated()
+    pk.fit(model, data(), epochs=2, on_epoch=evaluated, loss_fn=cross_entropy, progress=False)
+    assert kept(found) == [60, 60]
+
+
 def test_patterns():
     model, found = moved(pattern="2:4")
     pk.fit(model, data(), loss_fn=cross_entropy, progress=False)
