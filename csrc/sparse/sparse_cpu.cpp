@@ -16,6 +16,7 @@ constexpr bool kHasPairs = true;  // products of bf16 without widening them: vdp
 constexpr bool kHasPairs = false;
 #endif
 
+constexpr int64_t kScalar = 8;        // tokens up to which entries are summed one by one
 constexpr int64_t kFew = 128;         // words of a block of tokens for sparse masks: transposes stay in the L2 cache
 constexpr int64_t kMany = 512;        // and for dense ones: fewer sums of lanes
 constexpr int64_t kSparse = 33;       // a mask is sparse that has one entry in so many places
@@ -370,6 +371,23 @@ void sddmm_tiles(const T* dy, const T* x, int64_t tokens, const Mask& mask, cons
   }
 }
 
+// Up to kScalar tokens, which would leave most lanes of a transposed vector empty.
+template <class T, class I>
+void sddmm_few(const T* dy, const T* x, int64_t tokens, const Mask& mask, const I* crow, const I* col, float* out) {
+  const int64_t m = mask.m, n = mask.n;
+  parallel_for(0, m, at_least(1, kGrain * m / (mask.nnz * tokens + m)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float row[kScalar];
+      for (int64_t t = 0; t < tokens; ++t) row[t] = widen(dy[t * m + i]);
+      for (int64_t e = crow[i]; e < crow[i + 1]; ++e) {
+        float sum = 0;
+        for (int64_t t = 0; t < tokens; ++t) sum += row[t] * widen(x[t * n + col[e]]);
+        out[e] = sum;
+      }
+    }
+  });
+}
+
 // -- products with the delta ----------------------------------------------------------------------------------------
 
 // y [tokens, m] += x D^T. V vectors of tokens at a time.
@@ -517,7 +535,11 @@ void sddmm(Dtype type, const void* dy, const void* x, int64_t tokens, Mask mask,
     using T = decltype(t);
     constexpr bool pairs = kHasPairs && std::is_same_v<T, bf16>;
     with_indices(mask, [&](const auto* crow, const auto* col) {
-      sddmm_tiles<pairs>(static_cast<const T*>(dy), static_cast<const T*>(x), tokens, mask, crow, col, out);
+      const T *left = static_cast<const T*>(dy), *right = static_cast<const T*>(x);
+      if (tokens <= kScalar)
+        sddmm_few(left, right, tokens, mask, crow, col, out);
+      else
+        sddmm_tiles<pairs>(left, right, tokens, mask, crow, col, out);
     });
   });
 }
