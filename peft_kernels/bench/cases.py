@@ -63,6 +63,7 @@ MODES = ("forward", "recorded", "backward", "full")  # without gradients, with t
 SELECTIONS = ("quick", "default", "all")  # each holds those before it
 SCALE = 2.0  # alpha / rank, as by default
 BLOCKSIZE = 64  # of 4-bit weights, the usual one
+ELEMENTWISE = {"rescale", "topk_threshold", "sparse_adamw", "hard_concrete"}  # have no product of matrices
 
 
 class Run(NamedTuple):
@@ -127,7 +128,7 @@ class Case:
     def work(self) -> Cost:
         """Roughly what one call of any rival costs, known without making the tensors."""
         ways = {"backward": 1, "full": 2}.get(self.mode, 1)
-        weights = 0 if self.op == "rescale" else self.n_in * self.n_out
+        weights = 0 if self.op in ELEMENTWISE else self.n_in * self.n_out
         held = weights + self.rows * (self.n_in + self.n_out)
         return Cost(2 * self.rows * weights * ways, held * self.torch_dtype.itemsize * ways)
 

@@ -94,7 +94,7 @@ def _fisher(case: Case, device: str, stack: ExitStack) -> Problem:
                 out = F.linear(own, w) if again else out
             yield torch.autograd.grad(out, w, g, retain_graph=True)[0]
 
-    loops = {
+    loops: dict[str, Callable[[], Iterator[Tensor]]] = {
         "loop of backwards": functools.partial(backwards, False),
         "loop of forwards and backwards": functools.partial(backwards, True),
         "loop of products": lambda: (g.T @ own for own, g in pairs),
