@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -34,3 +36,8 @@ class ScoredTuner(SparseTuner):
         """The sums, handed over once; zeros where the loss never came by."""
         found, self.sums = self.sums, None
         return torch.zeros(self.shape, device=self.vals.device) if found is None else found
+
+
+def trained(tuners: Iterable[SparseTuner]) -> bool:
+    """Whether they have a mask and values on it, which a calibration for another adapter must leave alone."""
+    return any(bool(tuner.vals.any()) for tuner in tuners)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import ops
 from ..engine.method import Stats, Tuner
-from ._scored import ScoredTuner
+from ._scored import ScoredTuner, trained
 from ._select import FREE, Masked, best, kept
 
 
@@ -25,8 +25,9 @@ from ._select import FREE, Masked, best, kept
 class FishMask(Masked, roles=("*",), lr=2e-3, tiny={"keep_ratio": 0.2}):
     """Tunes the numbers with the largest Fisher information. Sung et al. 2021, arXiv:2111.09839.
 
-    `pk.calibrate(model, batches)` chooses them, the best of all targeted weights together; `tune` calls it by itself. A
-    head is always dense, and takes its size off the budget unless it is larger than that, which is said by a warning.
+    `pk.calibrate(model, batches)` chooses them, the best of all targeted weights together; `tune` calls it by itself.
+    Once their values are trained it leaves them alone. A head is always dense, and takes its size off the budget unless
+    it is larger than that, which a warning says.
     """
 
     keep_ratio: float = 0.005  # the part that is trained of the targeted numbers and of those trained whole beside it
@@ -42,6 +43,8 @@ class FishMask(Masked, roles=("*",), lr=2e-3, tiny={"keep_ratio": 0.2}):
     def calibrate(self, measured: list[tuple[Tuner, Stats]], beside: int) -> None:
         tuners = [cast(FishMaskTuner, tuner) for tuner, _ in measured]
         found = [tuner.taken() for tuner in tuners]
+        if trained(tuners):
+            return
         k = self._budget(sum(f.numel() for f in found), beside)
         for tuner, positions in zip(tuners, best(found, k, self.pattern), strict=True):
             tuner.set_mask(positions)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..engine.method import Part, Stats, Tuner
 from ..engine.site import Site
-from ._scored import ScoredTuner
+from ._scored import ScoredTuner, trained
 from ._select import FREE, Masked, best, kept
 
 
@@ -47,6 +47,8 @@ class LeTS(Masked, roles=("*",), lr=2e-3, tiny={"keep_ratio": 0.2}):
     def calibrate(self, measured: list[tuple[Tuner, Stats]], beside: int) -> None:
         tuners = [cast(LeTSTuner, tuner) for tuner, _ in measured]
         scores = [tuner.taken() for tuner in tuners]
+        if trained(tuners):
+            return
         k = kept(sum(s.numel() for s in scores), self.keep_ratio, FREE)
         for tuner, positions in zip(tuners, best(scores, k, self.pattern, use_abs=True), strict=True):
             tuner.set_mask(positions)

@@ -117,6 +117,23 @@ def test_calibration_reads_as_many_rows_as_it_is_told():
         pk.FishMask(samples=0)
 
 
+@pytest.mark.parametrize("method", [pk.FishMask(keep_ratio=0.1), pk.LeTS(keep_ratio=0.1)], ids=lambda m: m.key)
+def test_what_was_trained_is_not_chosen_again(method):
+    """Another adapter is calibrated on top of it."""
+    model, (x, y) = make("mlp").model, rows()
+    pk.attach(model, method, TARGETS)
+    pk.calibrate(model, [(x, y)], cross_entropy, progress=False)
+    first = masks(model)
+    pk.calibrate(model, [(x[:2], y[:2])], cross_entropy, progress=False)
+    assert masks(model) != first
+    pk.fit(model, [(x, y)], loss_fn=cross_entropy, progress=False)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    pk.attach(model, pk.FishMask(keep_ratio=0.1), TARGETS, name="other")
+    pk.calibrate(model, [(x, y)], cross_entropy, progress=False)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items() if "other" not in name)
+    assert all(not tuner.ready() and tuner.sums is None for n in ("default", "other") for _, tuner in tuners(model, n))
+
+
 def test_a_calibration_that_failed_leaves_nothing_behind():
     model, (x, y) = make("mlp").model, rows()
     pk.attach(model, pk.FishMask(keep_ratio=0.1), TARGETS)
