@@ -216,12 +216,15 @@ MARGIN = tl.constexpr(1e-4)
 
 @triton.jit
 def sigmoid(alpha, words, RANDOM: tl.constexpr):
-    """s of alpha and the noise that Philox words make."""
+    """s = u / (u + (1 - u) exp(-alpha)), which is sigmoid(log(u / (1 - u)) + alpha), with u of Philox words."""
+    decay = tl.exp(-alpha)
     if RANDOM:
-        uniform = (words >> 8).to(tl.int32).to(tl.float32) * (1.0 / 16777216.0)
+        uniform = (words >> 8).to(tl.int32).to(alpha.dtype) * (1.0 / 16777216.0)
         scale: tl.constexpr = 1 - 2 * MARGIN
-        alpha += tl.log(uniform * scale + MARGIN) - tl.log((1.0 - uniform) * scale + MARGIN)
-    return 1.0 / (1.0 + tl.exp(-alpha))
+        u = uniform * scale + MARGIN
+        return u / (u + ((1.0 - uniform) * scale + MARGIN) * decay)
+    else:
+        return 1.0 / (1.0 + decay)
 
 
 @triton.jit
@@ -253,14 +256,14 @@ def element_sigmoid(alpha, first, rng_ptr, BLOCK: tl.constexpr, RANDOM: tl.const
 
 @triton.jit
 def group_sigmoid(group_ptr, rng_ptr, RANDOM: tl.constexpr):
-    """s of the group, whose counter is (0, 1, offset)."""
+    """s of the group, whose counter is (0, 1, offset), in fp64: one number, of which all others get the error."""
     words = tl.zeros([1], tl.uint32)
     if RANDOM:
         seed = tl.load(rng_ptr)
         offset = tl.load(rng_ptr + 1)
         words, _, _, _ = tl.philox(seed, words, words + 1, offset.to(tl.uint32), (offset >> 32).to(tl.uint32))
     alpha = cast(tl.load(group_ptr + tl.zeros([1], tl.int32)), tl.float32)
-    return tl.sum(sigmoid(alpha, words, RANDOM))
+    return tl.sum(sigmoid(alpha.to(tl.float64), words, RANDOM))
 
 
 @triton.jit
@@ -277,7 +280,7 @@ def sparse_hard_concrete_kernel(
     alpha = cast(tl.load(alpha_ptr + at, mask=mask, other=0.0), tl.float32)
     change *= gate(element_sigmoid(alpha, first, rng_ptr, BLOCK, RANDOM))
     if GROUP:
-        change *= gate(group_sigmoid(group_ptr, rng_ptr, RANDOM))
+        change *= gate(group_sigmoid(group_ptr, rng_ptr, RANDOM)).to(tl.float32)
     tl.store(out_ptr + at, cast(w0 + change, out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -295,7 +298,7 @@ def sparse_hard_concrete_backward_kernel(
     s = element_sigmoid(cast(tl.load(alpha_ptr + at, mask=mask, other=0.0), tl.float32), first, rng_ptr, BLOCK, RANDOM)
     whole = 1.0
     if GROUP:
-        whole = gate(group_sigmoid(group_ptr, rng_ptr, RANDOM))
+        whole = gate(group_sigmoid(group_ptr, rng_ptr, RANDOM)).to(tl.float32)
     if DW:
         tl.store(dw_ptr + at, cast(g * gate(s) * whole, dw_ptr.dtype.element_ty), mask=mask)
     if DALPHA or SUM:
@@ -315,8 +318,8 @@ def sparse_hard_concrete_group_kernel(
     for step in range(0, parts, BLOCK):
         at = step + tl.arange(0, BLOCK)
         total += tl.load(parts_ptr + at, mask=at < parts, other=0.0)
-    out = tl.sum(total).to(tl.float32) * slope(group_sigmoid(group_ptr, rng_ptr, RANDOM))
-    tl.store(out_ptr, cast(out, out_ptr.dtype.element_ty))
+    out = tl.sum(total) * slope(group_sigmoid(group_ptr, rng_ptr, RANDOM))
+    tl.store(out_ptr, cast(out.to(tl.float32), out_ptr.dtype.element_ty))
 
 
 def hard_concrete(w0, w, alpha, alpha_group, rng):
