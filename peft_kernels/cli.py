@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     merge.add_argument("--packed", action="store_true", help="of a quantised model: pack it again; default dense")
+    merge.add_argument("--small", action="store_true", help="after structured pruning: without the pruned units")
 
     convert = command("convert", _convert, "write a model with its linear layers quantised, file by file")
     convert.add_argument("source", metavar="MODEL_DIR", help="a transformers model in safetensors files")
@@ -333,7 +334,7 @@ def _merge(args: argparse.Namespace) -> None:
     from .standalone import standalone, table
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    report = standalone(args.adapter, args.out, args.model, dtype, args.force, args.packed)
+    report = standalone(args.adapter, args.out, args.model, dtype, args.force, args.packed, args.small)
     _print(args, report, lambda: f"{table(report)}\n\n{args.out}: {', '.join(report['files'])}")
 
 

@@ -116,7 +116,7 @@ class FARTuner(Tuner, method=FAR):
                     f"expected as many integers from 0 to {self.shape[0] - 1}, each larger than the one before"
                 )
         self._resize(len(wt))
-        self.rows = None if rows is None else torch.empty_like(rows, dtype=torch.int32, device=self.wt.device)
+        self.rows = None if rows is None else rows.to(self.wt.device, torch.int32, copy=True)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.reshape({key.removeprefix(prefix): t for key, t in state_dict.items() if key.startswith(prefix)})
