@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import math
 import operator
 import re
 import textwrap
@@ -31,6 +32,8 @@ from peft_kernels.engine.attach import tuners
 from peft_kernels.engine.method import Method, Part, Tuner, fields
 from peft_kernels.engine.recipe import Recipe
 from peft_kernels.engine.roles import FAMILIES, Family
+from peft_kernels.methods._select import kept
+from peft_kernels.methods._sparse import SparseTuner
 from peft_kernels.ops._op import BACKENDS, KERNELS, Op, _has
 
 ROOT = Path(__file__).parents[1]
@@ -39,11 +42,12 @@ RUN = ROOT / "benchmarks" / "results" / "cpu.jsonl"
 # Names of `pk` by what they are for; the methods themselves come by the registry.
 GROUPS = {
     "Attaching": "attach detach active set_active disabled rename",
-    "Routing": "route AdapterBank checkpoint_context",
+    "Routing": "route shared_trunk AdapterBank checkpoint_context",
     "Training": "fit calibrate penalty hf.Callback",
     "Saving": "save load",
     "Quantising": "quantize NF4Linear Int8Linear footprint Footprint",
-    "Merging and combining": "merge unmerge MergeReport combine CombineReport",
+    "Merging and combining": "merge unmerge MergeReport combine CombineReport shrink",
+    "Masks": "Mask",
     "Looking": "counts Counts explain",
     "Kernels": "backend BackendError ops",
     "Recipes": "methods at",
@@ -236,6 +240,10 @@ def _measured(model: nn.Module, method: Method) -> dict[str, str]:
     except (ValueError, RuntimeError) as error:  # it is not made for this model, and says so
         refused = f"not here: {prose(str(error))}"
         return {**dict.fromkeys((*columns, "merges", "combines by"), refused), "total": f"{total:,}"}
+    for module in model.modules():
+        if isinstance(module, SparseTuner) and module.positions is None:  # a mask of the size that it will have
+            n = kept(math.prod(module.shape), module.cfg.keep_ratio, module.cfg.pattern)
+            module.set_mask(torch.empty(n, dtype=torch.int64, device="meta"))
     n, own = pk.counts(model), [tuner for _, tuner in tuners(model, "default")]
     low_rank = [tuner.factors() is not None for tuner in own]
     additive = [tuner.additive for tuner in own]

@@ -14,49 +14,71 @@ from .engine.method import Method, Phase, Stats, Tuner
 from .engine.recipe import at
 from .engine.route import checkpoint_context, route
 from .engine.store import load, save
+from .engine.trunk import shared_trunk
 from .explain import explain
+from .mask import Mask
 
 # `methods` is the registry, shadowing the package of that name.
 from .methods import (
+    FAR,
     IA3,
+    LTSFT,
     BitFit,
     ByLayer,
+    DiffPruning,
     DoRA,
+    FishMask,
     FullTuning,
     Gated,
     Head,
     LayerType,
+    LeTS,
     LoRA,
+    MagnitudePruning,
+    MovementPruning,
     QLoRA,
+    RandomMask,
+    StructuredPruning,
     TopLayers,
     Union,
     methods,
 )
 from .ops import BackendError, backend
 from .quant import Footprint, Int8Linear, NF4Linear, footprint, quantize
+from .shrink import shrink
 
 __all__ = [
+    "FAR",
     "IA3",
+    "LTSFT",
     "AdapterBank",
     "BackendError",
     "BitFit",
     "ByLayer",
     "CombineReport",
     "Counts",
+    "DiffPruning",
     "DoRA",
     "Footprint",
+    "FishMask",
     "FullTuning",
     "Gated",
     "Head",
     "Int8Linear",
     "LayerType",
+    "LeTS",
     "LoRA",
+    "Mask",
+    "MagnitudePruning",
     "MergeReport",
     "Method",
+    "MovementPruning",
     "NF4Linear",
     "Phase",
     "QLoRA",
+    "RandomMask",
     "Stats",
+    "StructuredPruning",
     "TopLayers",
     "Tuner",
     "Union",
@@ -85,5 +107,7 @@ __all__ = [
     "route",
     "save",
     "set_active",
+    "shared_trunk",
+    "shrink",
     "unmerge",
 ]

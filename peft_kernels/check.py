@@ -121,7 +121,7 @@ def _checked(op: Op, name: str, device: str, dtype: torch.dtype) -> Result:
         samples = [samples[i * (len(samples) - 1) // (SAMPLES - 1)] for i in range(SAMPLES)]
     steps: list[tuple[str, Callable, Callable]] = [
         ("output", forward, op.run),
-        ("output in place", forward, lambda first, *rest: op.run(first.clone(), *rest, inplace=True)),
+        ("output in place", forward, lambda *args: op.run(*_copied(args), inplace=True)),
         *([("gradient", gradients, op)] if op.gradient else []),
     ]
     worst, refused, ran = 0.0, "" if samples else "no samples in this dtype", False
@@ -141,6 +141,10 @@ def _checked(op: Op, name: str, device: str, dtype: torch.dtype) -> Result:
         if wrong := [f"{sample.id}, {what} {i}: {text}" for i, (_, text) in enumerate(found) if text]:
             return Result(*where, "failed", worst if worst < torch.inf else None, wrong[0])
     return Result(*where, "ok", worst, refused) if ran else Result(*where, "absent", why=refused)
+
+
+def _copied(args: tuple) -> list:
+    return [a.clone() if isinstance(a, Tensor) else a for a in args]
 
 
 def rows(results: Collection[Result]) -> list[tuple[str, ...]]:

@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     merge.add_argument("--packed", action="store_true", help="of a quantised model: pack it again; default dense")
+    merge.add_argument("--small", action="store_true", help="after structured pruning: without the pruned units")
 
     convert = command("convert", _convert, "write a model with its linear layers quantised, file by file")
     convert.add_argument("source", metavar="MODEL_DIR", help="a transformers model in safetensors files")
@@ -333,7 +334,7 @@ def _merge(args: argparse.Namespace) -> None:
     from .standalone import standalone, table
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    report = standalone(args.adapter, args.out, args.model, dtype, args.force, args.packed)
+    report = standalone(args.adapter, args.out, args.model, dtype, args.force, args.packed, args.small)
     _print(args, report, lambda: f"{table(report)}\n\n{args.out}: {', '.join(report['files'])}")
 
 
@@ -351,6 +352,7 @@ def _explain(args: argparse.Namespace) -> None:
     from . import hf
     from .engine.attach import attach, state_of
     from .engine.counts import counts
+    from .engine.life import all_tuners
     from .engine.store import CONFIG, load
     from .explain import explain
 
@@ -367,8 +369,9 @@ def _explain(args: argparse.Namespace) -> None:
         method = method_from(args.method or "lora", args.set)
         model, _ = hf.load_model(args.source)
         attach(model, method, args.targets)
-    (adapter,) = state_of(model).adapters.values()
+    ((name, adapter),) = state_of(model).adapters.items()
     n, kernels = counts(model), explain(model)
+    first = next(filter(None, (tuner.ready() for tuner in all_tuners(model, name))), "")  # what it trains is not chosen
     report = {
         "model": model.name_or_path,
         "adapter": [
@@ -376,9 +379,11 @@ def _explain(args: argparse.Namespace) -> None:
             for p in adapter.parts
         ],
         "counts": dataclasses.asdict(n),
+        "not_ready": first,
         "kernels": kernels,
     }
-    _print(args, report, lambda: "\n\n".join(("\n".join(map(_part, adapter.parts)), str(n), str(kernels))))
+    texts = ("\n".join(map(_part, adapter.parts)), str(n), first, str(kernels))
+    _print(args, report, lambda: "\n\n".join(filter(None, texts)))
 
 
 def _part(part: Any) -> str:

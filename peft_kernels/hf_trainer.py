@@ -14,7 +14,18 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from .engine.attach import all_adapters, is_attached, state_of
 from .engine.checkpoint import below, set_weights, weights
-from .engine.life import advance, has_penalty, method_terms, penalty, scheduled, timeline, trained, unmerged
+from .engine.life import (
+    advance,
+    all_tuners,
+    has_penalty,
+    method_terms,
+    penalty,
+    prepared,
+    scheduled,
+    timeline,
+    trained,
+    unmerged,
+)
 from .engine.store import replacing, save
 
 _WEIGHTS = "model.safetensors"
@@ -29,7 +40,7 @@ class Callback(TrainerCallback):
     Tuner.step, Tuner.penalty and Method.loss work as in `pk.fit`, the latter two added to the model's own loss;
     learning rates are those of Trainer's arguments.
     ValueError if the model is no transformers model or has no adapter. RuntimeError, when training begins, for methods
-    of several phases, which need `pk.fit`, and for terms of the loss in several processes.
+    of several phases or learning rates, which need `pk.fit`, and for terms of the loss in several processes.
     """
 
     _hook: Any = None
@@ -47,11 +58,14 @@ class Callback(TrainerCallback):
         _plant(model)  # with model_init, every training has a new one
         unmerged(model, "training")
         names = trained(model)
+        prepared(model, names)
         entries = timeline(model, names, state.max_steps)
         if several := [entry.phase.name for entry in entries if entry.phase.steps != state.max_steps]:
             raise RuntimeError(
                 f"the method has phases ({', '.join(several)}), each with an optimizer of its own; train it with pk.fit"
             )
+        if any(tuner.rates for name in names for tuner in all_tuners(model, name)):
+            raise RuntimeError("the method has learning rates of its own for some of its numbers; train it with pk.fit")
         self._scheduled = scheduled(model, names)
         self._terms, self._penalised = method_terms(model), has_penalty(model)
         if (self._terms or self._penalised) and args.world_size > 1:

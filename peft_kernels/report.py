@@ -30,12 +30,15 @@ def table(summary: dict[str, Any]) -> str:
     epochs = len(summary["epochs"])
     stopped = f", stopped early of {settings['epochs']}" if epochs < settings["epochs"] else ""
     resumed = "; since it was resumed" if seconds["resumed"] else ""
+    index = summary["index_bytes"]
+    stored = f", {size(n.bytes - index)}, and {size(index)} that say which numbers they are" if index else ""
+    dense = "; training was dense, what is stored is not" if n.trainable > n.stored else ""
     rows = [
         *_figures(summary),
-        ("trainable", f"{n.trainable:,}", f"{n.trainable / n.total:.3%} of the model"),
+        ("trainable", f"{n.trainable:,}", f"{n.trainable / n.total:.3%} of the model{dense}"),
         ("changed", f"{n.changed:,}", "numbers of the model that a merge changes"),
         ("rank", f"{n.rank:,}", "of the change, summed over its matrices"),
-        ("stored", f"{n.stored:,}", "numbers in the adapter"),
+        ("stored", f"{n.stored:,}", f"numbers in the adapter{stored}"),
         ("total", f"{n.total:,}", "numbers in the model"),
         ("model in memory", size(base["bytes"]), packed),
         ("adapter file", size(summary["adapter_bytes"]), WEIGHTS),

@@ -17,6 +17,7 @@ from .engine.merge import MergeReport, merge
 from .engine.store import WEIGHTS, load
 from .files import output, size
 from .quant import footprint
+from .shrink import shrink
 
 REPORT = "merge.json"
 _INTO = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
@@ -29,10 +30,12 @@ def standalone(
     dtype: torch.dtype | None = None,
     force: bool = False,
     packed: bool = False,
+    small: bool = False,
 ) -> dict[str, Any]:
     """Writes `source` (None: the model that the adapter names) with the adapter merged, and returns the report.
 
     A quantised base comes out dense, in the values that it was trained on; packed: the merged weights are packed again.
+    small: without the units that structured pruning has cut off, by `pk.shrink`.
     out: whole or absent; force replaces an earlier one.   dtype: of its weights; None: that of the source.
     What was written is loaded again with plain transformers and compared with model and adapter on random tokens.
     ValueError where the adapter does not fit or the weights of a new part of the model are not in it; RuntimeError
@@ -44,6 +47,7 @@ def standalone(
         _refuse_unknown(model, new)
         tokens = hf.random_tokens(model)
         adapted, kind, base = _logits(model, tokens), type(model).__name__, model.name_or_path
+        smaller = shrink(model) if small else None
         into = _INTO[str(model.dtype)] if footprint(model).packed and not packed else None
         done = merge(model, into=into, stash=False)
         if done.created:
@@ -52,11 +56,12 @@ def standalone(
                 "place for, so no model directory can hold them; load the adapter with pk.load instead"
             )
         detach(model)
+        model = model if smaller is None else smaller
         if dtype and not all(p.isfinite().all() for p in model.to(dtype).parameters()):
             raise RuntimeError(f"a weight of {base} is too large for {dtype}; choose another --dtype")
         hf.save_model(model, directory)
         stored = str(model.dtype).removeprefix("torch.")
-        del model
+        del model, smaller
         logits = _logits(hf.load_model(str(directory))[0], tokens)
         files = sorted(path.name for path in directory.iterdir())
         report = {

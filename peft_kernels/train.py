@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from . import hf, report
 from .batches import Batches, device_of
 from .data import Columns, Data, Row, read_data, read_test
-from .engine.attach import attach, detach
+from .engine.attach import attach, detach, tuners
+from .engine.calibrate import calibrate
 from .engine.counts import counts
 from .engine.fit import fit
 from .engine.merge import merge, unmerge
@@ -221,6 +222,8 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
 
     place = checkpoint.begin()
     wall, cpu = time.perf_counter(), time.process_time()
+    if not checkpoint.resumed:
+        calibrate(model, setup.batches("train", job.batch_size), progress=progress)
     log = fit(
         model,
         setup.batches("train", job.batch_size),
@@ -242,6 +245,9 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
     test, scores = latest.get("test") or task.evaluate(model, setup.batches("test"))
     validation = setup.figures({"validation"} & setup.rows.keys()).get("validation")
     after = setup.figures(setup.further)
+    found = counts(model)
+    # A phase of the training may have had more to train than what it leaves.
+    trainable = max([found.trainable, *(row["trainable"] for row in log if "phase" in row)])
     learned = {text for text, _ in setup.data.train}
     save(model, directory)
     summary = {
@@ -273,7 +279,8 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
             for name, file in job.eval_data
         },
         "epochs": [row for row in log if f"{watched}_loss" in row],
-        "counts": asdict(counts(model)),
+        "counts": {**asdict(found), "trainable": trainable},
+        "index_bytes": _index_bytes(model),
         "base": _base(model),
         "merge": merged_check(model, task, setup.batches("test"), scores),
         "peak_memory_bytes": peak_memory(job.on_cuda),
@@ -293,6 +300,12 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
     report.draw(directory / PICTURE, log, summary)
     (directory / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def _index_bytes(model: nn.Module) -> int:
+    """Of the adapter's bytes, those that say where its numbers belong; whole copies of modules have other integers."""
+    kept = (t for _, tuner in tuners(model, "default") if not tuner.opaque for t in tuner.state_dict().values())
+    return sum(t.numel() * t.element_size() for t in kept if not t.is_floating_point())
 
 
 def _base(model: nn.Module) -> dict[str, Any]:

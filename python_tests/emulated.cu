@@ -93,7 +93,50 @@ __global__ void cluster_kernel(const float* x, float* y, int cluster, bool sync,
   if (last) cluster_sync();
 }
 
-enum Fault { none, early_return, different, half_a_warp, misaligned, overflow, shift, index, beyond, before };
+// y [blocks, 2, 128] = x, by copies of 16 bytes in two groups, and zeros for the blocks from `real` on. `late`: as it
+// is after one group alone is waited for.
+__global__ void copies_kernel(const float* x, float* y, int real, bool late) {
+  char* shared = shared_memory();
+  const int i = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
+  for (int group = 0; group < 2; ++group) {
+    if (i < 32) async_copy(shared + 512 * group + 16 * i, x + 256 * block + 128 * group + 4 * i, block < real);
+    async_commit();
+  }
+  if (late)
+    async_wait<1>();
+  else
+    async_wait<0>();
+  block_sync();
+  for (int group = 0; group < 2; ++group)
+    y[256 * block + 128 * group + i] = reinterpret_cast<const float*>(shared)[128 * group + i];
+}
+
+// out [4, 32, 2]: registers of matrices [4, 8, 8], the rows of which lie apart.
+__global__ void transposed_kernel(const uint16_t* matrices, uint16_t* out) {
+  auto* shared = reinterpret_cast<uint16_t*>(shared_memory());
+  const int lane = static_cast<int>(threadIdx.x);
+  for (int column = 0; column < 8; ++column) shared[24 * lane + column] = matrices[8 * lane + column];
+  block_sync();
+  uint32_t r[4];
+  load_transposed(r, shared + 24 * lane);
+  for (int i = 0; i < 4; ++i) {
+    out[64 * i + 2 * lane] = static_cast<uint16_t>(r[i]);
+    out[64 * i + 2 * lane + 1] = static_cast<uint16_t>(r[i] >> 16);
+  }
+}
+
+// Each of 128 threads of 5 blocks counts x[i] times in bin i % 3, of the block and then of all.
+__global__ void count_kernel(const int* x, uint64_t* total) {
+  auto* bin = reinterpret_cast<uint32_t*>(shared_memory());
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < 3) bin[i] = 0;
+  block_sync();
+  count(bin + i % 3, static_cast<uint32_t>(x[128 * blockIdx.x + i]));
+  block_sync();
+  if (i < 3) count(total + i, uint64_t{bin[i]});
+}
+
+enum Fault { none, early_return, different, half_a_warp, misaligned, overflow, shift, index, beyond, before, apart };
 
 __global__ void fault_kernel(int fault, float* x, int big) {
   const int i = static_cast<int>(threadIdx.x);
@@ -131,6 +174,9 @@ __global__ void fault_kernel(int fault, float* x, int big) {
     case before:
       shared[-1] = x[i];
       break;
+    case apart:
+      async_copy(shared + 1, x, true);
+      break;
   }
   block_sync();
 }
@@ -157,6 +203,18 @@ EXPORT const char* mma(const float* a, const float* b, float* c, int kind) {
 
 EXPORT const char* reverse(const float* x, float* y, int blocks, bool sync) {
   return caught([&] { launch(reverse_kernel, blocks, 128, 512, nullptr, x, y, sync); });
+}
+
+EXPORT const char* copies(const float* x, float* y, int blocks, int real, bool late) {
+  return caught([&] { launch(copies_kernel, blocks, 128, 1024, nullptr, x, y, real, late); });
+}
+
+EXPORT const char* transposed(const uint16_t* matrices, uint16_t* out) {
+  return caught([&] { launch(transposed_kernel, 1, 32, 32 * 48, nullptr, matrices, out); });
+}
+
+EXPORT const char* counted(const int* x, uint64_t* total) {
+  return caught([&] { launch(count_kernel, 5, 128, 12, nullptr, x, total); });
 }
 
 EXPORT const char* cluster(const float* x, float* y, int clusters, int size, bool sync, bool last) {

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC, OUT = ROOT / "csrc", ROOT / "build/emulated"
+CPU_ALONE = "_(cpu|baseline|avx2|avx512|avx512_bf16|amx)$"  # names of sources that are no glue: cmake/op.cmake
 CHECKS = "alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"  # their handlers: cuda_runtime.h
 
 
@@ -76,5 +78,6 @@ def build(sources: list[Path]) -> Path | None:
 def kernels() -> Path | None:
     """The library of every op that has CUDA kernels."""
     launchers = sorted(CSRC.glob("*/*_cuda.cu"))
-    glue = [folder / f"{folder.name}.cpp" for folder in sorted({path.parent for path in launchers})]
+    glue = [path for folder in sorted({path.parent for path in launchers}) for path in sorted(folder.glob("*.cpp"))]
+    glue = [path for path in glue if not re.search(CPU_ALONE, path.stem)]
     return build([*launchers, *glue])

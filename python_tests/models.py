@@ -8,9 +8,12 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 import peft_kernels as pk
 from peft_kernels.engine.attach import tuners
+from peft_kernels.engine.batches import split
+from peft_kernels.engine.life import timeline
 from peft_kernels.engine.site import base_parameters
 
 
@@ -217,6 +220,26 @@ def attached(key, family, dtype=torch.float32, **kwargs):
     case = make(family, dtype, key)
     cfg = METHODS[key](**METHODS[key].tiny)
     pk.attach(case.model, cfg, targets_of(key, family), **kwargs)
+    return entered(calibrated(case))
+
+
+def calibrated(case):
+    """The case, whose tuners have seen the gradients that they want, row by row."""
+    if "x" in case.inputs:
+        batch, loss_fn = (case.inputs["x"], torch.arange(5) % 3), cross_entropy
+    else:
+        classifies = case.call(case.model).dim() == 2
+        ids = case.inputs.get("decoder_input_ids", case.inputs.get("input_ids"))
+        batch, loss_fn = {**case.inputs, "labels": torch.arange(2) if classifies else ids}, None
+    pk.calibrate(case.model, list(split(batch)), loss_fn, progress=False)
+    return case
+
+
+def entered(case):
+    """The case as at the first step of a training."""
+    for entry in timeline(case.model, pk.active(case.model), 10):
+        if not entry.start:
+            entry.enter(case.model)
     return case
 
 

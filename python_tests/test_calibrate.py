@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import make
 from torch import nn
-from toys import Toy, Watch, toys  # noqa: F401  # a fixture
+from toys import Observe, Toy, Watch, toys  # noqa: F401  # a fixture
 
 import peft_kernels as pk
 from peft_kernels.engine.attach import tuners
@@ -181,3 +181,128 @@ def test_what_is_wrong_is_said(monkeypatch):
     pk.merge(model)
     with pytest.raises(RuntimeError, match="before calibrating"):
         pk.calibrate(model, batches, loss_fn)
+
+
+# -- Tuner.observe ----------------------------------------------------------------------------------------------------
+
+
+def observed(family, rows=5, dtype=torch.float64, **kwargs):
+    case = make(family, dtype)
+    made = torch.Generator().manual_seed(2)
+    labels = torch.randint(0, 3, (rows,), generator=made)
+    if family == "mlp":
+        x = torch.randn(rows, 12, generator=made, dtype=dtype)
+        pk.attach(case.model, Observe(**kwargs), ("first", "second"))
+        return case.model, [(x[:3], labels[:3]), (x[3:], labels[3:])], cross_entropy
+    ids = torch.randint(3, 50, (rows, 7), generator=made)
+    pk.attach(case.model, Observe(**kwargs), ("q", "v", "down"))
+    batches = [{"input_ids": ids[i : i + 3], "labels": labels[i : i + 3]} for i in range(0, rows, 3)]
+    if family != "bert":
+        batches = [{**b, "labels": b["input_ids"]} for b in batches]
+    return case.model, batches, None
+
+
+def all_tuners(model):
+    for path, adapters in pk.engine.attach.all_adapters(model):
+        for tuner in adapters.tuners["default"].modules():
+            if isinstance(tuner, Observe.tuner):
+                yield path, adapters.site, tuner
+
+
+@pytest.mark.parametrize(("family", "passes"), [("mlp", 2), ("bert", 2), ("llama", 5), ("gpt2", 5)])
+def test_what_a_tuner_observes_gives_the_gradient_of_each_row(family, passes):
+    """A classifier takes one pass for a batch, a language model one per row; both are those of a loop over rows."""
+    model, batches, loss_fn = observed(family)
+    pk.calibrate(model, batches, loss_fn, progress=False)
+    for path, _, tuner in all_tuners(model):
+        weight = model.get_submodule(path).weight
+        _, squares, _ = by_hand(model, batches, loss_fn, [weight])
+        own = squares[0] * 5
+        if family == "gpt2":
+            own = own.T  # [out, in]
+            rows = next(s.rows for _, s, t in _parts(model) if t is tuner) if own.shape[0] == 48 else None
+            own = own if rows is None else rows.of(own)
+        assert tuner.passes == passes
+        assert own.abs().sum() > 0
+        torch.testing.assert_close(tuner.fisher, own, rtol=1e-5, atol=1e-9)
+
+
+def _parts(model):
+    for path, adapters in pk.engine.attach.all_adapters(model):
+        top = adapters.tuners["default"]
+        for label, site in getattr(top, "sites", {}).items():
+            yield path, site, top._modules[label]
+
+
+def test_expected_is_weighted_over_the_classes():
+    model, batches, loss_fn = observed("bert", expected=True)
+    pk.calibrate(model, batches, loss_fn, progress=False)
+    for path, _, tuner in all_tuners(model):
+        weight = model.get_submodule(path).weight.requires_grad_(True)
+        expected = 0
+        for batch in batches:
+            for ids in batch["input_ids"]:
+                log = model(input_ids=ids[None]).logits[0].log_softmax(0)
+                for c in range(3):
+                    (g,) = torch.autograd.grad(log[c], weight, retain_graph=True)
+                    expected = expected + log[c].exp().detach() * g**2
+        weight.requires_grad_(False)
+        assert tuner.passes == 6
+        torch.testing.assert_close(tuner.fisher, expected, rtol=1e-5, atol=1e-9)
+    model, batches, loss_fn = observed("llama", expected=True)
+    with pytest.raises(ValueError, match=r"probabilities of \[3, classes\], the model returned \(3, 7, 50\)"):
+        pk.calibrate(model, batches, loss_fn, progress=False)
+
+
+class Twice(nn.Module):
+    """One linear that runs twice, each time before an activation that writes into its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = torch.relu_(self.inner(x))
+        return self.out(x)
+
+
+def test_a_layer_that_runs_twice_has_one_gradient_per_row():
+    model = Twice().double()
+    pk.attach(model, Observe(), ("inner",))
+    x, labels = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
+    pk.calibrate(model, [(x, labels)], cross_entropy, progress=False)
+    _, squares, _ = by_hand(model, [(x, labels)], cross_entropy, [model.inner.weight])
+    tuner = model.inner.peft.tuners["default"]
+    assert tuner.passes == 1
+    torch.testing.assert_close(tuner.fisher, squares[0] * 6)
+
+
+def test_a_method_sees_all_its_tuners_at_once(monkeypatch):
+    monkeypatch.setattr(Observe, "together", [])
+    monkeypatch.setattr(Observe, "beside", [])
+    model, batches, loss_fn = observed("mlp")
+    pk.attach(model, Observe(), ("out",), name="other", train=("ln",))
+    pk.calibrate(model, batches, loss_fn, progress=False)
+    first, second, out = (getattr(model, n).peft.tuners for n in ("first", "second", "out"))
+    assert Observe.together == [[first["default"], second["default"]], [out["other"]]]
+    assert Observe.beside == [0, 40]  # the LayerNorm of the other
+
+
+def test_a_method_says_how_many_rows_are_enough():
+    model, batches, loss_fn = observed("mlp", samples=2)
+    first = model.first.peft.tuners["default"]
+    pk.calibrate(model, batches, loss_fn, progress=False)
+    assert first.passes == 1  # the first batch has 3
+    pk.calibrate(model, batches, loss_fn, steps=2, progress=False)
+    assert first.passes == 3
+
+
+def test_training_waits_for_what_must_come_first():
+    model, batches, loss_fn = observed("mlp")
+    with pytest.raises(RuntimeError, match="Observe has seen nothing; call pk.calibrate"):
+        pk.fit(model, batches, loss_fn=loss_fn, progress=False)
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    pk.calibrate(model, batches, loss_fn, progress=False)
+    assert flags == {n: p.requires_grad for n, p in model.named_parameters()}
+    assert len(pk.fit(model, batches, loss_fn=loss_fn, progress=False)) == 3

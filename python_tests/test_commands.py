@@ -94,6 +94,24 @@ def test_a_classifier_comes_out_with_its_head_labels_and_tokenizer(capsys, tmp_p
     assert tokenizer.pad_token == "[SEP]"
 
 
+def test_what_structured_pruning_left_comes_out_small(capsys, tmp_path):
+    saved("llama", tmp_path / "base")
+    adapter_of(
+        tmp_path / "base",
+        "AutoModelForCausalLM",
+        tmp_path / "adapter",
+        pk.StructuredPruning(neurons=0.25, score="magnitude"),
+    )
+    whole = merged(capsys, tmp_path / "adapter", tmp_path / "whole")
+    report = merged(capsys, tmp_path / "adapter", tmp_path / "small", "--small")
+    assert report["logits"]["difference"] < 1e-5 < report["logits"]["largest"]
+    assert report["bytes"]["model"] < whole["bytes"]["model"]
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "small").intermediate_size == 6
+    adapter_of(tmp_path / "base", "AutoModelForCausalLM", tmp_path / "lora", pk.LoRA(rank=2))
+    code, _, err = run(capsys, "merge", "--adapter", tmp_path / "lora", "--out", tmp_path / "no", "--small")
+    assert code == 2 and "nothing is pruned by default" in err and not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize(("base", "asked"), [(torch.float32, "bfloat16"), (torch.bfloat16, "float32")])
 def test_dtype_is_that_of_the_weights_and_rounds_once(capsys, tmp_path, base, asked):
     saved("llama", tmp_path / "base", base)
@@ -196,6 +214,9 @@ def test_explain_a_model(capsys, tmp_path):
     code, out, _ = run(capsys, "explain", source, "--method", "bitfit", "--targets", "q", "v")
     assert code == 0 and out.startswith("bitfit on q v\n") and "trainable" in out and "backend" in out
     assert "has no adapter_config.json" in refused(capsys, tmp_path, "explain", source, "--model", source)
+    assert report["not_ready"] == ""
+    code, out, _ = run(capsys, "explain", source, "--method", "fishmask", "--targets", "q")
+    assert code == 0 and "FishMask has no mask yet; call pk.calibrate(model, batches) first\n" in out
 
 
 def test_explain_an_adapter(capsys, tmp_path):

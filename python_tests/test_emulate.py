@@ -26,6 +26,7 @@ FAULTS = {
     "index": r"emulated.cu:\d+: an index beyond the array",
     "beyond": "a thread wrote at byte 128 of the 128 bytes of shared memory",
     "before": "a thread wrote at byte -4 of the 128 bytes of shared memory",
+    "apart": "async_copy of 16 bytes that are not aligned to 16",
 }
 
 
@@ -86,6 +87,30 @@ def test_a_missing_barrier_shows(cuda):
     assert torch.equal(y, x.flip(1))
     cuda("reverse", x, unsafe, 16, False)
     assert unsafe.isnan().any()
+
+
+def test_copies_come_when_they_are_waited_for(cuda):
+    x, y, late = torch.randn(4, 2, 128), torch.empty(4, 2, 128), torch.zeros(4, 2, 128)
+    cuda("copies", x, y, 4, 3, False)
+    assert torch.equal(y[:3], x[:3])
+    assert not y[3].any()
+    cuda("copies", x, late, 4, 3, True)
+    assert torch.equal(late[:3, 0], x[:3, 0])
+    assert late[:, 1].isnan().all()
+
+
+def test_matrices_are_transposed_into_registers(cuda):
+    matrices, out = torch.arange(256, dtype=torch.int16), torch.empty(4, 8, 4, 2, dtype=torch.int16)
+    cuda("transposed", matrices, out)
+    rows = matrices.view(4, 4, 2, 8)  # lane 4 g + q has of each matrix rows 2q and 2q + 1, column g
+    assert torch.equal(out, rows.permute(0, 3, 1, 2))
+
+
+def test_counters_of_a_block_and_of_all(cuda):
+    x, total = torch.randint(0, 1000, (5, 128), dtype=torch.int32), torch.tensor([2**40, 0, 1])
+    expected = total + torch.stack([x[:, i::3].sum() for i in range(3)])
+    cuda("counted", x, total)
+    assert torch.equal(total, expected)
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])
@@ -152,7 +177,8 @@ def test_no_access_outside_of_tensors():
         "LD_PRELOAD": " ".join(found),
         "ASAN_OPTIONS": "detect_leaks=0:use_sigaltstack=0:quarantine_size_mb=16",
     }
-    laws = [Path(__file__).with_name("test_ops.py"), "-k", "cuda-cpu and (test_error or test_gradient_is)"]
+    files = (Path(__file__).parent / name for name in ("test_ops.py", "ops/test_sparse_cuda.py"))
+    laws = [*files, "-k", "cuda-cpu and (test_error or test_gradient_is) or no_mask"]
     command = [sys.executable, "-m", "pytest", "-q", "-s", *laws]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

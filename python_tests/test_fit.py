@@ -217,7 +217,8 @@ def toy_model(toy=None, **kwargs):
 def test_phases_begin_when_they_should_with_their_own_schedule(own):
     model = toy_model(prime=0.5, **own)
     log = pk.fit(model, [data()] * 8, lr=1.0, warmup=0, loss_fn=cross_entropy, progress=False)
-    assert [r for r in log if "phase" in r] == [{"phase": "prime", "step": 1}, {"phase": "train", "step": 5}]
+    phases = [{"phase": "prime", "step": 1, "trainable": 32}, {"phase": "train", "step": 5, "trainable": 64}]
+    assert [r for r in log if "phase" in r] == phases
     falling, prime, train = (1, 1, 2 / 3, 1 / 3), own.get("prime_lr", 1), own.get("train_lr", 1)
     expected = [f * prime for f in falling] + [f * train for f in falling]
     assert [r["lr"] for r in log if "lr" in r] == pytest.approx(expected)
@@ -383,6 +384,8 @@ class Interrupt:
 METHODS = {
     "lora": pk.LoRA(rank=2, dropout=0.25),
     "phases": Toy(penalty=0.01, term=0.01, prime=0.45),  # begins the second in the middle of the second epoch
+    "diffpruning": pk.DiffPruning(keep_ratio=0.2, alpha=0.5, finetune=0.55),
+    "movement": pk.MovementPruning(keep_ratio=0.2, mode="soft", threshold=0.4),
 }
 OPTIONS = {"epochs": 3, "accumulate": 2, "patience": 3, "weight_decay": 0.1, "lr": 1e-2}  # 3 steps of 5 batches
 

@@ -59,7 +59,7 @@ def _assert_as_good(out, plain, truth, what):
 def test_the_kernels_are_here():
     """Neither the binary nor Triton may be missing where the laws below are claimed to have run."""
     names = {(p.values[0].family, p.values[1]) for p in RUNNABLE}
-    assert {("lora", "cpu"), ("lora", "triton"), ("nf4", "triton"), ("rescale", "cpu")} <= names
+    assert {("lora", "cpu"), ("lora", "triton"), ("nf4", "triton"), ("rescale", "cpu"), ("sparse", "triton")} <= names
 
 
 @every_kernel

@@ -69,6 +69,21 @@ def test_a_language_model_resumes_too(capsys, data_file, tmp_path, monkeypatch):
     assert same(tmp_path / "whole", tmp_path / "out")
 
 
+@pytest.mark.parametrize("batch", [4, 8, 14])
+def test_a_break_in_the_calibration_repeats_it(capsys, model_dir, data_file, tmp_path, monkeypatch, batch):
+    """80 rows: the calibration reads 5 batches of 16, then so does each epoch."""
+
+    def words(out):
+        options = ("--method", "fishmask", "--set", "keep_ratio=0.5", "--epochs", 3, "--batch-size", 16, "--json")
+        return ("tune", "--model", model_dir, "--data", data_file, "--out", tmp_path / out, *options)
+
+    assert run(capsys, *words("whole"))[0] == 0
+    stop_at(monkeypatch, batch)
+    interrupted(capsys, *words("out"))
+    assert run(capsys, *words("out"), "--resume")[0] == 0
+    assert same(tmp_path / "whole", tmp_path / "out")
+
+
 def test_a_checkpoint_is_resumed_or_discarded_by_request_alone(capsys, model_dir, data_file, tmp_path, monkeypatch):
     words = words_of(model_dir, data_file, tmp_path / "out")
     stop_at(monkeypatch, 8)

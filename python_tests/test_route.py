@@ -10,7 +10,7 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, METHODS, assert_same, close, make, over, perturb, snapshot, targets_of
+from models import FAMILIES, METHODS, assert_same, calibrated, close, entered, make, over, perturb, snapshot, targets_of
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
@@ -26,6 +26,8 @@ def two(key, family, other=None, dtype=torch.float32):
     for seed, (name, method) in enumerate((("a", key), ("b", other or key))):
         cfg = METHODS[method](**METHODS[method].tiny)
         pk.attach(case.model, cfg, targets_of(method, family), name=name, seed=seed)
+    entered(calibrated(case))
+    for name in "ab":
         perturb(case.model, name)
     if family == "mlp":
         case.inputs["x"] = case.inputs["x"][:2]

@@ -105,6 +105,22 @@ def test_a_resume_ends_bit_equal(method, options, tmp_path, caplog):
     assert "unexpected keys" not in caplog.text
 
 
+def test_a_mask_is_chosen_once_and_resumed_from_the_checkpoint(tmp_path):
+    def masked(calibrate=True):
+        model = adapted(pk.FishMask(keep_ratio=0.3))
+        batch = {key: torch.stack([torch.as_tensor(row[key]) for row in rows()]) for key in rows()[0]}
+        return pk.calibrate(model, [batch], progress=False) if calibrate else model
+
+    with pytest.raises(RuntimeError, match="FishMask has no mask yet"):
+        trainer(masked(calibrate=False), tmp_path / "none").train()
+    whole, resumed = masked(), masked(calibrate=False)
+    trainer(whole, tmp_path / "whole").train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(masked(), tmp_path / "broken", [Stop(2)]).train()
+    trainer(resumed, tmp_path / "broken").train(resume_from_checkpoint=True)
+    assert_equal(values(resumed), values(whole))
+
+
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
     model = adapted()
     run = trainer(
@@ -223,9 +239,12 @@ def test_evaluation_is_the_task_loss(tmp_path):
     assert losses[-1]["train_loss"] > 100
 
 
-def test_what_does_not_fit_trainer_is_refused(tmp_path):
+def test_what_does_not_fit_trainer_is_refused(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"phases \(prime, train\).*pk.fit"):
         trainer(adapted(Toy(prime=0.5)), tmp_path).train()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="learning rates of its own.*pk.fit"):
+        patch.setattr(Toy.tuner, "rates", {"shift": 0.5})
+        trainer(adapted(Toy()), tmp_path).train()
     with pytest.raises(RuntimeError, match="returned no loss to add a term to"):
         trainer(adapted(Toy(penalty=1.0)), tmp_path, label_smoothing_factor=0.1).train()
     with pytest.raises(ValueError, match="has no adapter"):

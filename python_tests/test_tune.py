@@ -102,6 +102,22 @@ def test_tune_offers_every_method(capsys, model_dir, data_file, tmp_path, method
     assert summary["method"]["method"] == method
 
 
+def test_a_sparse_adapter_stores_its_numbers_and_where_they_belong(capsys, model_dir, data_file, tmp_path):
+    settings = ("--method", "fishmask", "--train", "--set", "keep_ratio=0.1")
+    summary = tune(capsys, model_dir, data_file, tmp_path / "out", *settings)
+    kept = values(tmp_path / "out")
+    assert {(key.rpartition(".")[2], t.dtype) for key, t in kept.items()} == {
+        ("positions", torch.int32),
+        ("vals", torch.float32),
+    }
+    n = summary["counts"]["stored"]
+    assert n == sum(t.numel() for t in kept.values()) // 2
+    assert (summary["index_bytes"], summary["counts"]["bytes"]) == (4 * n, 8 * n)
+    assert summary["merge"]["same"] == 32
+    one = report.size(4 * n)
+    assert f"numbers in the adapter, {one}, and {one} that say which numbers they are" in report.table(summary)
+
+
 def test_tune_takes_a_decoder_without_padding_token(capsys, data_file, tmp_path):
     summary = tune(capsys, gpt2(tmp_path / "gpt2"), data_file, tmp_path / "out")
     assert summary["merge"]["same"] == 32

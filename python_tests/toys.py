@@ -94,6 +94,40 @@ class WatchTuner(pk.Tuner, method=Watch):
 
 
 @dataclass(frozen=True)
+class Observe(pk.Method, roles=("q",), lr=1e-3, tiny={}):
+    """Sums the squares of the gradient of its weight over rows, from what it observes."""
+
+    expected: bool = False
+    samples: int = 0
+
+    def calibrate(self, measured, beside):
+        super().calibrate(measured, beside)
+        self.together.append([tuner for tuner, _ in measured])
+        self.beside.append(beside)
+
+    together, beside = [], []
+
+
+class ObserveTuner(pk.Tuner, method=Observe):
+    def __init__(self, cfg, site):
+        super().__init__(cfg, site)
+        self.fisher, self.passes = torch.zeros(site.n_out, site.n_in, dtype=torch.float64), 0
+        self.shift = site.param(site.n_out)
+
+    def fold(self, weight, bias):
+        return weight, self.shift if bias is None else bias + self.shift
+
+    def observe(self, site, x, dy, samples, weight):
+        self.passes += 1
+        for n, (begin, end) in enumerate(samples.unfold(0, 2, 1).tolist()):
+            grad = dy[begin:end].T.double() @ x[begin:end].double()
+            self.fisher += grad.square() * (1 if weight is None else weight[n])
+
+    def ready(self):
+        return "" if self.passes else "Observe has seen nothing; call pk.calibrate(model, batches) first"
+
+
+@dataclass(frozen=True)
 class Beside(pk.Method, roles=("ffn",), lr=1e-3, tiny={}, kinds=("span", "module")):
     """y + x A: a linear path around a sublayer, from its input to its output."""
 
@@ -125,7 +159,18 @@ class OntoTuner(pk.Tuner, method=Onto):
         return y + (self.c * base.seen("residual")).to(y.dtype)
 
 
-_TOYS = {key: registry._registry.pop(key) for key in ("toy", "watch", "beside", "onto")}
+def classified(rows=5):
+    """(tiny BERT with three classes, batches of 3 rows)"""
+    from models import make
+
+    made = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 50, (rows, 7), generator=made)
+    labels = torch.arange(rows) % 3
+    batches = [{"input_ids": ids[i : i + 3], "labels": labels[i : i + 3]} for i in range(0, rows, 3)]
+    return make("bert").model, batches
+
+
+_TOYS = {key: registry._registry.pop(key) for key in ("toy", "watch", "observe", "beside", "onto")}
 
 
 @pytest.fixture(autouse=True)

@@ -51,6 +51,40 @@ __device__ inline char* shared_memory() {
   return memory;
 }
 
+// Four matrices of 8 x 8 numbers of 16 bits, transposed, from shared memory into a warp's registers. Lane l says where
+// row l % 8 of matrix l / 8 begins, aligned to 16 bytes; of matrix i lane 4 g + q gets columns g of rows 2q (in the low
+// half) and 2q + 1 in r[i]. So rows along k become operands of mma_bf16 and mma_f16.
+__device__ inline void load_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
+// Starts to copy 16 bytes, both sides aligned to 16, into shared memory, or zeros if `real` is false. The copies that a
+// thread has started since its last async_commit are a group, and async_wait<N> waits for its groups but for the last
+// N; other threads see what has come after a block_sync behind that.
+__device__ inline void async_copy(void* shared, const void* global, bool real) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(global), "r"(real ? 16 : 0)
+      : "memory");
+}
+
+__device__ inline void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int N>
+__device__ inline void async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Adds to a counter, of a block or of the device, to which other threads add as well: whole numbers, whose sum does not
+// depend on the order.
+__device__ inline void count(uint32_t* counter, uint32_t n) { atomicAdd(counter, n); }
+__device__ inline void count(uint64_t* counter, uint64_t n) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(counter), static_cast<unsigned long long>(n));
+}
+
 // Blocks of a cluster (compute capability 9.0 and newer; see can_cluster): the number of this one, a barrier of all
 // their threads, and where block `rank` has what this block has at `mine` in shared memory.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -85,6 +119,11 @@ __device__ inline const T* cluster_peer(const T* mine, int) {
 template <class... P, class... A>
 inline cudaError_t launch_cluster(void (*kernel)(P...), int cluster, dim3 grid, dim3 block, size_t shared_bytes,
                                   cudaStream_t stream, A... args) {
+  if (shared_bytes > 48 << 10) {  // more than a kernel has unasked
+    const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    const cudaError_t done = cudaFuncSetAttribute(kernel, most, static_cast<int>(shared_bytes));
+    if (done != cudaSuccess) return done;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
   cudaLaunchAttribute attribute = {};

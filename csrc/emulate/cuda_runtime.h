@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -46,6 +47,12 @@ struct Meeting {
   const char* doing = nullptr;
 };
 
+// Into shared memory; `from` is null for zeros.
+struct Copy {
+  void* to;
+  const void* from;
+};
+
 struct Thread {
   dim3 index, block;
   int number = 0;               // in the cluster: its blocks one after the other
@@ -56,6 +63,7 @@ struct Thread {
   bool returned = false;
   bool begun = false;  // its stack is in use; it runs one kernel after the other
   jmp_buf context;
+  std::deque<std::vector<Copy>> copies;  // asynchronous ones, by groups
   void* stack;
 
   Thread() {
@@ -277,6 +285,7 @@ inline void run(std::function<void()> kernel, int cluster, dim3 grid, dim3 block
             t.waits = 0;
             t.doing = nullptr;
             t.returned = false;
+            t.copies.assign(1, {});
           }
         }
         run_cluster(++count * 2654435761u);

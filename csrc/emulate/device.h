@@ -79,6 +79,46 @@ inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
   emulate::mma("mma_f16", mine);
 }
 
+inline void load_transposed(uint32_t (&r)[4], const void* row) {
+  struct {
+    const uint16_t* row;
+    uint32_t r[4];
+  } mine{static_cast<const uint16_t*>(row), {}};
+  if (reinterpret_cast<uintptr_t>(row) % 16) emulate::fail("load_transposed of a row that is not aligned to 16 bytes");
+  emulate::with_warp("load_transposed", mine, [](auto** lanes) {
+    for (int i = 0; i < 4; ++i)
+      for (int lane = 0; lane < 32; ++lane)
+        for (int half = 0; half < 2; ++half)
+          lanes[lane]->r[i] |= static_cast<uint32_t>(lanes[8 * i + lane % 4 * 2 + half]->row[lane / 4]) << 16 * half;
+  });
+  std::copy(mine.r, mine.r + 4, r);
+}
+
+// The copy is made when it is waited for: who reads earlier finds what was there.
+inline void async_copy(void* shared, const void* global, bool real) {
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16)
+    emulate::fail("async_copy of 16 bytes that are not aligned to 16");
+  emulate::machine.current->copies.back().push_back({shared, real ? global : nullptr});
+}
+
+inline void async_commit() { emulate::machine.current->copies.emplace_back(); }
+
+template <int N>
+void async_wait() {
+  auto& groups = emulate::machine.current->copies;  // the last one is still open
+  for (; groups.size() > N + 1; groups.pop_front())
+    for (const auto& copy : groups.front()) {
+      if (copy.from)
+        std::memcpy(copy.to, copy.from, 16);
+      else
+        std::memset(copy.to, 0, 16);
+    }
+}
+
+// Threads run in turn.
+inline void count(uint32_t* counter, uint32_t n) { *counter += n; }
+inline void count(uint64_t* counter, uint64_t n) { *counter += n; }
+
 inline int cluster_rank() { return emulate::machine.current->number / emulate::machine.block_threads; }
 
 inline char* shared_memory() { return emulate::shared_of(cluster_rank()); }

@@ -3,35 +3,14 @@
 
 #include <cstring>
 
-#include "common/cpu.h"
+#include "common/philox.h"
 #include "lora/lora_cpu.h"
-
-#if defined(__SSE2__) && !defined(__AVX2__)
-#include <emmintrin.h>
-#endif
 
 namespace pk::PK_ISA {
 namespace {
 
-typedef uint64_t wide __attribute__((vector_size(4 * W)));
 typedef uint16_t halves __attribute__((vector_size(4 * W)));
-constexpr int kLanes = W / 2;      // Philox counters side by side, eight columns each
-constexpr int kStep = kLanes * 8;  // columns of one vector of them
-
-PK_INLINE wide spread(uint64_t x) { return wide{} + x; }
-
-// 32 x 32 -> 64 bits, from the low halves of the lanes.
-PK_INLINE wide multiply(wide a, wide b) {
-#if defined(__AVX512F__)
-  return (wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
-  return (wide)_mm_mul_epu32((__m128i)a, (__m128i)b);
-#else
-  return (a & 0xffffffff) * (b & 0xffffffff);
-#endif
-}
+constexpr int kStep = kLanes * 8;  // columns of one vector of counters, eight of each
 
 // Zeroes the dropped ones among v[0..kStep). Lane l of `left` holds the numbers of columns 8l..8l+3, of `right`
 // those of 8l+4..8l+7.
@@ -78,13 +57,7 @@ PK_INLINE void keep(float* v, wide left, wide right, halves threshold) {
 class Dropout {
  public:
   Dropout() = default;
-  explicit Dropout(const LoraDropout& drop) : offset_(drop.offset), threshold_(drop.threshold) {
-    uint32_t key0 = static_cast<uint32_t>(drop.seed), key1 = static_cast<uint32_t>(drop.seed >> 32);
-    for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9, key1 += 0xBB67AE85) {
-      key0_[round] = key0;
-      key1_[round] = key1;
-    }
-  }
+  explicit Dropout(const LoraDropout& drop) : philox_(drop.seed, drop.offset), threshold_(drop.threshold) {}
 
   explicit operator bool() const { return threshold_ > 0; }
 
@@ -103,32 +76,13 @@ class Dropout {
  private:
   template <int N>
   PK_INLINE void step(float* v, int64_t row, int64_t col) const {
-    wide lane;
-    for (int i = 0; i < kLanes; ++i) lane[i] = i;
-    wide c0[N], c1[N], c2[N], c3[N];
-    for (int i = 0; i < N; ++i) {
-      c0[i] = lane + static_cast<uint64_t>(col / 8 + i * kLanes);
-      c1[i] = spread(row);
-      c2[i] = spread(offset_);
-      c3[i] = spread(offset_ >> 32);
-    }
-    // Upper halves hold leftovers all the way: a multiplication reads lower halves only.
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round)
-      for (int i = 0; i < N; ++i) {
-        const wide even = multiply(c0[i], spread(0xD2511F53)), odd = multiply(c2[i], spread(0xCD9E8D57));
-        c0[i] = (odd >> 32) ^ (c1[i] ^ spread(key0_[round]));
-        c1[i] = odd;
-        c2[i] = (even >> 32) ^ (c3[i] ^ spread(key1_[round]));
-        c3[i] = even;
-      }
-    constexpr uint64_t low = 0xffffffff;
+    wide left[N], right[N];
+    philox_(static_cast<uint64_t>(col / 8), static_cast<uint32_t>(row), left, right);
     const halves threshold = halves{} + static_cast<uint16_t>(threshold_);
-    for (int i = 0; i < N; ++i)
-      keep(v + i * kStep, (c0[i] & low) | c1[i] << 32, (c2[i] & low) | c3[i] << 32, threshold);
+    for (int i = 0; i < N; ++i) keep(v + i * kStep, left[i], right[i], threshold);
   }
 
-  uint64_t offset_ = 0, key0_[10] = {}, key1_[10] = {};
+  Philox philox_;
   uint32_t threshold_ = 0;
 };
 

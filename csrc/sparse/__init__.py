@@ -1,1 +1,1 @@
-"""Sparse fine-tuning: products with W + D, D sparse, and gradients at the mask alone. The maths is in README.md."""
+"""Sparse fine-tuning: products with W + D, gradients at a mask, selection, statistics, gates, optimizer."""

@@ -63,6 +63,7 @@ MODES = ("forward", "recorded", "backward", "full")  # without gradients, with t
 SELECTIONS = ("quick", "default", "all")  # each holds those before it
 SCALE = 2.0  # alpha / rank, as by default
 BLOCKSIZE = 64  # of 4-bit weights, the usual one
+ELEMENTWISE = {"rescale", "topk_threshold", "sparse_adamw", "hard_concrete"}  # have no product of matrices
 
 
 class Run(NamedTuple):
@@ -127,7 +128,7 @@ class Case:
     def work(self) -> Cost:
         """Roughly what one call of any rival costs, known without making the tensors."""
         ways = {"backward": 1, "full": 2}.get(self.mode, 1)
-        weights = 0 if self.op == "rescale" else self.n_in * self.n_out
+        weights = 0 if self.op in ELEMENTWISE else self.n_in * self.n_out
         held = weights + self.rows * (self.n_in + self.n_out)
         return Cost(2 * self.rows * weights * ways, held * self.torch_dtype.itemsize * ways)
 
@@ -200,7 +201,7 @@ def _of_reference(
 def _sample_cases(device: str) -> Iterator[Case]:
     for op in all_ops().values():
         sample = next(iter(op.samples(torch.float32, "cpu")))
-        first = sample.args[0]
+        first = next(a for a in sample.args if isinstance(a, Tensor) and a.dim())
         width = first.shape[-1]
         for mode in ("forward", "recorded", "full") if op.gradient else ("forward",):
             shape = f"sample {sample.id}"
@@ -741,7 +742,10 @@ FAMILIES = (_sample_cases, _rescale_cases, _lora_cases, _slices_cases, _route_ca
 
 def cases(device: str) -> list[Case]:
     """Every case of a device, in the order in which they run."""
-    return [case for family in FAMILIES for case in family(device)]
+    from .select_cases import select_cases  # which are made of the parts above
+    from .split_cases import split_cases
+
+    return [case for family in (*FAMILIES, select_cases, split_cases) for case in family(device)]
 
 
 def roofline(costs: Sequence[Cost], flops: float, byterate: float) -> float:

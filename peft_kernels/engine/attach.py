@@ -170,6 +170,9 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
         tuner.part = level
     sources = [(site, what, source) for _, site, tuner in made for what, source in _sources(tuner, site)]
     built = _by_module(made)
+    with torch.no_grad():
+        for level, (part, _) in enumerate(adapter.expanded()):
+            part.method.attached([tuner for own, _, tuner in made if own == level])
 
     if not state.adapters:
         state.requires_grad = {path: p.requires_grad for path, p in base_parameters(model)}
@@ -205,7 +208,8 @@ def chosen_sites(model: nn.Module, adapter: Adapter) -> list[tuple[int, Method, 
     chosen: list[tuple[int, Method, Site]] = []
     parts = adapter.expanded()
     for level, (part, _) in enumerate(parts):
-        found = resolve(model, part.targets, exclude=part.exclude, layers=part.layers, seed=adapter.seed + level)
+        default, seed = part.targets == part.method.roles, adapter.seed + level
+        found = resolve(model, part.targets, exclude=part.exclude, layers=part.layers, seed=seed, default=default)
         sites = part.method.select(found)
         if not sites:
             kinds = ", ".join(sorted({s.kind for s in found})) or "nothing"

@@ -1,4 +1,4 @@
-"""calibrate: gradient statistics of the tensors that tuners watch, before training."""
+"""calibrate: gradient statistics of the tensors that tuners watch and of the layers they observe, before training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from .attach import all_adapters, state_of
 from .batches import LossFn, check, finite, rows, split, task_loss, to
 from .life import device_of, unmerged
-from .method import Stats, Tuner
+from .life import groups as groups_of
+from .method import Method, Stats, Tuner
+from .observe import observe
 from .site import Site
 from .stack import Parts, Spanned
 
@@ -26,10 +28,11 @@ def calibrate(
     steps: int | None = None,
     progress: bool = True,
 ) -> nn.Module:
-    """Measures the gradients that active tuners watch, hands them over (`Tuner.calibrate`), and returns the model.
+    """Measures the gradients that active tuners watch or observe, hands them over, and returns the model.
 
-    batches: as for `pk.fit`; each is taken once, at most `steps` of them, none if nothing is watched. The batch size is
-        the leading dimension of the labels; rows weigh the same, so the loss should be a mean over them.
+    batches: as for `pk.fit`; each is taken once, none if nothing is watched. The batch size is the leading dimension of
+        the labels; rows weigh the same, so the loss should be a mean over them.
+    steps: how many batches at most; None: all, or as many as the methods ask for (`Method.samples` rows).
     Runs in eval mode, with gradients even inside no_grad. Where a tuner is `per_sample`, row by row: as many passes as
     rows. Modes, requires_grad and .grad are afterwards, and after an error, as they were.
     ValueError if there is no batch or a watched tensor is no parameter; RuntimeError while merged, or if the loss is
@@ -40,33 +43,50 @@ def calibrate(
     unmerged(model, "calibrating")
     if steps is not None and steps < 1:
         raise ValueError(f"steps = {steps}; expected at least 1")
-    watchers = [_Watcher(site, tuner) for site, tuner in _active(model)]
-    watchers = [w for w in watchers if w.watched]
-    if not watchers:
+    groups = [_Group(*found) for found in _active(model)]
+    watchers = [w for group in groups for w in group.watchers if w.watched]
+    observing = [group for group in groups if group.observers]
+    if not watchers and not observing:
         return model
     params = list({id(p): p for w in watchers for p in w.params}.values())
     per_sample = any(w.tuner.per_sample for w in watchers)
     device, seen = device_of(model), 0
+    asked = [group.method.samples for group in groups if group.asks]
+    enough = max(asked) if steps is None and all(asked) else float("inf")
     total = min((n for n in (steps, getattr(batches, "__len__", lambda: None)()) if n is not None), default=None)
     with _calibrating(model, params), tqdm(total=total, disable=not progress, unit="batch", dynamic_ncols=True) as bar:
         for batch in islice(batches, steps):
             check(batch, loss_fn)
             batch = to(batch, device)
-            for part in split(batch) if per_sample else (batch,):
-                n = 1 if per_sample else rows(part)
+            for group in observing:
+                observe(model, batch, loss_fn, group.observers, group.method.expected)
+            for part in split(batch) if per_sample else (batch,) if watchers else ():
                 loss, _ = task_loss(model, part, loss_fn)
                 finite(loss, f"row {seen + 1}", "check the batch and the weights")
                 grads = torch.autograd.grad(loss, params, allow_unused=True)
                 for watcher in watchers:
-                    watcher.add(dict(zip(map(id, params), grads, strict=True)), n)
-                seen += n
+                    watcher.add(dict(zip(map(id, params), grads, strict=True)), 1 if per_sample else rows(part))
+            seen += rows(batch)
             bar.update()
+            if seen >= enough:
+                break
     if not seen:
         raise ValueError("batches is empty; expected at least one batch")
     with torch.no_grad():
-        for watcher in watchers:
-            watcher.tuner.calibrate(watcher.stats(seen))
+        for group in groups:
+            if group.asks:
+                group.method.calibrate([(w.tuner, w.stats(seen)) for w in group.watchers], group.beside)
     return model
+
+
+class _Group:
+    """The active tuners of one method in one adapter."""
+
+    def __init__(self, method: Method, own: list[tuple[Site, Tuner]], beside: int):
+        self.method, self.beside = method, beside
+        self.watchers = [_Watcher(site, tuner) for site, tuner in own]
+        self.observers = [(site, tuner) for site, tuner in own if type(tuner).observe is not Tuner.observe]
+        self.asks = bool(self.observers) or any(w.watched for w in self.watchers)
 
 
 class _Watcher:
@@ -105,22 +125,28 @@ class _Watcher:
         )
 
 
-def _active(model: nn.Module) -> Iterator[tuple[Site, Tuner]]:
-    """Every active tuner with its site, those inside other tuners too."""
+def _active(model: nn.Module) -> Iterator[tuple[Method, list[tuple[Site, Tuner]], int]]:
+    """`life.groups` of the active adapters, each tuner with its site, and how much is trained whole beside them."""
+    sites: dict[int, Site] = {}
 
-    def walk(site: Site, module: nn.Module) -> Iterator[tuple[Site, Tuner]]:
+    def walk(site: Site, module: nn.Module) -> None:
         if isinstance(module, Tuner):
             site = module.site if isinstance(module, Spanned) else site
-            yield site, module
-        sites = module.sites if isinstance(module, Parts) else {}
+            sites[id(module)] = site
+        inside = module.sites if isinstance(module, Parts) else {}
         for label, child in module.named_children():
-            yield from walk(sites.get(label, site), child)
+            walk(inside.get(label, site), child)
 
     names = state_of(model).active
     for _, adapters in all_adapters(model):
         for name in names:
             if name in adapters.tuners:
-                yield from walk(adapters.site, adapters.tuners[name])
+                walk(adapters.site, adapters.tuners[name])
+    for name in names:
+        found = groups_of(model, [name])
+        whole = {i: sum(p.numel() for t in own if t.opaque for p in t.parameters()) for i, (_, own) in enumerate(found)}
+        for i, (method, own) in enumerate(found):
+            yield method, [(sites[id(t)], t) for t in own], sum(whole.values()) - whole[i]
 
 
 @contextmanager

@@ -124,7 +124,7 @@ def weights(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
 def set_weights(model: nn.Module, names: list[str], values: Mapping[str, Tensor], source: Path | None) -> None:
     """The inverse of weights; ValueError names `source` if the values do not fit."""
     for n in names:
-        fill(tensors(model, n), below(values, f"adapter/{n}/"), source)
+        fill(model, n, below(values, f"adapter/{n}/"), source)
     before = state_of(model).buffers
     for path, b in base_buffers(model):
         b.copy_(values.get(f"buffer/{path}", before.get(path, b)))

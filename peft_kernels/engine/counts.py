@@ -19,8 +19,8 @@ class Counts:
 
     trainable: numbers that get a gradient.   changed: numbers of the base whose value a merge changes.
     rank: sum over the changed matrices of an upper bound on the rank of the change.
-    stored: numbers in the saved adapter.   bytes: their size.   total: numbers of the base model;
-    packed weights count as if they were dense.
+    stored: numbers in the saved adapter.   bytes: its size, with the positions of numbers and other integers.
+    total: numbers of the base model; packed weights count as if they were dense.
     """
 
     trainable: int
@@ -54,7 +54,7 @@ def counts(model: nn.Module, name: str | None = None) -> Counts:
             trainable += sum(p.numel() for p in tuner.parameters() if p.requires_grad)
             found.setdefault(path, []).append(tuner.changes_by_rows())
         values = tensors(model, n).values()
-        stored += sum(t.numel() for t in values)
+        stored += sum(t.numel() for t in values if t.is_floating_point())
         size += sum(t.numel() * t.element_size() for t in values)
     modules = dict(base_modules(model))
     changed = rank = 0

@@ -17,7 +17,20 @@ from torch import Tensor, nn
 from . import checkpoint as files
 from .attach import state_of, tuners
 from .batches import LossFn, finite, length, task_loss, to
-from .life import Entry, advance, all_tuners, has_penalty, method_terms, penalty, scheduled, timeline, trained, unmerged
+from .life import (
+    Entry,
+    advance,
+    all_tuners,
+    has_penalty,
+    method_terms,
+    penalty,
+    prepared,
+    scheduled,
+    timeline,
+    trained,
+    unmerged,
+)
+from .method import Tuner
 from .store import described
 
 OnEpoch = Callable[[int, nn.Module], dict[str, Any]]
@@ -29,23 +42,25 @@ def param_groups(model: nn.Module, lr: float | None = None, phases: Iterable[Ent
     """Optimizer groups of the active adapters: the trainable tensors by learning rate.
 
     A phase that was entered decides the rate of its method, else `lr` does, else the method; modules trained beside
-    it (train=...) keep their own.
+    it (train=...) and what a tuner names in `rates` keep their own.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     seen: set[int] = set()
     for name in trained(model):
         rates = [
-            part.method.lr if lr is None or not own else lr for part, own in state_of(model).adapters[name].expanded()
+            part.method.lr if lr is None or not main else lr for part, main in state_of(model).adapters[name].expanded()
         ]
         latest = {entry.part: entry.phase.lr for entry in phases if entry.adapter == name}
-        rates = [rate if (own := latest.get(part)) is None else own for part, rate in enumerate(rates)]
+        rates = [rate if (now := latest.get(part)) is None else now for part, rate in enumerate(rates)]
         for tuner in all_tuners(model, name):
             if tuner.part is None:  # inside another or around others
                 continue
-            for p in tuner.parameters():
-                if p.requires_grad and id(p) not in seen:
-                    seen.add(id(p))
-                    groups.setdefault(rates[tuner.part], []).append(p)
+            for module in tuner.modules():
+                own = module.rates if isinstance(module, Tuner) else {}
+                for key, p in module.named_parameters(recurse=False):
+                    if p.requires_grad and id(p) not in seen:
+                        seen.add(id(p))
+                        groups.setdefault(own.get(key, rates[tuner.part]), []).append(p)
     return [{"params": params, "lr": rate} for rate, params in groups.items()]
 
 
@@ -89,9 +104,10 @@ def fit(
         whose set_epoch(epoch) alone decides their order.
     Where a method has several phases, each has a new optimizer and a schedule of its own.
     The log has a row {"step", "epoch", "loss", "lr", "seconds"} per step, a row {"epoch", "loss", ...} per epoch, and
-    of several phases a row {"phase", "step"} before the first step of each.
+    of several phases a row {"phase", "step", "trainable"} before the first step of each.
     ValueError if nothing is trainable, there is no batch, or a resume has other settings; RuntimeError if the loss is
-    not finite; FileExistsError if `checkpoint` holds a training that is not to be resumed.
+    not finite, or a method is to be calibrated first; FileExistsError if `checkpoint` holds a training that is not to
+    be resumed.
     """
     from tqdm.auto import tqdm
 
@@ -119,6 +135,7 @@ def fit(
     if saved is not None and not resume:
         raise FileExistsError(f"{directory} holds a checkpoint; pass resume=True to go on or choose another directory")
     if saved is None:
+        prepared(model, names)
         run.start()
     else:
         run.resume(*saved)
@@ -314,9 +331,10 @@ class _Run:
         for entry in entries:
             entry.enter(self.model)
             self.at.entered += 1
-            row = {"phase": entry.phase.name, "step": entry.start + 1}
-            if several and row not in self.log[-len(entries) :]:  # methods that enter the same phase together
-                self.log.append(row)
+        trainable = sum(p.numel() for group in param_groups(self.model) for p in group["params"])
+        rows = [{"phase": e.phase.name, "step": e.start + 1, "trainable": trainable} for e in entries]
+        if several:
+            self.log += [row for i, row in enumerate(rows) if row not in rows[:i]]  # methods may enter one together
 
     def _begin(self) -> None:
         """A new optimizer and schedule, up to where the next phase begins."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,16 +71,45 @@ def has_penalty(model: nn.Module) -> bool:
     return any(type(t).penalty is not Tuner.penalty for n in state_of(model).active for t in all_tuners(model, n))
 
 
-def scheduled(model: nn.Module, names: list[str]) -> list[Tuner]:
-    """The tuners of the named adapters that want `step`."""
-    return [t for n in names for t in all_tuners(model, n) if type(t).step is not Tuner.step]
+Group = tuple[Method, list[Tuner]]
+
+
+def groups(model: nn.Module, names: list[str]) -> list[Group]:
+    """The methods of the named adapters, each with its tuners; those inside other tuners are a group by their class."""
+    found: dict[Any, Group] = {}
+    for name in names:
+        parts = [part.method for part, _ in state_of(model).adapters[name].expanded()]
+        for tuner in all_tuners(model, name):
+            own = tuner.part is None
+            if own and not hasattr(tuner, "cfg"):
+                continue  # around others
+            method = tuner.cfg if own else parts[cast(int, tuner.part)]
+            found.setdefault((name, type(tuner) if own else tuner.part), (method, []))[1].append(tuner)
+    return list(found.values())
+
+
+def scheduled(model: nn.Module, names: list[str]) -> list[Group]:
+    """The groups of the named adapters that want `step`."""
+    return [
+        (method, own)
+        for method, own in groups(model, names)
+        if type(method).step is not Method.step or any(type(t).step is not Tuner.step for t in own)
+    ]
 
 
 @torch.no_grad()
-def advance(scheduled: list[Tuner], progress: float) -> None:
+def advance(scheduled: list[Group], progress: float) -> None:
     """An optimizer step is done."""
-    for tuner in scheduled:
-        tuner.step(progress)
+    for method, own in scheduled:
+        method.step(own, progress)
+
+
+def prepared(model: nn.Module, names: list[str]) -> None:
+    """RuntimeError if a tuner of the named adapters is not ready to be trained."""
+    for name in names:
+        for tuner in all_tuners(model, name):
+            if reason := tuner.ready():
+                raise RuntimeError(reason)
 
 
 @dataclass(frozen=True)
@@ -95,9 +124,8 @@ class Entry:
 
     @torch.no_grad()
     def enter(self, model: nn.Module) -> None:
-        for tuner in all_tuners(model, self.adapter):
-            if tuner.part == self.part:
-                tuner.enter(self.phase.name)
+        own = [tuner for tuner in all_tuners(model, self.adapter) if tuner.part == self.part]
+        self.method.enter(own, self.phase.name)
 
 
 def timeline(model: nn.Module, names: list[str], total: int) -> list[Entry]:

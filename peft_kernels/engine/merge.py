@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from .attach import all_adapters, names_of, refresh, refuse_routed, state_of
-from .method import NotMergeable, Tuner, promoted
+from .method import NotMergeable, Tuner, as_matrix, promoted
 from .packed import Packed
 from .site import Adapters, Unpacked, base_modules, base_parameters, base_values, unpack
+from .stack import union
 
 _DENSE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -80,6 +81,7 @@ def merge(model: nn.Module, name: str | None = None, *, into: str | None = None,
     try:
         for path, adapters in places:
             folded = _folded(adapters, names, dense)  # of the packed weights, before they are made dense
+            touched = _touched(adapters, names)
             if dense:
                 _unpack(packed, [p for p in packed if _below(p, path)], dense, before if stash else None)
             for key, value in folded.items():
@@ -90,8 +92,8 @@ def merge(model: nn.Module, name: str | None = None, *, into: str | None = None,
                     module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
                     created.append(full)
                 elif stash and full.rpartition(".")[0] not in before:
-                    before[full] = _stashed(module, leaf)
-                stored = _write(module, leaf, value)
+                    before[full] = _stashed(module, leaf, touched if key == "weight" else None)
+                value, stored = _write(module, leaf, value, touched if key == "weight" else None)
                 numbers += value.numel()
                 if value.numel() and value.device.type != "meta":
                     difference = stored - value
@@ -124,6 +126,8 @@ def unmerge(model: nn.Module) -> nn.Module:
             value.restore(modules[full])
         elif value is None:
             modules[path]._parameters[leaf] = None
+        elif isinstance(value, _Stashed):
+            value.restore(modules[path], leaf)
         else:
             with torch.no_grad():
                 for name, t in _own(modules[path], leaf).items():
@@ -185,6 +189,42 @@ def _folded(adapters: Adapters, names: list[str], dense: torch.dtype | None) -> 
     return params
 
 
+# -- some numbers of a weight -----------------------------------------------------------------------------------------
+
+
+class _Touched(NamedTuple):
+    """The numbers of a weight that tuners change, by row and column as [out, in]."""
+
+    layout: str
+    rows: Tensor
+    columns: Tensor
+
+    def of(self, weight: Tensor) -> Tensor:
+        return as_matrix(weight.detach(), self.layout)[self.rows, self.columns]
+
+    def put(self, weight: Tensor, values: Tensor) -> None:
+        as_matrix(weight.detach(), self.layout)[self.rows, self.columns] = values.to(weight.dtype)
+
+
+class _Stashed(NamedTuple):
+    """What a merge has overwritten of a weight."""
+
+    touched: _Touched
+    values: Tensor
+
+    def restore(self, module: nn.Module, leaf: str) -> None:
+        self.touched.put(cast(Tensor, _tensor(module, leaf)), self.values)
+
+
+def _touched(adapters: Adapters, names: list[str]) -> _Touched | None:
+    """None: any number, or the weight is packed."""
+    places = union(t.touched() for n, t in adapters.tuners.items() if n in names)
+    if places is None or isinstance(adapters.module, Packed):
+        return None
+    n_in = adapters.site.n_in
+    return _Touched(adapters.site.layout, places // n_in, places % n_in)
+
+
 # -- one tensor of the base, packed or not ----------------------------------------------------------------------------
 
 
@@ -226,15 +266,21 @@ def _own(module: nn.Module, leaf: str) -> dict[str, Tensor]:
     return {leaf: t} if (t := _tensor(module, leaf)) is not None else {}
 
 
-def _stashed(module: nn.Module, leaf: str) -> dict[str, Tensor]:
+def _stashed(module: nn.Module, leaf: str, touched: _Touched | None) -> _Stashed | dict[str, Tensor]:
+    if touched is not None:
+        return _Stashed(touched, touched.of(cast(Tensor, _tensor(module, leaf))))
     return {name: t.detach().clone() for name, t in _own(module, leaf).items()}
 
 
-def _write(module: nn.Module, leaf: str, value: Tensor) -> Tensor:
-    """Writes a folded value and returns what was stored, in its dtype."""
+def _write(module: nn.Module, leaf: str, value: Tensor, touched: _Touched | None) -> tuple[Tensor, Tensor]:
+    """Writes a folded value where it differs; (what was to be written, what was stored), in the value's dtype."""
     with torch.no_grad():
+        if touched is not None:
+            own, value = cast(Tensor, _tensor(module, leaf)), touched.of(value)
+            touched.put(own, value)
+            return value, touched.of(own).to(value.dtype)
         if isinstance(module, Packed) and leaf == "weight":
             module.pack_(value)
-            return module.dense(value.dtype)
+            return value, module.dense(value.dtype)
         (own,) = _own(module, leaf).values()
-        return own.copy_(value).detach().to(value.dtype)
+        return value, own.copy_(value).detach().to(value.dtype)

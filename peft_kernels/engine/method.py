@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -70,6 +70,9 @@ class Method:
     tiny: ClassVar[dict[str, Any]]
     kinds: ClassVar[tuple[str, ...] | None]
     tuner: ClassVar[type[Tuner]]
+    identity: ClassVar[bool] = True  # attached and untrained, it leaves the function of the model as it is
+    expected: bool = False  # Tuner.observe sees every class, weighted with its probability, and no labels
+    samples: int = 0  # rows after which pk.calibrate stops unless it is told how many batches to read; 0: all
 
     def __init_subclass__(
         cls,
@@ -129,6 +132,30 @@ class Method:
     def phases(self, total_steps: int) -> list[Phase]:
         """How a training of `total_steps` optimizer steps is divided; the steps of the phases add up to it."""
         return [Phase("train", total_steps)]
+
+    # What decides over several sites, such as the best k of all their numbers, overrides these; a tuner its own ones.
+    # `tuners` are those that this method has in one adapter, in model order.
+
+    def attached(self, tuners: list[Tuner]) -> None:
+        """The tuners have been made, by attach or to be filled from a file."""
+
+    def enter(self, tuners: list[Tuner], phase: str) -> None:
+        """A phase begins: `Tuner.enter` of each."""
+        for tuner in tuners:
+            tuner.enter(phase)
+
+    def step(self, tuners: list[Tuner], progress: float) -> None:
+        """An optimizer step is done: `Tuner.step` of each."""
+        for tuner in tuners:
+            tuner.step(progress)
+
+    def calibrate(self, measured: list[tuple[Tuner, Stats]], beside: int) -> None:
+        """`pk.calibrate` has measured: `Tuner.calibrate` of each.
+
+        beside: how many numbers the modules have that the same adapter trains whole, such as a head.
+        """
+        for tuner, stats in measured:
+            tuner.calibrate(stats)
 
     def loss(self, model: nn.Module, batch: Any, outputs: Any) -> Tensor | None:
         """A term that training adds to the task loss: a second pass, distillation. It may call the model again.
@@ -243,6 +270,7 @@ class Tuner(nn.Module):
     # fold is linear in the distance of the numbers from those of a new tuner: several tuners' distances may be added.
     additive: ClassVar[bool] = False
     rounds: ClassVar[bool] = False  # on a packed layer it runs with what the format stores of the folded weight
+    rates: Mapping[str, float] = {}  # parameter -> a learning rate of its own, whatever that of the method or phase
     per_sample: ClassVar[bool] = False  # calibration squares the gradient of each row alone: Stats.fisher
 
     def __init_subclass__(cls, *, method: type[Method] | None = None):
@@ -313,6 +341,10 @@ class Tuner(nn.Module):
         """A 0-d term that training adds to the loss."""
         return None
 
+    def ready(self) -> str:
+        """ "" if training may start, else what must come first."""
+        return ""
+
     def watched(self, site: Site) -> dict[str, Tensor]:
         """Name -> tensor whose gradients `pk.calibrate` collects: a parameter of the base or of the tuner, or a view.
 
@@ -320,8 +352,28 @@ class Tuner(nn.Module):
         """
         return {}
 
+    def observe(self, site: Site, x: Tensor, dy: Tensor, samples: Tensor, weight: Tensor | None) -> None:
+        """Called for each backward pass of `pk.calibrate`, without grad mode, by a tuner of a linear that overrides it.
+
+        x [tokens, in] is the input of the frozen linear at the site and dy [tokens, out] the gradient of its output,
+        in both of which row n of the batch has tokens samples[n] to samples[n + 1] (int64); the loss is the sum over
+        rows of each row's own.   weight [n] fp32: how much each row counts; None: 1.
+        """
+
     def calibrate(self, stats: Stats) -> None:
-        """Called once at the end of `pk.calibrate`, without grad mode, if anything is watched."""
+        """Called once at the end of `pk.calibrate`, without grad mode, if anything is watched or observed."""
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def reshape(self, values: dict[str, Tensor]) -> None:
+        """Before the tensors of a file, by name in the tuner, are copied into its own: may give these their shapes.
+
+        What has the shape already stays: an optimizer may hold it. ValueError if the values cannot be right.
+        """
+
+    def touched(self) -> Tensor | None:
+        """Flat positions (int64) of the weight [out, in] outside which fold leaves every bit; None: it may anywhere."""
+        return None
 
     def extra_repr(self) -> str:
         return f"{sum(p.numel() for p in self.parameters(recurse=False)):,} numbers"

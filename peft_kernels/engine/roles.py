@@ -341,16 +341,21 @@ def resolve(
     exclude: Iterable[str] = (),
     layers: Sequence[int] | None = None,
     seed: int = 0,
+    default: bool = False,
 ) -> list[Site]:
     """The sites that roles, globs or spans of globs ("*.fc1>*.fc2") pick, in model order.
 
-    ValueError for a target that matches nothing. A site knows the LayerNorm of its sublayer and, as a span, its entry.
+    ValueError for a target that matches nothing; default: of a method's own roles those that the model lacks are left
+    out as long as it has one, as not every feed-forward layer has a gate. A site knows the LayerNorm of its sublayer
+    and, as a span, its entry.
     """
     if not targets:
         raise ValueError("targets is empty; expected roles or globs over module paths")
     modules = dict(base_modules(model))
     skipped = {key for pattern in exclude for key, _ in _picks(model, modules, pattern)}
     chosen: dict[Key, str] = {}
+    if default:
+        targets = [target for target in targets if _has(model, modules, target)] or targets
     for target in targets:
         picks = list(_picks(model, modules, target))
         if not picks:
@@ -367,6 +372,8 @@ def resolve(
         site = Site(path, modules[path], chosen[path, rows, entry], rows, seed)
         site.entry = None if entry is None else modules[entry]
         site.norm, site.prenorm, site.residual = _norm(model, modules, path)
+        if site.role in ("o", "cross.o"):
+            site.heads = _heads(cast(Any, model.config), path)
         sites.append(site)
     return _in_layers(sites, layers)
 
@@ -430,6 +437,43 @@ def _patterns(model: nn.Module, role: str) -> tuple[str, ...]:
     if role not in row.roles:
         raise ValueError(f"role {role!r} does not exist in family {kind}; it has {' '.join(row.roles)}")
     return row.roles[role]
+
+
+def _heads(config: Any, path: str) -> int | None:
+    """How many key-value heads the attention at `path` has, each with as many queries."""
+    for side in ("encoder", "decoder"):
+        if side in path.split(".") and hasattr(config, f"{side}_attention_heads"):
+            return getattr(config, f"{side}_attention_heads")
+    if getattr(config, "multi_query", False) and not config.new_decoder_architecture:
+        return 1
+    names = ("num_key_value_heads", "num_kv_heads", "num_attention_heads")
+    return next((n for name in names if (n := getattr(config, name, None))), None)
+
+
+def beside(model: nn.Module, path: str, role: str, wanted: Iterable[str]) -> list[Site]:
+    """The linears of the `wanted` roles in the sublayer whose linear at `path` has `role`; none without a family."""
+    modules, row, found = dict(base_modules(model)), family(model), []
+    for number, pattern in enumerate(row.roles.get(role, ()) if row else ()):
+        if (match := _match(pattern, path)) is None:
+            continue
+        for other in wanted:
+            patterns = cast(Family, row).roles.get(other, ())
+            # Of as many patterns each belongs to its own: those of self-attention, then those of cross-attention.
+            own = patterns[number : number + 1] if len(patterns) == len(cast(Family, row).roles[role]) else patterns
+            for place, _, part in (p.partition("[") for p in own):
+                if (where := _beside(match, place)) in modules:
+                    site = Site(where, modules[where], other)
+                    site.rows = _rows(model, site, part[:-1]) if part else None
+                    found.append(site)
+    return found
+
+
+def _has(model: nn.Module, modules: dict[str, nn.Module], target: str) -> bool:
+    """False for a role that the model's family does not have, or this model of it."""
+    row = family(model)
+    if row is None or target not in ROLES or target == "model":
+        return True
+    return target in row.roles and next(_picks(model, modules, target), None) is not None
 
 
 def _prefixes(path: str) -> list[str]:

@@ -52,6 +52,7 @@ class Site:
     norm: the LayerNorm of the sublayer that the module belongs to, or None.   prenorm: True: the norm's input is the
     residual and its output enters the sublayer; False: the norm comes after the addition; None: unknown.
     residual: the module whose input is what the model adds to the sublayer's output, or None.
+    heads: of an attention's output linear the key-value heads; each is as many of its input features. None elsewhere.
     kind: "linear" (also transformers' Conv1D), "conv", "embedding", "norm", "span" or "module".
     """
 
@@ -59,6 +60,7 @@ class Site:
     norm: nn.Module | None = None
     prenorm: bool | None = None
     residual: nn.Module | None = None
+    heads: int | None = None
 
     def __init__(self, name: str, module: nn.Module, role: str = "", rows: Rows | None = None, seed: int = 0):
         self.name, self.module, self.role, self.rows, self.seed = name, module, role, rows, seed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -76,6 +76,16 @@ class Stack(Tuner):
 
     def changes_by_rows(self) -> dict[Any, Changes]:
         return overlaid(tuner.changes_by_rows() for tuner in self.members())
+
+    def touched(self) -> Tensor | None:
+        return union(tuner.touched() for tuner in self.members())
+
+
+def union(places: Iterable[Tensor | None]) -> Tensor | None:
+    """Several tuners' `touched` as one."""
+    found = list(places)
+    known = [t for t in found if t is not None]
+    return torch.cat(known).unique() if len(known) == len(found) else None
 
 
 class Spanned(Tuner):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from .attach import Adapter, attach_parts, detach, names_of, state_of, tuners
-from .method import Part
+from .method import Part, Tuner
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -86,7 +86,7 @@ def load(
     name = saved_name if name is None else name
     attach_parts(model, name, adapter)
     try:
-        fill(tensors(model, name), values, directory)
+        fill(model, name, values, directory)
     except ValueError:
         detach(model, name)
         raise
@@ -110,8 +110,18 @@ def from_config(config: Mapping[str, Any], where: str) -> tuple[Adapter, str]:
         raise ValueError(f"{where} is not a complete adapter configuration ({error!r})") from None
 
 
-def fill(own: dict[str, Tensor], values: dict[str, Tensor], directory: Path | None) -> None:
-    """Copies `values` into the tensors of the same names; ValueError, and nothing copied, unless they fit exactly."""
+def fill(model: nn.Module, name: str, values: dict[str, Tensor], directory: Path | None) -> None:
+    """Copies `values` into the adapter's tensors; ValueError, and nothing copied, unless they fit exactly."""
+    for path, tuner in tuners(model, name):
+        for inside, module in tuner.named_modules():
+            if isinstance(module, Tuner) and type(module).reshape is not Tuner.reshape:
+                place = "".join(f"{part}." for part in (path, inside) if part)
+                own = {key.removeprefix(place): t for key, t in values.items() if key.startswith(place)}
+                try:
+                    module.reshape(own)
+                except ValueError as error:
+                    raise ValueError(f"{directory}: {place.rstrip('.')}: {error}") from None
+    own = tensors(model, name)
     for word, keys in (("lacks", own.keys() - values.keys()), ("has unknown", values.keys() - own.keys())):
         if keys:
             some = ", ".join(sorted(keys)[:3])

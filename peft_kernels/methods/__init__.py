@@ -2,27 +2,45 @@
 
 from ..engine.method import methods
 from .bitfit import BitFit
+from .diffpruning import DiffPruning
 from .dora import DoRA
+from .far import FAR
+from .fishmask import FishMask
 from .full import FullTuning, Head
 from .gated import Gated
 from .ia3 import IA3
 from .layertype import LayerType
+from .lets import LeTS
 from .lora import LoRA
+from .ltsft import LTSFT
+from .magnitude import MagnitudePruning
+from .movement import MovementPruning
 from .qlora import QLoRA
+from .random import RandomMask
+from .structured import StructuredPruning
 from .toplayers import TopLayers
 from .union import ByLayer, Union
 
 __all__ = [
+    "FAR",
     "IA3",
+    "LTSFT",
     "BitFit",
     "ByLayer",
+    "DiffPruning",
     "DoRA",
+    "FishMask",
     "FullTuning",
     "Gated",
     "Head",
     "LayerType",
+    "LeTS",
     "LoRA",
+    "MagnitudePruning",
+    "MovementPruning",
     "QLoRA",
+    "RandomMask",
+    "StructuredPruning",
     "TopLayers",
     "Union",
     "methods",

@@ -20,6 +20,7 @@ class Banked(Method):
     """Room for `slots` LoRA adapters at each module; in no registry, as it is neither trained nor saved."""
 
     key: ClassVar[str] = "bank"
+    roles: ClassVar[tuple[str, ...]] = ()
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
 
     slots: int

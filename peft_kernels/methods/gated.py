@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,12 @@ class Gated(Method, roles=(), lr=2e-3, tiny={"inner": LoRA(rank=2)}, kinds=("lin
     def phases(self, total_steps: int) -> list[Phase]:
         return self.inner.phases(total_steps)
 
+    def attached(self, tuners: list[Tuner]) -> None:
+        self.inner.attached([cast(GatedTuner, tuner).inner for tuner in tuners])
+
+    def enter(self, tuners: list[Tuner], phase: str) -> None:
+        self.inner.enter([cast(GatedTuner, tuner).inner for tuner in tuners], phase)
+
     def loss(self, model: nn.Module, batch: Any, outputs: Any) -> Tensor | None:
         return self.inner.loss(model, batch, outputs)
 
@@ -56,9 +62,6 @@ class GatedTuner(Tuner, method=Gated):
         self.inner = cfg.inner.tuner(cfg.inner, site)
         self.w = site.param(site.n_in, init="kaiming")  # [in]
         self.b = site.param(1)
-
-    def enter(self, phase: str) -> None:
-        self.inner.enter(phase)
 
     def forward(self, base: Base, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.inner.opaque:  # it runs its own module beside the frozen one

@@ -1,6 +1,8 @@
 """The ops: fused, differentiable, each with a plain torch reference. `explain()` tells which backend serves a call."""
 
 from ._op import BackendError, all_ops, backend
+from .fisher import fisher_accum_, fisher_linear_
+from .hard_concrete import hard_concrete
 from .lora import lora_add, lora_add_, lora_linear
 from .lora_apply import lora_apply_
 from .lora_slices import lora_linear_slices
@@ -10,7 +12,10 @@ from .nf4_absmax import dequantize_absmax, dynamic_map, quantize_absmax
 from .nf4_linear import nf4_linear, nf4_lora_linear
 from .rescale import rescale
 from .sparse import sddmm, sddmm_add_, sparse_add, sparse_add_, sparse_linear
+from .sparse_adamw import sparse_adamw_
 from .sparse_inplace import sparse_scatter_, sparse_swap_
+from .split import far_linear, row_scatter_
+from .topk import topk_compact, topk_threshold
 
 __all__ = [
     "BackendError",
@@ -19,6 +24,10 @@ __all__ = [
     "dequantize_absmax",
     "dequantize_nf4",
     "dynamic_map",
+    "far_linear",
+    "fisher_accum_",
+    "fisher_linear_",
+    "hard_concrete",
     "lora_add",
     "lora_add_",
     "lora_apply_",
@@ -32,6 +41,7 @@ __all__ = [
     "quantize_absmax",
     "quantize_nf4",
     "rescale",
+    "row_scatter_",
     "sddmm",
     "sddmm_add_",
     "sparse_add",
@@ -39,4 +49,7 @@ __all__ = [
     "sparse_linear",
     "sparse_scatter_",
     "sparse_swap_",
+    "sparse_adamw_",
+    "topk_compact",
+    "topk_threshold",
 ]

@@ -120,7 +120,7 @@ class _Kernel(NamedTuple):
     why_not: Callable[..., str]
     run: Callable[..., Any]
     wanted: bool  # False for a GPU kernel that runs on the CPU, which is for tests: asked for by name only
-    run_: Callable[..., Any] | None  # the form that writes into the first argument
+    run_: Callable[..., Any] | None  # the form of call_, which writes into the first argument
 
 
 def _contiguous(out: Any) -> Any:
@@ -162,6 +162,7 @@ class Op:
         arguments = torch._C.parse_schema(name + schema).arguments
         self._lists = sum(isinstance(a.type, torch.ListType) and "Tensor" in str(a.type) for a in arguments)
         self._fixed = len(arguments) - self._lists
+        self._first = next(i for i, a in enumerate(arguments) if str(a.type) in ("Tensor", "List[Tensor]"))
         self._kernels: dict[str, list[_Kernel]] = {}  # device type -> kernels, loaded at the first call there
         self._absent: dict[str, str] = {}  # backend -> why it serves no call in this process
         self._register()
@@ -177,7 +178,10 @@ class Op:
         return self._call(args, inplace=False)
 
     def call_(self, *args: Any) -> Any:
-        """As `__call__`, but may overwrite args[0] and return it; the caller must own it and use only the result."""
+        """As `__call__`, but may overwrite args[0] and return it; the caller must own it and use only the result.
+
+        Without a gradient and with several outputs, it may overwrite as many of the first arguments.
+        """
         return self._call(args, inplace=True)
 
     def _result(self, out: Any) -> Any:
@@ -221,7 +225,7 @@ class Op:
     def run(self, *args: Any, inplace: bool = False) -> Any:
         """Chooses a backend and runs it, below autograd."""
         if _thread.backend is None and _thread.record is None and _plain_settings:  # choose() for the usual case
-            for k in self._kernels.get(args[0].device.type, ()):
+            for k in self._kernels.get(args[self._first].device.type, ()):
                 if k.wanted and not k.why_not(*args):
                     return k.run_(*args) if inplace and k.run_ is not None else k.run(*args)
         kernel, reasons = self.choose(*args)

@@ -17,7 +17,7 @@ SMEM = 99 * 1024  # the most a block may have on sm_86 and sm_89, the smallest o
 MARKS = {
     "mma": r"mma\.sync|wgmma",
     "tf32": "tf32",
-    "atomic": r"\b(atom|red)\.",
+    "atomic": r"\b(atom|red)\.(?!\S*\.add\.[us](32|64)\b)",  # sums of integers are the same in any order
     "pipelined": r"cp\.async",
     "fma": r"\bfma\.",
     "approximate": r"\bdiv\.(full|approx)|\brcp\.approx",
@@ -83,6 +83,42 @@ def _nf4(dtype, adapter, m, k, n, r, blocksize, nested):
     nf4_triton.nf4_lora_linear_backward(g, x, packed, absmax, blocksize, *lora, *second, (True, True, True))
 
 
+def _sparse(dtype, low, t, n, m, nnz):
+    """Products with a delta, its gradient, of many entries and of few, single elements; then what trains it."""
+    import torch
+
+    from peft_kernels.kernels.sparse import sparse_triton
+
+    idx = torch.arange(nnz, dtype=torch.int32) * (m * n // nnz)
+    crow = torch.searchsorted(idx, torch.arange(m + 1, dtype=torch.int32) * n).int()
+    x, y, w = (torch.empty(s, dtype=dtype) for s in ((t, n), (t, m), (m, n)))
+    delta = torch.empty(nnz, dtype=low), crow, idx % n
+    sparse_triton.sparse_linear(x, w, *delta, None)
+    sparse_triton.sparse_linear(x[:1], w, *delta, None)
+    sparse_triton.sparse_linear_dx(y, w, *delta, n)
+    sparse_triton.sparse_add_(y, x, *delta)
+    sparse_triton.sddmm(y, x, *delta[1:])
+    few = torch.arange(m + 1, dtype=torch.int32).clamp(max=m // 64)
+    sparse_triton.sddmm(y, x, few, torch.arange(m // 64, dtype=torch.int32))
+    sparse_triton.sparse_scatter_(w, idx, delta[0], 1.0, True)
+    sparse_triton.sparse_scatter_(w.T, idx.long(), delta[0], 1.0, False)
+    sparse_triton.sparse_swap_(w, idx, delta[0].to(dtype))
+    for use_abs in (True, False):
+        threshold, _, _ = sparse_triton.topk_threshold(nnz, use_abs, w, x)
+        sparse_triton.topk_compact(threshold, nnz, use_abs, w, x)
+    f = torch.empty(m, n, dtype=low)
+    sparse_triton.fisher_accum_(f, w, 1.0, False)
+    sparse_triton.fisher_linear_(f, y, x, torch.tensor([0, t // 3, t]), torch.empty(2))
+    sparse_triton.fisher_linear_(f, y, x, torch.tensor([0, t], dtype=torch.int32), None)
+    vals, step = torch.empty(nnz), torch.tensor(3.0)
+    for base in ((w, idx), (None, None)):
+        sparse_triton.sparse_adamw_(vals, vals, vals, vals.to(low), step, *base, 0.1, 0.9, 0.999, 1e-8, 0.1)
+    alpha, group, rng = torch.empty(m, n, dtype=low), torch.empty((), dtype=low), torch.tensor([1, 2])
+    for noise in (rng, None):
+        sparse_triton.hard_concrete(w, alpha, alpha, group, noise)
+        sparse_triton.hard_concrete_backward(w, alpha, alpha, group, noise, (True, True, True))
+
+
 # id: x's dtype, the adapter's dtype, M, K, N, r
 LORA = {
     "fp32": ("float32", "float32", 512, 1024, 1024, 16),
@@ -96,12 +132,21 @@ NF4 = {
     "bf16": ("bfloat16", "bfloat16", 512, 1024, 1024, 16, 64, True),
     "fp32_odd_decode": ("float32", "float32", 1, 101, 51, 3, 4096, False),
 }
+# x's dtype, that of the values, tokens, in, out, entries
+SPARSE = {
+    "bf16": ("bfloat16", "float32", 512, 1024, 1024, 1 << 14),
+    "fp32_odd_decode": ("float32", "float32", 1, 101, 51, 500),
+    "fp16": ("float16", "float16", 100, 528, 272, 2000),
+}
 LORA_KERNELS = {"lora_shrink_kernel", "lora_expand_kernel", "lora_wgrad_kernel"}
+SPARSE_PRODUCTS = {"sparse_sddmm_kernel", "sparse_fisher_linear_kernel"}
+SPARSE_EXACT = {"sparse_patch_kernel", "sparse_scatter_kernel", "sparse_swap_kernel"}
 NF4_PRODUCT, NF4_EXACT = {"nf4_product_kernel"}, {"nf4_quantize_kernel", "nf4_dequantize_kernel"}
 # what launches, on which cases; kernels of products, those with a loop long enough to pipeline, those with exact bits
 FAMILIES = {
     "lora": ((_lora, _lora_by_plan), LORA, LORA_KERNELS, LORA_KERNELS - {"lora_expand_kernel"}, set()),
     "nf4": ((_nf4,), NF4, NF4_PRODUCT, NF4_PRODUCT, NF4_EXACT),
+    "sparse": ((_sparse,), SPARSE, SPARSE_PRODUCTS, SPARSE_PRODUCTS, SPARSE_EXACT),
 }
 
 
@@ -145,9 +190,12 @@ def compile_cases(capability: int, family: str, *names: str) -> None:
     [
         pytest.param("lora", 80, ("mixed_fp16", "odd_decode"), id="lora-80-quick"),
         pytest.param("nf4", 80, tuple(NF4), id="nf4-80"),
+        pytest.param("sparse", 80, ("bf16", "fp32_odd_decode"), id="sparse-80-quick"),
         pytest.param("lora", 80, tuple(LORA), id="lora-80", marks=pytest.mark.slow),
         pytest.param("lora", 90, tuple(LORA), id="lora-90", marks=pytest.mark.slow),
         pytest.param("nf4", 90, tuple(NF4), id="nf4-90", marks=pytest.mark.slow),
+        pytest.param("sparse", 80, tuple(SPARSE), id="sparse-80", marks=pytest.mark.slow),
+        pytest.param("sparse", 90, tuple(SPARSE), id="sparse-90", marks=pytest.mark.slow),
     ],
 )
 def test_compiles_for(family, capability, cases, tmp_path):
