@@ -137,4 +137,5 @@ def test_bad_arguments_are_named(case):
 def test_explain_names_the_backend():
     w, _, wt, _, rows = layer()
     row = pk.ops.all_ops()["far_linear"].explain(torch.randn(6, 24), w, None, wt, None, rows)
-    assert row["backend"] == "cpu" and row["reasons"]["cuda"] == "it serves cuda tensors"
+    assert row["backend"] == "cpu"
+    assert "cuda" in row["reasons"]
