@@ -159,6 +159,23 @@ class OntoTuner(pk.Tuner, method=Onto):
         return y + (self.c * base.seen("residual")).to(y.dtype)
 
 
+def signs(rows=4, batches=5):
+    """Batches for the MLP: is the first input above zero?"""
+    made = torch.Generator().manual_seed(1)
+    x = torch.randn(rows * batches, 12, generator=made)
+    return [(own, (own[:, 0] > 0).long()) for own in x.split(rows)]
+
+
+def fitted(method, **options):
+    """(MLP with the method on its inner linears and its output trained whole, the log of two epochs)"""
+    from models import make
+
+    model = make("mlp").model
+    pk.attach(model, method, ("first", "second"), train=("out",))
+    options = {"epochs": 2, "lr": 1e-2, "loss_fn": nn.functional.cross_entropy, "progress": False, **options}
+    return model, pk.fit(model, signs(), **options)
+
+
 def classified(rows=5):
     """(tiny BERT with three classes, batches of 3 rows)"""
     from models import make

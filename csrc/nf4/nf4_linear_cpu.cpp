@@ -3,6 +3,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "common/pairs.h"
 #include "lora/lora_dropout.h"
 #include "nf4/nf4_decode.h"
 #include "nf4/nf4_tiles.h"
@@ -25,24 +26,6 @@ constexpr int kSums = W == 16 ? 24 : 12;   // vectors of sums in the registers b
 constexpr int64_t kGrain = 1 << 20;        // multiply-adds that pay for waking a thread
 
 int64_t grain(int64_t work_of_one) { return blocks(kGrain, work_of_one + 1); }
-
-// An operand is made of 32-bit words along the sum: a float each, or two neighbouring bf16 for vdpbf16ps.
-#ifdef __AVX512BF16__
-template <class T>
-constexpr bool kPairs = std::is_same_v<T, bf16>;
-#else
-template <class T>
-constexpr bool kPairs = false;
-#endif
-
-template <bool pairs>
-PK_INLINE vec multiply_add(const uint32_t* left, vec right, vec sum) {
-#ifdef __AVX512BF16__
-  if constexpr (pairs)
-    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(*left)), (__m512bh)right);
-#endif
-  return fma(splat(bit_cast<float>(*left)), right, sum);
-}
 
 // c [rows, cols] += a [rows, depth] b [depth, cols], with words of a and b. cols are V whole vectors. The sum over
 // depth starts at 0: a single one over all depths would round worse.

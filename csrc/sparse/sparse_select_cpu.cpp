@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "common/cpu.h"
+#include "common/pairs.h"
 
 namespace pk::PK_ISA {
 namespace {
@@ -362,24 +363,6 @@ constexpr int kDown = 6;
 #endif
 constexpr int kAcross = 2 * W, kTileDown = 96, kTileAcross = 256, kDepth = 128;
 constexpr int kTile = kTileDown * kTileAcross, kMicro = kDown * kAcross;
-
-// An operand is made of 32-bit words along the rows: a float each, or two neighbouring bf16 for vdpbf16ps.
-#ifdef __AVX512BF16__
-template <class T>
-constexpr bool kPairs = std::is_same_v<T, bf16>;
-#else
-template <class T>
-constexpr bool kPairs = false;
-#endif
-
-template <bool pairs>
-PK_INLINE vec multiply_add(const uint32_t* left, vec right, vec sum) {
-#ifdef __AVX512BF16__
-  if constexpr (pairs)
-    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(*left)), (__m512bh)right);
-#endif
-  return fma(splat(bit_cast<float>(*left)), right, sum);
-}
 
 // The first n words at `from`, or of that row and the one below, which may be missing.
 template <class T>

@@ -9,25 +9,13 @@ from models import assert_same, close, make, perturb, snapshot
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
+from toys import fitted, signs
 
 import peft_kernels as pk
 from peft_kernels.engine.attach import tuners
 from peft_kernels.engine.life import timeline
 
 TARGETS = ("first", "second")
-
-
-def data(n=20):
-    made = torch.Generator().manual_seed(1)
-    x = torch.randn(n, 12, generator=made)
-    return [(x[i : i + 4], (x[i : i + 4, 0] > 0).long()) for i in range(0, n, 4)]
-
-
-def fit(method, **options):
-    model = make("mlp").model
-    pk.attach(model, method, TARGETS, train=("out",))
-    options = {"epochs": 2, "lr": 1e-2, "loss_fn": cross_entropy, "progress": False, **options}
-    return model, pk.fit(model, data(), **options)
 
 
 def nodes(model):
@@ -46,7 +34,7 @@ def test_the_nodes_that_a_priming_moves_most_go_on_from_there():
     class Spied(pk.FAR):
         enter = spy
 
-    model, log = fit(Spied(ratio=0.2, prime=0.5))
+    model, log = fitted(Spied(ratio=0.2, prime=0.5))
     phases = [(row["phase"], row["step"]) for row in log if "phase" in row]
     assert phases == [("prime", 1), ("train", 1), ("train", 6)]  # the second is the head's own
     assert [v.shape for v in seen["prime"]] == [(20, 12), (12, 20)] and not any(v.any() for v in seen["prime"])
@@ -56,7 +44,7 @@ def test_the_nodes_that_a_priming_moves_most_go_on_from_there():
     before = [p.detach().clone() for p in tuned]
     groups = [{"params": tuned[:3], "lr": 1e-2}, {"params": tuned[3:], "lr": pk.Head.lr}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    for step, (x, y) in enumerate(data()):
+    for step, (x, y) in enumerate(signs()):
         optimizer.zero_grad()
         cross_entropy(plain(x), y).backward()
         nn.utils.clip_grad_norm_(tuned, 1.0)
@@ -80,11 +68,11 @@ def test_gradients_choose_nodes_without_a_priming():
     model = make("mlp").model
     pk.attach(model, pk.FAR(ratio=0.25, prime=0.0), TARGETS)
     with pytest.raises(RuntimeError, match="FAR has no nodes yet"):
-        pk.fit(model, data(), loss_fn=cross_entropy, progress=False)
-    pk.calibrate(model, data(), cross_entropy, progress=False)
+        pk.fit(model, signs(), loss_fn=cross_entropy, progress=False)
+    pk.calibrate(model, signs(), cross_entropy, progress=False)
     plain = make("mlp").model
     scores = [torch.zeros(20), torch.zeros(12)]
-    for x, y in data():
+    for x, y in signs():
         loss = cross_entropy(plain(x), y, reduction="sum")
         grads = torch.autograd.grad(loss, [plain.first.weight, plain.second.weight])
         scores = [s + g.abs().sum(1) for s, g in zip(scores, grads, strict=True)]
@@ -183,7 +171,7 @@ def test_a_break_leaves_no_trace(n, tmp_path):
     method = pk.FAR(ratio=0.2, prime=0.45)  # the second phase begins in the first epoch's last step
 
     def go(loss_fn, **options):
-        return fit(method, loss_fn=loss_fn, weight_decay=0.1, **options)
+        return fitted(method, loss_fn=loss_fn, weight_decay=0.1, **options)
 
     whole, log = go(Interrupt())
     with pytest.raises(KeyboardInterrupt):
@@ -200,7 +188,7 @@ def test_a_break_leaves_no_trace(n, tmp_path):
 
 @pytest.mark.parametrize("wrong", [[0, 0, 1], [3, 2, 1], [0, 1, 20], [-1, 0, 1], [0, 1], [0.0, 1.0, 2.0]])
 def test_rows_that_cannot_be_are_refused_before_anything_is_written(wrong, tmp_path):
-    model, _ = fit(pk.FAR(ratio=0.15))
+    model, _ = fitted(pk.FAR(ratio=0.15))
     where = pk.save(model, tmp_path / "a")
     file = where / "adapter_model.safetensors"
     values = load_file(file)

@@ -8,25 +8,13 @@ import torch
 from models import assert_same, close, make, perturb, snapshot
 from torch import nn
 from torch.nn.functional import cross_entropy
+from toys import fitted, signs
 
 import peft_kernels as pk
 from peft_kernels.engine.attach import tuners
 from peft_kernels.engine.life import timeline
 
 TARGETS = ("first", "second")
-
-
-def data(n=20):
-    made = torch.Generator().manual_seed(1)
-    x = torch.randn(n, 12, generator=made)
-    return [(x[i : i + 4], (x[i : i + 4, 0] > 0).long()) for i in range(0, n, 4)]
-
-
-def fit(method, **options):
-    model = make("mlp").model
-    pk.attach(model, method, TARGETS, train=("out",))
-    options = {"epochs": 2, "lr": 1e-2, "loss_fn": cross_entropy, "progress": False, **options}
-    return model, pk.fit(model, data(), **options)
 
 
 def sparse(model):
@@ -46,7 +34,7 @@ def test_the_largest_changes_of_a_dense_training_are_kept_and_rewound():
     class Spied(pk.LTSFT):
         enter = spy
 
-    model, log = fit(Spied(keep_ratio=0.1, prime=0.5))
+    model, log = fitted(Spied(keep_ratio=0.1, prime=0.5))
     phases = [(row["phase"], row["step"]) for row in log if row.get("phase") in ("prime", "sparse")]
     assert phases == [("prime", 1), ("sparse", 6)]  # the head has one of its own
     assert all(not v.any() for v in (*seen["prime"], *seen["sparse"]))
@@ -59,7 +47,7 @@ def test_the_largest_changes_of_a_dense_training_are_kept_and_rewound():
         p.requires_grad_(any(p is t for t in tuned))
     groups = [{"params": tuned[:2], "lr": 1e-2}, {"params": tuned[2:], "lr": pk.Head.lr}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    for step, (x, y) in enumerate(data()):
+    for step, (x, y) in enumerate(signs()):
         optimizer.zero_grad()
         cross_entropy(plain(x), y).backward()
         nn.utils.clip_grad_norm_([*tuned], 1.0)
@@ -116,11 +104,11 @@ def test_the_second_phase_merges_saves_and_comes_off(family, tmp_path):
 
 
 def test_loading_never_makes_a_dense_copy(tmp_path, monkeypatch):
-    model, _ = fit(pk.LTSFT(keep_ratio=0.1))
+    model, _ = fitted(pk.LTSFT(keep_ratio=0.1))
     pk.save(model, tmp_path / "a")
     monkeypatch.setattr(pk.LTSFT.tuner, "begin", lambda self: pytest.fail("a dense copy"))
     fresh = pk.load(make("mlp").model, tmp_path / "a", trainable=True)
-    x = data()[0][0]
+    x = signs()[0][0]
     assert torch.equal(fresh(x), model(x))
 
 
@@ -142,7 +130,7 @@ def test_a_break_leaves_no_trace(n, tmp_path):
     method = pk.LTSFT(keep_ratio=0.1, prime=0.45, l1=0.1)  # the second phase begins in the first epoch's last step
 
     def go(loss_fn, **options):
-        return fit(method, loss_fn=loss_fn, weight_decay=0.1, **options)
+        return fitted(method, loss_fn=loss_fn, weight_decay=0.1, **options)
 
     whole, log = go(Interrupt())
     with pytest.raises(KeyboardInterrupt):
@@ -167,7 +155,7 @@ def test_early_stopping_keeps_the_best_of_the_second_phase():
         seen.append([t.vals.detach().clone() for t in sparse(model)])
         return {"validation_loss": next(scores)}
 
-    pk.fit(model, data(), epochs=4, patience=2, loss_fn=cross_entropy, progress=False, on_epoch=on_epoch)
+    pk.fit(model, signs(), epochs=4, patience=2, loss_fn=cross_entropy, progress=False, on_epoch=on_epoch)
     assert len(seen) == 4
     assert all(torch.equal(t.vals, best) for t, best in zip(sparse(model), seen[1], strict=True))
 
