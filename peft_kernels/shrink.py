@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ def _kept(model: nn.Module, pruned: list[tuple[str, StructuredTuner]]) -> dict[s
     columns: dict[str, Tensor] = {}
     for path, tuner in pruned:
         units = torch.zeros(tuner.count, dtype=torch.bool)
-        units[tuner.units.cpu().long()] = True  # type: ignore[union-attr]
+        units[cast(Tensor, tuner.units).cpu().long()] = True
         left = units.repeat_interleave(tuner.size)
         columns[path] = columns[path] & left if path in columns else left
         role, wanted = ("o", ("q", "k", "v")) if tuner.heads else ("down", ("up", "gate"))

@@ -385,6 +385,8 @@ METHODS = {
     "lora": pk.LoRA(rank=2, dropout=0.25),
     "phases": Toy(penalty=0.01, term=0.01, prime=0.45),  # begins the second in the middle of the second epoch
     "diffpruning": pk.DiffPruning(keep_ratio=0.2, alpha=0.5, finetune=0.55),
+    "far": pk.FAR(ratio=0.2, prime=0.45),
+    "ltsft": pk.LTSFT(keep_ratio=0.1, prime=0.45, l1=0.1),
     "movement": pk.MovementPruning(keep_ratio=0.2, mode="soft", threshold=0.4),
 }
 OPTIONS = {"epochs": 3, "accumulate": 2, "patience": 3, "weight_decay": 0.1, "lr": 1e-2}  # 3 steps of 5 batches

@@ -9,8 +9,8 @@ Lottery-ticket sparse fine-tuning, Ansell et al. 2022, arXiv:2110.07560.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -46,8 +46,8 @@ class LTSFT(Masked, roles=("*",), lr=5e-4, tiny={"keep_ratio": 0.2}):
         )  # at least a step for each, if there are two
         return [Phase("prime", first), Phase("sparse", total_steps - first)]
 
-    def enter(self, tuners: Iterable[Tuner], phase: str) -> None:
-        own = [tuner for tuner in tuners if isinstance(tuner, LTSFTTuner)]
+    def enter(self, tuners: list[Tuner], phase: str) -> None:
+        own = cast("list[LTSFTTuner]", tuners)
         total = sum(math.prod(tuner.shape) for tuner in own)
         for tuner in own:
             tuner.l1 = self.l1 / total
@@ -64,9 +64,6 @@ class LTSFTTuner(SparseTuner, method=LTSFT):
     """In the first phase vals is dense, [out, in], and there is no mask."""
 
     l1 = 0.0  # what the sum of |change| counts in the loss
-
-    def enter(self, phase: str) -> None:
-        self.cfg.enter([self], phase)
 
     @property
     def dense(self) -> bool:

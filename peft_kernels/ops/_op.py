@@ -407,6 +407,14 @@ class _Short(torch.autograd.Function):
         return None, None, *_differentiate(ctx, ctx.needs_input_grad[2:], grads)
 
 
+def write(target: Tensor, out: Tensor) -> None:
+    """Puts what `call_` returned into the tensor that it may have overwritten already."""
+    if out is not target:
+        target.copy_(out)
+    elif not target.is_inference():
+        torch.autograd.graph.increment_version(target)  # kernels write behind autograd's back
+
+
 def all_ops() -> dict[str, Op]:
     """Every registered op by name."""
     return dict(_registry)

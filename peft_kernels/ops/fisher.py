@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ._op import Cost, Op, Sample
+from ._op import Cost, Op, Sample, write
 from .lora import _rows
 
 
@@ -112,14 +112,6 @@ _linear = Op(
         2 * dy.numel() * x.shape[-1] + 3 * f.numel() * (len(cu_samples) - 1), _bytes(f, f, dy, x)
     ),
 )
-
-
-def write(target: Tensor, out: Tensor) -> None:
-    """Puts what `call_` returned into the tensor that it may have overwritten already."""
-    if out is target:
-        torch.autograd.graph.increment_version(target)  # kernels write behind autograd's back
-    else:
-        target.copy_(out)
 
 
 @torch.no_grad()

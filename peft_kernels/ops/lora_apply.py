@@ -17,7 +17,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ._op import Op, Sample
+from ._op import Op, Sample, write
 from .lora_bank import FACTORS, Bank
 from .multi_lora import _add, _add_args, _add_reference, _cost, _layouts
 
@@ -80,5 +80,4 @@ def lora_apply_(
     device = y.device.type
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         out = _add.call_(y, x, *args) if len(widths) == 1 else _apply.call_(y, x, *args[:-2], widths)
-    if out is not y:
-        y.copy_(out)
+    write(y, out)

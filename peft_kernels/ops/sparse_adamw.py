@@ -14,8 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._op import Cost, Op, Sample
-from .fisher import write
+from ._op import Cost, Op, Sample, write
 
 
 def _reference(vals, m, v, grad, step, w, idx, lr, beta1, beta2, eps, weight_decay):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._op import Cost, Op, Sample
+from ._op import Cost, Op, Sample, write
 
 # id: shape of w, number of elements
 _SHAPES = {
@@ -110,9 +110,7 @@ def sparse_scatter_(w: Tensor, idx: Tensor, vals: Tensor, *, alpha: float = 1.0,
     """
     _check("sparse_scatter_", w, idx, vals)
     with torch.no_grad():
-        out = _scatter.call_(w, idx, vals, float(alpha), add)
-        if out is not w:
-            w.copy_(out)
+        write(w, _scatter.call_(w, idx, vals, float(alpha), add))
 
 
 def sparse_swap_(w: Tensor, idx: Tensor, stash: Tensor) -> None:
@@ -126,6 +124,5 @@ def sparse_swap_(w: Tensor, idx: Tensor, stash: Tensor) -> None:
         raise ValueError(f"sparse_swap_: stash is {stash.dtype} and w {w.dtype}; give both the same dtype")
     with torch.no_grad():
         out, old = _swap.call_(w, idx, stash)
-        if out is not w:
-            w.copy_(out)
-        stash.copy_(old)
+        write(w, out)
+        write(stash, old)

@@ -1,7 +1,5 @@
 """FAR: nodes by how far a priming moves them or by gradients, rows that replace rows, breaks in either phase."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -151,39 +149,6 @@ def test_no_gradient_has_the_size_of_the_weight():
     products = [event.input_shapes for event in profile.function_events if event.name in ("aten::mm", "aten::addmm_")]
     assert [[51, 3], [3, 64]] in products and tuner.wt.grad.shape == (51, 64)
     assert not [shapes for shapes in products if shapes[0] == [512, 3]]
-
-
-class Interrupt:
-    """A loss that ends with Ctrl-C the n-th time it is asked for."""
-
-    def __init__(self, n=None):
-        self.n, self.calls = n, 0
-
-    def __call__(self, out, target):
-        self.calls += 1
-        if self.calls == self.n:
-            raise KeyboardInterrupt
-        return cross_entropy(out, target)
-
-
-@pytest.mark.parametrize("n", (1, 4, 5, 6, 10))
-def test_a_break_leaves_no_trace(n, tmp_path):
-    method = pk.FAR(ratio=0.2, prime=0.45)  # the second phase begins in the first epoch's last step
-
-    def go(loss_fn, **options):
-        return fitted(method, loss_fn=loss_fn, weight_decay=0.1, **options)
-
-    whole, log = go(Interrupt())
-    with pytest.raises(KeyboardInterrupt):
-        go(Interrupt(n), checkpoint=tmp_path / "c")
-    assert json.loads((tmp_path / "c" / "training.json").read_text())["position"]["step"] == n - 1
-    pk.load(make("mlp").model, tmp_path / "c")  # in either phase it is an adapter
-    resumed, again = go(Interrupt(), checkpoint=tmp_path / "c", resume=True)
-    drop = [[{k: v for k, v in row.items() if k != "seconds"} for row in rows] for rows in (log, again)]
-    assert drop[0] == drop[1]
-    ours, theirs = whole.state_dict(), resumed.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
 @pytest.mark.parametrize("wrong", [[0, 0, 1], [3, 2, 1], [0, 1, 20], [-1, 0, 1], [0, 1], [0.0, 1.0, 2.0]])

@@ -1,8 +1,5 @@
 """LTSFT: a dense first phase, the largest changes of all weights, a second one from the start, breaks in either."""
 
-import json
-import os
-
 import pytest
 import torch
 from models import assert_same, close, make, perturb, snapshot
@@ -110,40 +107,6 @@ def test_loading_never_makes_a_dense_copy(tmp_path, monkeypatch):
     fresh = pk.load(make("mlp").model, tmp_path / "a", trainable=True)
     x = signs()[0][0]
     assert torch.equal(fresh(x), model(x))
-
-
-class Interrupt:
-    """A loss that ends with Ctrl-C the n-th time it is asked for."""
-
-    def __init__(self, n=None):
-        self.n, self.calls = n, 0
-
-    def __call__(self, out, target):
-        self.calls += 1
-        if self.calls == self.n:
-            raise KeyboardInterrupt
-        return cross_entropy(out, target)
-
-
-@pytest.mark.parametrize("n", range(1, 11))
-def test_a_break_leaves_no_trace(n, tmp_path):
-    method = pk.LTSFT(keep_ratio=0.1, prime=0.45, l1=0.1)  # the second phase begins in the first epoch's last step
-
-    def go(loss_fn, **options):
-        return fitted(method, loss_fn=loss_fn, weight_decay=0.1, **options)
-
-    whole, log = go(Interrupt())
-    with pytest.raises(KeyboardInterrupt):
-        go(Interrupt(n), checkpoint=tmp_path / "c")
-    assert json.loads((tmp_path / "c" / "training.json").read_text())["position"]["step"] == n - 1
-    pk.load(make("mlp").model, tmp_path / "c")  # in either phase it is an adapter
-    resumed, again = go(Interrupt(), checkpoint=tmp_path / "c", resume=True)
-    drop = [[{k: v for k, v in row.items() if k != "seconds"} for row in rows] for rows in (log, again)]
-    assert drop[0] == drop[1]
-    ours, theirs = whole.state_dict(), resumed.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
-    assert "adapter_model.safetensors" in os.listdir(tmp_path / "c")
 
 
 def test_early_stopping_keeps_the_best_of_the_second_phase():
