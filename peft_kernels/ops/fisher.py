@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ._op import Cost, Op, Sample, write
-from .lora import _rows
+from ._tensors import as_rows, nbytes
 
 
 def _accum_reference(f, g, weight, absolute):
@@ -29,7 +29,7 @@ def _linear_reference(f, dy, x, cu_samples, weight):
     if isinstance(cu_samples, FakeTensor):  # has no numbers, and the result the layout of f whatever they are
         return f.clone()
     dtype = torch.promote_types(torch.promote_types(f.dtype, dy.dtype), torch.float32)
-    total, dy, x = f.to(dtype, copy=True), _rows(dy).to(dtype), _rows(x).to(dtype)
+    total, dy, x = f.to(dtype, copy=True), as_rows(dy).to(dtype), as_rows(x).to(dtype)
     for n, (begin, end) in enumerate(itertools.pairwise(cu_samples.tolist())):
         square = (dy[begin:end].T @ x[begin:end]).square()
         total = total + (square if weight is None else weight[n] * square)
@@ -89,17 +89,13 @@ def _linear_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
         yield Sample(name, (f, dy, x, torch.tensor(cu, dtype=whole, device=device), weight))
 
 
-def _bytes(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 _accum = Op(
     "fisher_accum",
     "(Tensor f, Tensor g, float weight, bool absolute) -> Tensor",
     family="sparse",
     reference=_accum_reference,
     samples=_accum_samples,
-    cost=lambda f, g, weight, absolute: Cost(3 * g.numel(), _bytes(f, f, g)),
+    cost=lambda f, g, weight, absolute: Cost(3 * g.numel(), nbytes(f, f, g)),
 )
 
 _linear = Op(
@@ -109,7 +105,7 @@ _linear = Op(
     reference=_linear_reference,
     samples=_linear_samples,
     cost=lambda f, dy, x, cu_samples, weight: Cost(
-        2 * dy.numel() * x.shape[-1] + 3 * f.numel() * (len(cu_samples) - 1), _bytes(f, f, dy, x)
+        2 * dy.numel() * x.shape[-1] + 3 * f.numel() * (len(cu_samples) - 1), nbytes(f, f, dy, x)
     ),
 )
 

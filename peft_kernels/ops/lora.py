@@ -21,19 +21,15 @@ from torch import Tensor
 
 from . import _philox
 from ._op import Cost, Gradient, Op, Sample
+from ._tensors import as_rows
 
 # -- references -------------------------------------------------------------------------------------------------------
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x [..., K] as [M, K]."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _shrink(x: Tensor, a: Tensor, p: float, rng: Tensor | None) -> tuple[Tensor, Tensor]:
     """drop(x) [M, K] and t [M, r] in the wider of the two dtypes."""
     dtype = torch.promote_types(x.dtype, a.dtype)
-    dropped = _philox.dropout(_rows(x), p, rng).to(dtype)
+    dropped = _philox.dropout(as_rows(x), p, rng).to(dtype)
     return dropped, F.linear(dropped, a.to(dtype))
 
 
@@ -55,7 +51,7 @@ def _add_backward_reference(g, x, a, b, t, scale, p, rng, needs):
     dtype = torch.promote_types(g.dtype, a.dtype)
     dropped, recomputed = _shrink(x, a, p, rng)
     t = recomputed if t is None else t
-    g2 = _rows(g).to(dtype)  # [M, N]
+    g2 = as_rows(g).to(dtype)  # [M, N]
     dt = (g2 @ b.to(dtype)) * scale  # [M, r]
     dx = _philox.dropout(dt @ a.to(dtype), p, rng).view(x.shape).to(x.dtype) if needs[0] else x.new_empty(0)
     da = (dt.T @ dropped.to(dtype)).to(a.dtype) if needs[1] else a.new_empty(0)

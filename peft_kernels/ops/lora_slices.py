@@ -21,7 +21,8 @@ from torch import Tensor
 
 from . import _philox
 from ._op import Cost, Gradient, Op, Sample
-from .lora import _checked, _kept, _rows, _shrink, _wanted, lora_add_
+from ._tensors import as_rows
+from .lora import _checked, _kept, _shrink, _wanted, lora_add_
 
 # -- references -------------------------------------------------------------------------------------------------------
 
@@ -52,7 +53,7 @@ def _backward_reference(x, t, scales, p, rng, needs, *spread):
     dtype = torch.promote_types(x.dtype, a.dtype)
     dropped, recomputed = _shrink(x, a, p, rng)
     t = recomputed if t is None else t
-    gs = [_rows(g) for g in gs]
+    gs = [as_rows(g) for g in gs]
     dt = torch.cat([g.to(dtype) @ b.to(dtype) * scale for g, b, scale in zip(gs, bs, scales, strict=True)], 1)
     dx, da, dbs = x.new_empty(0), a.new_empty(0), [b.new_empty(0) for b in bs]
     if needs[0]:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from . import _philox
 from ._op import Cost, Gradient, Op, Sample
-from .lora import _rows, _wanted
+from ._tensors import as_rows
+from .lora import _wanted
 from .lora_bank import FACTORS, Bank, checked
 
 # -- references -------------------------------------------------------------------------------------------------------
@@ -44,10 +45,10 @@ def _product(left: Tensor, right: Tensor, owned: Tensor) -> Tensor:
 def _add_reference(y, x, a, bt, r_indptr, scaling, ids, plan, r_max, p, rng):
     dtype = torch.promote_types(x.dtype, a.dtype)
     owned, scales = _pairs(r_indptr, scaling, ids, len(a))
-    t = F.linear(_philox.dropout(_rows(x), p, rng).to(dtype), a.to(dtype))
+    t = F.linear(_philox.dropout(as_rows(x), p, rng).to(dtype), a.to(dtype))
     t = torch.where(owned, t * scales.to(dtype), 0)
-    added = (_rows(y) + _product(t, bt.to(dtype), owned)).to(y.dtype)
-    return torch.where(owned.any(1, keepdim=True), added, _rows(y)).view(y.shape)  # y + 0 would lose the sign of -0
+    added = (as_rows(y) + _product(t, bt.to(dtype), owned)).to(y.dtype)
+    return torch.where(owned.any(1, keepdim=True), added, as_rows(y)).view(y.shape)  # y + 0 would lose the sign of -0
 
 
 def _linear_reference(x, w, bias, a, bt, r_indptr, scaling, ids, plan, r_max, p, rng):
@@ -57,7 +58,7 @@ def _linear_reference(x, w, bias, a, bt, r_indptr, scaling, ids, plan, r_max, p,
 def _add_backward_reference(g, x, a, bt, r_indptr, scaling, ids, plan, r_max, p, rng, needs):
     dtype = torch.promote_types(g.dtype, a.dtype)
     owned, scales = _pairs(r_indptr, scaling, ids, len(a))
-    dropped, g2, scales = _philox.dropout(_rows(x), p, rng).to(dtype), _rows(g).to(dtype), scales.to(dtype)
+    dropped, g2, scales = _philox.dropout(as_rows(x), p, rng).to(dtype), as_rows(g).to(dtype), scales.to(dtype)
     dt = torch.where(owned, F.linear(g2, bt.to(dtype)) * scales, 0)  # [M, R]
     dx, da, dbt = x.new_empty(0), a.new_empty(0), bt.new_empty(0)
     if needs[0]:

@@ -21,13 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._op import Cost, Gradient, Op, Sample
+from ._tensors import as_rows, nbytes
 
 # -- references -------------------------------------------------------------------------------------------------------
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """x [..., n] as [T, n]."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _places(crow: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +61,7 @@ def _dx_reference(g, w, vals, crow, col, n):
 
 def _sddmm_reference(dy, x, crow, col):
     dtype = torch.promote_types(torch.promote_types(dy.dtype, x.dtype), torch.float32)
-    return (_tokens(dy).to(dtype).T @ _tokens(x).to(dtype))[_places(crow, col)]
+    return (as_rows(dy).to(dtype).T @ as_rows(x).to(dtype))[_places(crow, col)]
 
 
 # -- test inputs and costs --------------------------------------------------------------------------------------------
@@ -139,15 +135,11 @@ def _sddmm_samples(dtype, device):
         yield Sample(name, (g, x, crow, col))
 
 
-def _bytes(*tensors: Tensor | None) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
 def _cost(a: Tensor, b_width: int, w: Tensor | None, col: Tensor, *moved: Tensor | None) -> Cost:
     """A product of every token of `a` with the entries, and with W if there is one, into rows of b_width numbers."""
     t = math.prod(a.shape[:-1])
     held = col.numel() if w is None else w.numel()
-    return Cost(2 * t * held, _bytes(a, w, col, *moved) + t * b_width * a.element_size())
+    return Cost(2 * t * held, nbytes(a, w, col, *moved) + t * b_width * a.element_size())
 
 
 # -- the ops ----------------------------------------------------------------------------------------------------------
@@ -167,16 +159,16 @@ _sddmm = Op(
     family="sparse",
     reference=_sddmm_reference,
     samples=_sddmm_samples,
-    cost=lambda dy, x, crow, col: Cost(2 * math.prod(x.shape[:-1]) * col.numel(), _bytes(dy, x, crow, col, col)),
+    cost=lambda dy, x, crow, col: Cost(2 * math.prod(x.shape[:-1]) * col.numel(), nbytes(dy, x, crow, col, col)),
 )
 
 
 def _linear_gradient(tensors, constants, grads, needs):
     (x, w, vals, crow, col), (g,) = tensors, grads
     dx = _dx(g, w, vals, crow, col, x.shape[-1]) if needs[0] else None
-    dw = _tokens(g).T @ _tokens(x) if needs[1] else None
+    dw = as_rows(g).T @ as_rows(x) if needs[1] else None
     dvals = _sddmm(g, x, crow, col).to(vals.dtype) if needs[2] else None
-    return dx, dw, dvals, None, None, _tokens(g).sum(0).to(constants[0]) if needs[5] else None
+    return dx, dw, dvals, None, None, as_rows(g).sum(0).to(constants[0]) if needs[5] else None
 
 
 def _add_gradient(tensors, constants, grads, needs):

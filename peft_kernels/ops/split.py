@@ -20,13 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._op import Cost, Gradient, Op, Sample
+from ._tensors import as_rows, nbytes
 
 # -- references -------------------------------------------------------------------------------------------------------
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """x [..., K] as [M, K]."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _reference(x, w, bias, wt, bt, rows):
@@ -41,8 +37,8 @@ def _backward_reference(g, x, w, wt, rows, needs):
     rows = rows.long()
     gt = g.index_select(-1, rows)
     dx = g.index_fill(-1, rows, 0.0) @ w + gt @ wt.to(w.dtype) if needs[0] else g.new_empty(0)
-    dwt = (_tokens(gt).T @ _tokens(x)).to(wt.dtype) if needs[1] else wt.new_empty(0)
-    return dx, dwt, _tokens(gt).sum(0, dtype=_summed(g)) if needs[2] else g.new_empty(0, dtype=_summed(g))
+    dwt = (as_rows(gt).T @ as_rows(x)).to(wt.dtype) if needs[1] else wt.new_empty(0)
+    return dx, dwt, as_rows(gt).sum(0, dtype=_summed(g)) if needs[2] else g.new_empty(0, dtype=_summed(g))
 
 
 def _summed(g: Tensor) -> torch.dtype:
@@ -97,21 +93,17 @@ def _backward_samples(dtype, device):
             yield Sample(f"{name}_{''.join(str(int(n)) for n in needs)}", (g, x_or_none, w, wt, rows, needs))
 
 
-def _bytes(*tensors: Tensor | None) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
 def _cost(x, w, bias, wt, bt, rows):
     tokens = math.prod(x.shape[:-1])
     y = tokens * w.shape[0] * x.element_size()
-    return Cost(2 * tokens * w.numel(), _bytes(x, w, bias, wt, bt, rows) + y)
+    return Cost(2 * tokens * w.numel(), nbytes(x, w, bias, wt, bt, rows) + y)
 
 
 def _backward_cost(g, x, w, wt, rows, needs):
     tokens = math.prod(g.shape[:-1])
     dx = tokens * w.shape[1] * g.element_size()
     flops = 2 * tokens * (w.numel() * needs[0] + wt.numel() * needs[1])
-    return Cost(flops, _bytes(g, x, wt, rows) + needs[0] * (_bytes(w) + dx) + needs[1] * _bytes(wt))
+    return Cost(flops, nbytes(g, x, wt, rows) + needs[0] * (nbytes(w) + dx) + needs[1] * nbytes(wt))
 
 
 # -- the ops ----------------------------------------------------------------------------------------------------------
@@ -138,7 +130,7 @@ def _gradient(tensors, constants, grads, needs):
     dx, dwt, dbt = _backward(g, x, w, wt, rows, wanted) if any(wanted) else (None, None, None)
     dbias = None
     if needs[2]:
-        dbias = _tokens(g).sum(0, dtype=_summed(g)).to(bias)
+        dbias = as_rows(g).sum(0, dtype=_summed(g)).to(bias)
         dbias = dbias if bt is None else dbias.index_fill(0, rows.long(), 0.0)
     out = dx, None, dbias, dwt, None if dbt is None or bt is None else dbt.to(bt), None
     return tuple(grad if need else None for grad, need in zip(out, needs, strict=True))

@@ -9,6 +9,7 @@ from models import assert_same, make, perturb, snapshot
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
+from toys import signs
 
 import peft_kernels as pk
 from peft_kernels.engine.attach import tuners
@@ -22,12 +23,6 @@ SIGMOID_OF_1 = 1 / (1 + math.exp(-1))
 def gated(**fields):
     model = pk.attach(make("mlp").model, pk.DiffPruning(**fields), TARGETS)
     return model, {path: t for path, t in tuners(model, "default")}
-
-
-def data():
-    made = torch.Generator().manual_seed(1)
-    x = torch.randn(24, 12, generator=made)
-    return [(x, (x[:, 0] > 0).long())] * 10
 
 
 @pytest.mark.parametrize(("alpha", "gate"), [(0.0, 0.0), (1.0, 0.693176), (5.0, 1.0), (-3.0, 0.0)])
@@ -113,8 +108,8 @@ def test_the_second_phase_keeps_the_largest_changes_of_all(structured):
 
 def test_three_stages(tmp_path):
     model, found = gated(keep_ratio=0.1, finetune=0.4, finetune_lr=1e-2)
-    before, x = snapshot(model), data()[0][0]
-    log = pk.fit(model, data() * 2, lr=1e-2, loss_fn=cross_entropy, progress=False)
+    before, x = snapshot(model), signs(24, 1)[0][0]
+    log = pk.fit(model, signs(24, 1) * 20, lr=1e-2, loss_fn=cross_entropy, progress=False)
     assert [(r["phase"], r["step"]) for r in log if "phase" in r] == [("train", 1), ("finetune", 13)]
     assert log[-1]["loss"] < log[1]["loss"]
     assert_same(model, before)
@@ -130,7 +125,7 @@ def test_three_stages(tmp_path):
     twin = pk.load(make("mlp").model, tmp_path)
     assert torch.equal(twin(x), model(x))
     positions = {name: t.positions.clone() for name, t in found.items()}
-    pk.fit(model, data(), loss_fn=cross_entropy, progress=False)  # goes on with the mask that it has
+    pk.fit(model, signs(24, 1) * 10, loss_fn=cross_entropy, progress=False)  # goes on with the mask that it has
     for name, tuner in found.items():
         assert torch.equal(tuner.positions, positions[name])
     report = pk.merge(model)
@@ -145,7 +140,7 @@ def test_a_penalty_closes_gates():
         phases = timeline(model, ["default"], 10)
         assert [e.phase.steps for e in phases] == [10, 0]
         twin = copy.deepcopy(model)
-        for batch in data():
+        for batch in signs(24, 1) * 10:
             twin.train()
             (cross_entropy(twin(batch[0]), batch[1]) + pk.penalty(twin)).backward()
         return sum(t.alpha.grad.mean().item() for _, t in tuners(twin, "default"))
@@ -155,7 +150,7 @@ def test_a_penalty_closes_gates():
 
 def test_a_pattern():
     model, found = gated(pattern="1:4")
-    pk.fit(model, data(), loss_fn=cross_entropy, progress=False)
+    pk.fit(model, signs(24, 1) * 10, loss_fn=cross_entropy, progress=False)
     for tuner in found.values():
         chosen = torch.zeros(tuner.shape).flatten().index_fill_(0, tuner.positions.long(), 1)
         assert bool((chosen.view(-1, 4).sum(1) == 1).all())

@@ -5,6 +5,7 @@ import torch
 from models import assert_same, make, snapshot
 from torch import nn
 from torch.nn.functional import cross_entropy
+from toys import signs
 
 import peft_kernels as pk
 from peft_kernels.engine.attach import tuners
@@ -17,12 +18,6 @@ TARGETS = ("first", "second")
 def moved(**fields):
     model = pk.attach(make("mlp").model, pk.MovementPruning(**fields), TARGETS)
     return model, {path: t for path, t in tuners(model, "default")}
-
-
-def data():
-    made = torch.Generator().manual_seed(1)
-    x = torch.randn(24, 12, generator=made)
-    return [(x, (x[:, 0] > 0).long())] * 10
 
 
 def kept(found):
@@ -76,11 +71,11 @@ def test_hard_pruning_keeps_the_best_scores(scope):
 
 def test_training_ends_with_bits_and_the_kept_changes(tmp_path):
     model, found = moved(keep_ratio=0.25, scores_lr=0.1)
-    before, x = snapshot(model), data()[0][0]
+    before, x = snapshot(model), signs(24, 1)[0][0]
     assert pk.counts(model).trainable == 2 * 480
     groups = {g["lr"]: sum(p.numel() for p in g["params"]) for g in param_groups(model, lr=5e-3)}
     assert groups == {5e-3: 480, 0.1: 480}
-    log = pk.fit(model, data(), lr=5e-3, loss_fn=cross_entropy, progress=False)
+    log = pk.fit(model, signs(24, 1) * 10, lr=5e-3, loss_fn=cross_entropy, progress=False)
     assert [row["phase"] for row in log if "phase" in row] == ["train", "done"]
     assert_same(model, before)
     assert kept(found) == [60, 60]
@@ -96,20 +91,20 @@ def test_training_ends_with_bits_and_the_kept_changes(tmp_path):
 
 def test_a_mask_first_read_in_inference_serves_training():
     model, found = moved(keep_ratio=0.25)
-    x = data()[0][0]
+    x = signs(24, 1)[0][0]
 
     def evaluated(*_):
         with torch.inference_mode():
             return {"mean": model(x).mean().item()}
 
     evaluated()
-    pk.fit(model, data(), epochs=2, on_epoch=evaluated, loss_fn=cross_entropy, progress=False)
+    pk.fit(model, signs(24, 1) * 10, epochs=2, on_epoch=evaluated, loss_fn=cross_entropy, progress=False)
     assert kept(found) == [60, 60]
 
 
 def test_patterns():
     model, found = moved(pattern="2:4")
-    pk.fit(model, data(), loss_fn=cross_entropy, progress=False)
+    pk.fit(model, signs(24, 1) * 10, loss_fn=cross_entropy, progress=False)
     for tuner in found.values():
         assert bool((tuner.mask.view(-1, 4).sum(1) == 2).all())
 
@@ -117,12 +112,12 @@ def test_patterns():
 def test_frozen_weights_are_chosen_from_and_nothing_else(tmp_path):
     model, found = moved(freeze=True, keep_ratio=0.5, scores_lr=0.1)
     assert pk.counts(model).trainable == 480
-    log = pk.fit(model, data(), loss_fn=cross_entropy, progress=False)
+    log = pk.fit(model, signs(24, 1) * 10, loss_fn=cross_entropy, progress=False)
     assert kept(found) == [120, 120]
     assert [r["loss"] for r in log if "loss" in r][0] != [r["loss"] for r in log if "loss" in r][-1]
     assert (pk.counts(model).stored, pk.counts(model).bytes) == (0, 60)
     pk.save(model, tmp_path)
-    x, weight = data()[0][0], model.first.weight.clone()
+    x, weight = signs(24, 1)[0][0], model.first.weight.clone()
     assert torch.equal(pk.load(make("mlp").model, tmp_path)(x), model(x))
     pk.merge(model)
     assert torch.equal(model.first.weight, torch.where(found["first"].mask, weight, 0))
@@ -153,7 +148,7 @@ def test_soft_pruning_keeps_what_is_above_the_threshold_and_at_least_some():
 def test_the_penalty_of_soft_pruning_prunes():
     def left(penalty):
         model, found = moved(mode="soft", threshold=0.4, penalty=penalty, scores_lr=0.2)
-        pk.fit(model, data() * 4, loss_fn=cross_entropy, progress=False)
+        pk.fit(model, signs(24, 1) * 10 * 4, loss_fn=cross_entropy, progress=False)
         return sum(kept(found))
 
     assert left(100.0) < 0.5 * left(0.0)
