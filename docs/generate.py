@@ -49,6 +49,7 @@ GROUPS = {
     "Merging and combining": "merge unmerge MergeReport combine CombineReport shrink",
     "Masks": "Mask",
     "Looking": "counts Counts explain",
+    "Layers": "PHMLinear",
     "Kernels": "backend BackendError ops",
     "Recipes": "methods at",
     "Writing a method": "Method Tuner Phase Stats",

@@ -25,6 +25,8 @@ from .methods import (
     LTSFT,
     BitFit,
     ByLayer,
+    Compacter,
+    CompacterPP,
     DiffPruning,
     DoRA,
     FishMask,
@@ -43,6 +45,7 @@ from .methods import (
     Union,
     methods,
 )
+from .methods._phm import PHMLinear
 from .ops import BackendError, backend
 from .quant import Footprint, Int8Linear, NF4Linear, footprint, quantize
 from .shrink import shrink
@@ -56,6 +59,8 @@ __all__ = [
     "BitFit",
     "ByLayer",
     "CombineReport",
+    "Compacter",
+    "CompacterPP",
     "Counts",
     "DiffPruning",
     "DoRA",
@@ -74,6 +79,7 @@ __all__ = [
     "Method",
     "MovementPruning",
     "NF4Linear",
+    "PHMLinear",
     "Phase",
     "QLoRA",
     "RandomMask",

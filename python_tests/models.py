@@ -197,8 +197,8 @@ TIED_HEADS = ("gpt2", "t5", "opt", "gemma", "falcon", "bloom", "bart", "whisper"
 
 
 def mergeable(key, family):
-    """A gate depends on the input, and a tied weight is not the head's alone."""
-    return key != "gated" and not (key == "head" and family in TIED_HEADS)
+    """A gate depends on the input, an adapter is not linear in it, and a tied weight is not the head's alone."""
+    return key not in ("compacter", "compacterpp", "gated") and not (key == "head" and family in TIED_HEADS)
 
 
 def targets_of(key, family):

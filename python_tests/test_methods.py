@@ -248,8 +248,11 @@ def test_gradient_checkpointing_repeats_the_draw(key, family):
 
 # method -> field -> another value than that of `tiny`
 _LORA = {"rank": 3, "alpha": 3.0, "dropout": 0.7, "rslora": True, "rank_pattern": {"q": 1}, "alpha_pattern": {"v": 5.0}}
+_COMPACTER = {"n": 4, "reduction_factor": 4, "rank": 0, "activation": "tanh", "norms": False}
 OTHER_VALUES = {
     "bylayer": {"members": [pk.at("q", pk.LoRA(rank=2), layers=0)]},
+    "compacter": _COMPACTER,
+    "compacterpp": _COMPACTER,
     "diffpruning": {
         "keep_ratio": 0.4,
         "pattern": "1:4",

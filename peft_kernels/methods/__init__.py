@@ -2,6 +2,7 @@
 
 from ..engine.method import methods
 from .bitfit import BitFit
+from .compacter import Compacter, CompacterPP
 from .diffpruning import DiffPruning
 from .dora import DoRA
 from .far import FAR
@@ -27,6 +28,8 @@ __all__ = [
     "LTSFT",
     "BitFit",
     "ByLayer",
+    "Compacter",
+    "CompacterPP",
     "DiffPruning",
     "DoRA",
     "FishMask",
