@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..engine.method import Changes, Method, Tuner, promoted
+from ..engine.factor import nearest_kronecker
+from ..engine.method import Changes, Method, Tuner
 from ..engine.site import Base, Site
-from ._factor import nearest_kronecker
 
 INITS = ("kaiming", "nearest")
 
@@ -138,7 +138,7 @@ def _nearest(site: Site, shape: tuple[int, int]) -> Tensor:
     weight = site.weight.detach()
     if weight.is_meta:
         raise ValueError(f"{site.name} is offloaded and init='nearest' reads its weight; load the whole model")
-    a = nearest_kronecker(weight.to(promoted(weight.dtype)), shape)[0][0]
+    a = nearest_kronecker(weight, shape)[0][0]
     if not a.any():  # with B = 0 neither factor would ever get a gradient
         raise ValueError(f"{site.name} has a weight of zeros, to which no product is nearest; give init='kaiming'")
     return a
