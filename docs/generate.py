@@ -48,6 +48,7 @@ GROUPS = {
     "Quantising": "quantize NF4Linear Int8Linear footprint Footprint",
     "Merging and combining": "merge unmerge MergeReport combine CombineReport shrink",
     "Masks": "Mask",
+    "Factors": "truncated_svd nearest_kronecker",
     "Looking": "counts Counts explain",
     "Kernels": "backend BackendError ops",
     "Recipes": "methods at",

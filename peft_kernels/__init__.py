@@ -7,6 +7,7 @@ from .engine.attach import active, attach, detach, disabled, rename, set_active
 from .engine.calibrate import calibrate
 from .engine.combine import CombineReport, combine
 from .engine.counts import Counts, counts
+from .engine.factor import nearest_kronecker, truncated_svd
 from .engine.fit import fit
 from .engine.life import penalty
 from .engine.merge import MergeReport, merge, unmerge
@@ -100,6 +101,7 @@ __all__ = [
     "load",
     "merge",
     "methods",
+    "nearest_kronecker",
     "ops",
     "penalty",
     "quantize",
@@ -109,5 +111,6 @@ __all__ = [
     "set_active",
     "shared_trunk",
     "shrink",
+    "truncated_svd",
     "unmerge",
 ]
