@@ -185,8 +185,9 @@ def _write(place: Path, values: dict[str, Tensor], config: dict[str, Any]) -> No
     text = json.dumps(config, indent=1) + "\n"
     contiguous = {key: t.contiguous() for key, t in values.items()}
     with replacing(place, WEIGHTS, CONFIG) as temporary:
-        # The digest ties the two files together: one replaced without the other is noticed.
-        save_file(contiguous, temporary / WEIGHTS, metadata={"format": "pt", "config": _digest(text)})
+        # The digest ties the two files together: one replaced without the other is noticed. Other formats have none.
+        tie = {"config": _digest(text)} if config.get("format") == _FORMAT else {}
+        save_file(contiguous, temporary / WEIGHTS, metadata={"format": "pt", **tie})
         (temporary / CONFIG).write_text(text)
 
 

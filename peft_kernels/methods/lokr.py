@@ -24,7 +24,7 @@ from .. import ops
 from ..engine.method import Changes, Method, Tuner
 from ..engine.site import Base, Site
 from ._patterns import applied, refuse_idle
-from .krona import add_product, split
+from .krona import split, with_product
 
 ZEROS = ("w1", "w2")
 
@@ -130,15 +130,17 @@ class LoKrTuner(Tuner, method=LoKr):
 
     def left(self) -> Tensor:
         """w1, [out_l, in_m]."""
-        return self.w1 if self.w1 is not None else self.w1_a @ self.w1_b
+        return self.w1 if self.w1 is not None else (self.w1_a @ self.w1_b).to(self.w1_a.dtype)  # autocast makes less
 
     def right(self) -> Tensor:
         """w2, [out_k, in_n], with the kernel of a convolution [out_k, in_n * kernel]."""
         if self.w2 is not None:
             return self.w2.flatten(1)
         if self.t2 is None:
-            return self.w2_a @ self.w2_b
-        return torch.einsum("pqk,po,qi->oik", self.t2.flatten(2), self.w2_a, self.w2_b).flatten(1)
+            made = self.w2_a @ self.w2_b
+        else:
+            made = torch.einsum("pqk,po,qi->oik", self.t2.flatten(2), self.w2_a, self.w2_b).flatten(1)
+        return made.to(self.w2_a.dtype)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * torch.kron(self.left(), self.right()), bias
@@ -161,7 +163,7 @@ class LoKrTuner(Tuner, method=LoKr):
         if kept is None:
             if site.kind != "linear":
                 return super().forward(base, x)
-            return add_product(base, x, self.left(), self.right(), self.scale)
+            return with_product(base, base(x), x, self.left(), self.right(), self.scale)
         if site.kind == "linear":
             change = ops.kron_linear(x, self.left().T, self.right().T, scale=self.scale)
             return base(x) + ops.rescale(change, kept)

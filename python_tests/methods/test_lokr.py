@@ -1,5 +1,6 @@
 """LoKr against HF PEFT's layers with the same numbers and the same draws, and its files read and written."""
 
+import copy
 import json
 import math
 
@@ -25,7 +26,7 @@ def plain(kind, dtype=torch.float64):
         "linear": (lambda: nn.Linear(40, 24), (3, 5, 40)),
         "conv2d": (lambda: nn.Conv2d(8, 12, 3, padding=1, groups=2), (2, 8, 5, 5)),
         "conv2d 1x1": (lambda: nn.Conv2d(8, 12, 1), (2, 8, 5, 5)),
-        "conv1d": (lambda: nn.Conv1d(8, 12, 3, stride=2), (2, 8, 9)),
+        "conv1d": (lambda: nn.Conv1d(16, 24, 3, stride=2), (2, 16, 9)),
     }[kind]
     return nn.Sequential(layer()).to(dtype), torch.randn(shape, dtype=dtype)
 
@@ -84,9 +85,9 @@ def test_outputs_and_gradients_are_those_of_peft(kind, form):
     same(*both(kind, **FORMS[form]))
 
 
-@pytest.mark.parametrize("kind", ["conv2d", "conv2d 1x1", "conv1d"])
-def test_the_tucker_form_is_that_of_peft(kind):
-    ours, theirs, x = both(kind, rank=1, use_effective_conv2d=True)
+@pytest.mark.parametrize(("kind", "rank"), [("conv2d", 1), ("conv2d 1x1", 1), ("conv1d", 2)])
+def test_the_tucker_form_is_that_of_peft(kind, rank):
+    ours, theirs, x = both(kind, rank=rank, use_effective_conv2d=True)
     assert (tuner_of(ours).t2 is None) == (kind == "conv2d 1x1")
     same(ours, theirs, x)
 
@@ -95,15 +96,17 @@ def test_a_1d_convolution_of_low_rank_is_that_of_peft():
     same(*both("conv1d", rank=1))
 
 
-def test_gradients_in_fp32_and_bf16():
+def test_gradients_in_fp32():
     same(*both("linear", torch.float32, rank=2), torch.float32)
+
+
+def test_beside_a_16_bit_weight_the_numbers_are_fp32():
     ours, _, x = both("linear", torch.bfloat16, rank=2)
-    exact, _, wide = both("linear", torch.float64, rank=2)
-    tuner = tuner_of(ours)
-    assert all(p.dtype == torch.float32 for p in tuner.parameters())  # beside a 16-bit weight, as PEFT's
-    truth = dict(tuner_of(exact).named_parameters())
-    for a, b in zip(run(ours, x, tuner.parameters()), run(exact, x.double(), truth.values()), strict=True):
-        assert (a - b).abs().max() <= 0.03 * b.abs().max()
+    exact = copy.deepcopy(ours).double()
+    assert all(p.dtype == torch.float32 for p in tuner_of(ours).parameters())
+    found = [run(m, inputs, list(tuner_of(m).parameters())) for m, inputs in ((ours, x), (exact, x.double()))]
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 0.02 * b.abs().max()
 
 
 @pytest.mark.parametrize("fields", [{}, {"rank_dropout_scale": True}], ids=["", "scaled"])
