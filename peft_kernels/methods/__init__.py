@@ -9,8 +9,10 @@ from .fishmask import FishMask
 from .full import FullTuning, Head
 from .gated import Gated
 from .ia3 import IA3
+from .krona import KronA, KronARes
 from .layertype import LayerType
 from .lets import LeTS
+from .lokr import LoKr
 from .lora import LoRA
 from .ltsft import LTSFT
 from .magnitude import MagnitudePruning
@@ -33,8 +35,11 @@ __all__ = [
     "FullTuning",
     "Gated",
     "Head",
+    "KronA",
+    "KronARes",
     "LayerType",
     "LeTS",
+    "LoKr",
     "LoRA",
     "MagnitudePruning",
     "MovementPruning",
