@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..engine.attach import names_of
-from ..engine.factor import rearranged, truncated_svd
 from ..engine.life import all_tuners, unmerged
 from ..engine.method import Changes, Method, Tuner
 from ..engine.site import Base, Site
+from ._factor import SVDReport, bare, rearranged, truncated_svd
 from .krona import checked, shapes
 
 _ROLES = ("q", "k", "v", "o", "up", "gate", "down")
@@ -140,7 +140,7 @@ class SVDTuner(Tuner, method=SVD):
         site = base.site
         if not self.rank:
             return base(x)
-        if not _bare(base) or not site.plain or getattr(site.module, "groups", 1) > 1:
+        if not bare(base) or not site.plain or getattr(site.module, "groups", 1) > 1:
             return super().forward(base, x)  # of groups a convolution with A would mix the channels
         return self.thin(site, x)
 
@@ -202,30 +202,3 @@ class _KronTuner(SVDTuner, method=_Kron):
 
     def changes(self) -> Changes:
         return super().changes()._replace(rank=min(self.shape)) if self.rank else Changes()
-
-
-def _bare(base: Any) -> bool:
-    """Whether the frozen module is all that lies below."""
-    while hasattr(base, "base"):  # some rows of it, or beside a gate
-        base = base.base
-    return getattr(base, "tuner", None) is None
-
-
-# -- what it did -------------------------------------------------------------------------------------------------------
-
-
-class SVDReport(list):
-    """Rows dict(site, rank, most, numbers, dense, error); str() is the table."""
-
-    def __str__(self) -> str:
-        rows = [("layer", "rank", "numbers", "of", "error")]
-        for row in self:
-            rank = f"{row['rank']} <= {row['most']}" if row["rank"] else "as it is"
-            rows.append((row["site"], rank, f"{row['numbers']:,}", f"{row['dense']:,}", f"{row['error']:.4f}"))
-        numbers, dense = (sum(row[key] for row in self) for key in ("numbers", "dense"))
-        rows.append((f"{len(self)} layers", "", f"{numbers:,}", f"{dense:,}", ""))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join((name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True)))).rstrip()
-            for name, *cells in rows
-        )
