@@ -317,6 +317,7 @@ OTHER_VALUES = {
     },
     "random": {"keep_ratio": 0.4, "pattern": "1:4"},
     "structured": {"neurons": 0.25, "heads": 1.0, "score": "gradient", "scope": "global"},
+    "svd": {"rank": 3, "energy": 0.5, "form": "kron", "factor": 2},
     "toplayers": {"n": 2},
 }
 # (method, field) -> other fields with which alone it is read
@@ -328,6 +329,8 @@ BESIDE = {
     ("movement", "scores_lr"): {"mode": "soft"},
     ("movement", "threshold"): {"mode": "soft", "scores_lr": 0.5},
     ("movement", "penalty"): {"mode": "soft", "scores_lr": 0.5},
+    ("svd", "energy"): {"rank": 0},
+    ("svd", "factor"): {"form": "kron"},
 }
 # (method, field) -> (family, targets) of the sites where alone it is read
 ELSEWHERE = {("lokr", "use_effective_conv2d"): ("vit", "embed")}

@@ -20,6 +20,7 @@ from .movement import MovementPruning
 from .qlora import QLoRA
 from .random import RandomMask
 from .structured import StructuredPruning
+from .svd import SVD
 from .toplayers import TopLayers
 from .union import ByLayer, Union
 
@@ -27,6 +28,7 @@ __all__ = [
     "FAR",
     "IA3",
     "LTSFT",
+    "SVD",
     "BitFit",
     "ByLayer",
     "DiffPruning",
