@@ -7,6 +7,7 @@ from .engine.attach import active, attach, detach, disabled, rename, set_active
 from .engine.calibrate import calibrate
 from .engine.combine import CombineReport, combine
 from .engine.counts import Counts, counts
+from .engine.factor import nearest_kronecker, truncated_svd
 from .engine.fit import fit
 from .engine.life import penalty
 from .engine.merge import MergeReport, merge, unmerge
@@ -23,6 +24,7 @@ from .methods import (
     FAR,
     IA3,
     LTSFT,
+    SVD,
     BitFit,
     ByLayer,
     Compacter,
@@ -33,8 +35,11 @@ from .methods import (
     FullTuning,
     Gated,
     Head,
+    KronA,
+    KronARes,
     LayerType,
     LeTS,
+    LoKr,
     LoRA,
     MagnitudePruning,
     MovementPruning,
@@ -54,6 +59,7 @@ __all__ = [
     "FAR",
     "IA3",
     "LTSFT",
+    "SVD",
     "AdapterBank",
     "BackendError",
     "BitFit",
@@ -70,8 +76,11 @@ __all__ = [
     "Gated",
     "Head",
     "Int8Linear",
+    "KronA",
+    "KronARes",
     "LayerType",
     "LeTS",
+    "LoKr",
     "LoRA",
     "Mask",
     "MagnitudePruning",
@@ -106,6 +115,7 @@ __all__ = [
     "load",
     "merge",
     "methods",
+    "nearest_kronecker",
     "ops",
     "penalty",
     "quantize",
@@ -115,5 +125,6 @@ __all__ = [
     "set_active",
     "shared_trunk",
     "shrink",
+    "truncated_svd",
     "unmerge",
 ]
