@@ -1,7 +1,10 @@
 """The ops: fused, differentiable, each with a plain torch reference. `explain()` tells which backend serves a call."""
 
 from ._op import BackendError, all_ops, backend
+from .fastfood import fastfood
+from .fastfood_state import fastfood_norm, fastfood_state
 from .fisher import fisher_accum_, fisher_linear_
+from .hadamard import fwht
 from .hard_concrete import hard_concrete
 from .lora import lora_add, lora_add_, lora_linear
 from .lora_apply import lora_apply_
@@ -25,8 +28,12 @@ __all__ = [
     "dequantize_nf4",
     "dynamic_map",
     "far_linear",
+    "fastfood",
+    "fastfood_norm",
+    "fastfood_state",
     "fisher_accum_",
     "fisher_linear_",
+    "fwht",
     "hard_concrete",
     "lora_add",
     "lora_add_",
