@@ -17,6 +17,7 @@ from .magnitude import MagnitudePruning
 from .movement import MovementPruning
 from .qlora import QLoRA
 from .random import RandomMask
+from .said import SAID
 from .structured import StructuredPruning
 from .toplayers import TopLayers
 from .union import ByLayer, Union
@@ -25,6 +26,7 @@ __all__ = [
     "FAR",
     "IA3",
     "LTSFT",
+    "SAID",
     "BitFit",
     "ByLayer",
     "DiffPruning",
