@@ -7,6 +7,7 @@ from .engine.attach import active, attach, detach, disabled, rename, set_active
 from .engine.calibrate import calibrate
 from .engine.combine import CombineReport, combine
 from .engine.counts import Counts, counts
+from .engine.factor import nearest_kronecker, truncated_svd
 from .engine.fit import fit
 from .engine.life import penalty
 from .engine.merge import MergeReport, merge, unmerge
@@ -24,6 +25,7 @@ from .methods import (
     IA3,
     LTSFT,
     SAID,
+    SVD,
     BitFit,
     ByLayer,
     DiffPruning,
@@ -32,8 +34,11 @@ from .methods import (
     FullTuning,
     Gated,
     Head,
+    KronA,
+    KronARes,
     LayerType,
     LeTS,
+    LoKr,
     LoRA,
     MagnitudePruning,
     MovementPruning,
@@ -53,6 +58,7 @@ __all__ = [
     "IA3",
     "LTSFT",
     "SAID",
+    "SVD",
     "AdapterBank",
     "BackendError",
     "BitFit",
@@ -67,8 +73,11 @@ __all__ = [
     "Gated",
     "Head",
     "Int8Linear",
+    "KronA",
+    "KronARes",
     "LayerType",
     "LeTS",
+    "LoKr",
     "LoRA",
     "Mask",
     "MagnitudePruning",
@@ -102,6 +111,7 @@ __all__ = [
     "load",
     "merge",
     "methods",
+    "nearest_kronecker",
     "ops",
     "penalty",
     "quantize",
@@ -111,5 +121,6 @@ __all__ = [
     "set_active",
     "shared_trunk",
     "shrink",
+    "truncated_svd",
     "unmerge",
 ]

@@ -9,8 +9,10 @@ from .fishmask import FishMask
 from .full import FullTuning, Head
 from .gated import Gated
 from .ia3 import IA3
+from .krona import KronA, KronARes
 from .layertype import LayerType
 from .lets import LeTS
+from .lokr import LoKr
 from .lora import LoRA
 from .ltsft import LTSFT
 from .magnitude import MagnitudePruning
@@ -19,6 +21,7 @@ from .qlora import QLoRA
 from .random import RandomMask
 from .said import SAID
 from .structured import StructuredPruning
+from .svd import SVD
 from .toplayers import TopLayers
 from .union import ByLayer, Union
 
@@ -27,6 +30,7 @@ __all__ = [
     "IA3",
     "LTSFT",
     "SAID",
+    "SVD",
     "BitFit",
     "ByLayer",
     "DiffPruning",
@@ -35,8 +39,11 @@ __all__ = [
     "FullTuning",
     "Gated",
     "Head",
+    "KronA",
+    "KronARes",
     "LayerType",
     "LeTS",
+    "LoKr",
     "LoRA",
     "MagnitudePruning",
     "MovementPruning",
