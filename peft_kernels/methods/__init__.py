@@ -20,6 +20,7 @@ from .magnitude import MagnitudePruning
 from .movement import MovementPruning
 from .qlora import QLoRA
 from .random import RandomMask
+from .said import SAID
 from .structured import StructuredPruning
 from .svd import SVD
 from .toplayers import TopLayers
@@ -29,6 +30,7 @@ __all__ = [
     "FAR",
     "IA3",
     "LTSFT",
+    "SAID",
     "SVD",
     "BitFit",
     "ByLayer",
