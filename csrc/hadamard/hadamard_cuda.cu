@@ -352,9 +352,10 @@ struct Binned {
     for (int warp = 0; warp < threads / 32; ++warp) most = fmaxf(most, float_of(coarse[warp]));
     block_sync();
 
-    // 2^exponent > most; below 2^-90 all is lost
-    const int found = static_cast<int>(bits_of(most) >> 23) - 126, exponent = found < -90 ? -90 : found;
-    const float scale = power_of_two(bits - exponent), back = power_of_two(exponent - bits - finer);
+    // 2^exponent > most; of the smallest, what is below 2^-144 is lost
+    constexpr int least = bits - 126;
+    const int found = static_cast<int>(bits_of(most) >> 23) - 126, exponent = found < least ? least : found;
+    const float scale = power_of_two(bits - exponent), back = power_of_two(exponent - bits);
 #pragma unroll 1
     for (int begin = 0; begin < state.k; begin += room) {
       for (int i = thread; i < 2 * room; i += threads) coarse[i] = 0;
@@ -383,7 +384,7 @@ struct Binned {
         const int64_t sum =
             static_cast<int64_t>(static_cast<int32_t>(coarse[i])) * (1 << finer) + static_cast<int32_t>(fine[i]);
         parts[static_cast<int64_t>(blockIdx.x) * state.k + begin + i] =
-            most < INFINITY ? static_cast<float>(sum) * back : NAN;
+            most < INFINITY ? static_cast<float>(sum) * power_of_two(-finer) * back : NAN;
       }
       block_sync();
     }
