@@ -6,6 +6,8 @@ from .fastfood_state import fastfood_norm, fastfood_state
 from .fisher import fisher_accum_, fisher_linear_
 from .hadamard import fwht
 from .hard_concrete import hard_concrete
+from .kron import kron_linear, kron_linear_
+from .kron_weight import kron_add_, kron_sum_weight
 from .lora import lora_add, lora_add_, lora_linear
 from .lora_apply import lora_apply_
 from .lora_slices import lora_linear_slices
@@ -35,6 +37,10 @@ __all__ = [
     "fisher_linear_",
     "fwht",
     "hard_concrete",
+    "kron_add_",
+    "kron_linear",
+    "kron_linear_",
+    "kron_sum_weight",
     "lora_add",
     "lora_add_",
     "lora_apply_",
