@@ -197,15 +197,19 @@ METHODS = pk.methods()
 TIED_HEADS = ("gpt2", "t5", "opt", "gemma", "falcon", "bloom", "bart", "whisper")  # to the embedding
 
 
+# A gate depends on the input, and a nonlinearity (Compacter's own, or beside KronARes) leaves no weight.
+UNMERGEABLE = {"compacter", "compacterpp", "gated", "krona_res"}
+
+
 def mergeable(key, family):
-    """A gate depends on the input, and a tied weight is not the head's alone."""
-    return key != "gated" and not (key == "head" and family in TIED_HEADS)
+    """Not where a weight is tied and not the head's alone, either."""
+    return key not in UNMERGEABLE and not (key == "head" and family in TIED_HEADS)
 
 
 def targets_of(key, family):
     if family != "mlp" or key == "full":
         return None
-    own = {"head": ("out",), "bitfit": ("first", "ln"), "layertype": ("first", "ln")}
+    own = {"head": ("out",), "bitfit": ("first", "ln"), "layertype": ("first", "ln"), "krona_res": ("first>second",)}
     return own.get(key, ("first", "second"))
 
 

@@ -57,15 +57,22 @@ def nearest_kronecker(w: Tensor, shape: tuple[int, int], terms: int = 1) -> tupl
     Returns a [terms, a1, a2] and b [terms, out / a1, in / a2], and the relative error (Frobenius); dtypes and accuracy
     are those of truncated_svd. ValueError for other shapes.
     """
+    (a1, a2), matrix = shape, rearranged(w, shape)
+    if not 1 <= terms <= min(matrix.shape):
+        raise ValueError(
+            f"terms = {terms} for factors {a1} x {a2} of a weight {list(w.shape)}; expected 1..{min(matrix.shape)}"
+        )
+    right, left, error = truncated_svd(matrix, terms)
+    return left.T.reshape(terms, a1, a2), right.view(terms, w.shape[0] // a1, w.shape[1] // a2), error
+
+
+def rearranged(w: Tensor, shape: tuple[int, int]) -> Tensor:
+    """w [out, in] as [a1 a2, b1 b2], of which a kron b, with a [a1, a2], is vec(a) vec(b)^T; ValueError as above."""
     (a1, a2), sizes = shape, list(w.shape)
     if w.dim() != 2 or a1 < 1 or a2 < 1 or sizes[0] % a1 or sizes[1] % a2:
         raise ValueError(f"shape = {(a1, a2)} for a weight {sizes}; expected divisors of its two sides")
     b1, b2 = sizes[0] // a1, sizes[1] // a2
-    limit = min(a1 * a2, b1 * b2)
-    if not 1 <= terms <= limit:
-        raise ValueError(f"terms = {terms} for factors {a1} x {a2} and {b1} x {b2}; expected 1..{limit}")
-    right, left, error = truncated_svd(w.reshape(a1, b1, a2, b2).transpose(1, 2).reshape(a1 * a2, b1 * b2), terms)
-    return left.T.reshape(terms, a1, a2).contiguous(), right.view(terms, b1, b2), error
+    return w.reshape(a1, b1, a2, b2).transpose(1, 2).reshape(a1 * a2, b1 * b2)
 
 
 def _directions(d: Tensor, rank: int) -> tuple[Tensor, Tensor]:
