@@ -24,9 +24,12 @@ from .methods import (
     FAR,
     IA3,
     LTSFT,
+    SAID,
     SVD,
     BitFit,
     ByLayer,
+    Compacter,
+    CompacterPP,
     DiffPruning,
     DoRA,
     FishMask,
@@ -48,6 +51,7 @@ from .methods import (
     Union,
     methods,
 )
+from .methods._phm import PHMLinear
 from .ops import BackendError, backend
 from .quant import Footprint, Int8Linear, NF4Linear, footprint, quantize
 from .shrink import shrink
@@ -56,12 +60,15 @@ __all__ = [
     "FAR",
     "IA3",
     "LTSFT",
+    "SAID",
     "SVD",
     "AdapterBank",
     "BackendError",
     "BitFit",
     "ByLayer",
     "CombineReport",
+    "Compacter",
+    "CompacterPP",
     "Counts",
     "DiffPruning",
     "DoRA",
@@ -83,6 +90,7 @@ __all__ = [
     "Method",
     "MovementPruning",
     "NF4Linear",
+    "PHMLinear",
     "Phase",
     "QLoRA",
     "RandomMask",

@@ -2,6 +2,7 @@
 
 from ..engine.method import methods
 from .bitfit import BitFit
+from .compacter import Compacter, CompacterPP
 from .diffpruning import DiffPruning
 from .dora import DoRA
 from .far import FAR
@@ -19,6 +20,7 @@ from .magnitude import MagnitudePruning
 from .movement import MovementPruning
 from .qlora import QLoRA
 from .random import RandomMask
+from .said import SAID
 from .structured import StructuredPruning
 from .svd import SVD
 from .toplayers import TopLayers
@@ -28,9 +30,12 @@ __all__ = [
     "FAR",
     "IA3",
     "LTSFT",
+    "SAID",
     "SVD",
     "BitFit",
     "ByLayer",
+    "Compacter",
+    "CompacterPP",
     "DiffPruning",
     "DoRA",
     "FishMask",

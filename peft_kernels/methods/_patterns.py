@@ -11,7 +11,7 @@ from ..engine.site import Site
 
 def applied(pattern: Mapping[str, Any], site: Site, default: Any) -> Any:
     """The value of the last pattern that matches the site."""
-    return next((v for k, v in reversed(pattern.items()) if site.matches((k,))), default)
+    return next((v for k, v in reversed(list(pattern.items())) if site.matches((k,))), default)
 
 
 def refuse_idle(method: Method, sites: list[Site], *patterns: Mapping[str, Any]) -> None:

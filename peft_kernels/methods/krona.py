@@ -15,14 +15,15 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..engine.method import Changes, Method, Tuner, promoted
+from ..engine.factor import nearest_kronecker
+from ..engine.method import Changes, Method, Tuner
 from ..engine.site import Base, Site
-from ._factor import nearest_kronecker
 
 INITS = ("kaiming", "nearest")
 
@@ -101,11 +102,11 @@ def shapes(method: Method, site: Site, factor: int) -> tuple[tuple[int, int], tu
     return min(ways, key=lambda way: (sum(map(math.prod, way)), -math.prod(map(min, way)), way[0]))
 
 
-def add_product(base: Base, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """base(x) + scale * (a kron b) x, of a weight a kron b [out, in].  x [..., in]"""
+def with_product(base: Base, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y, which base returned, + scale * (a kron b) x, of a weight a kron b [out, in].  x [..., in]"""
     if base.fresh:
-        return ops.kron_linear_(base(x), x, a.T, b.T, scale=scale)
-    return ops.kron_linear(x, a.T, b.T, acc=base(x), scale=scale)
+        return ops.kron_linear_(y, x, a.T, b.T, scale=scale)
+    return ops.kron_linear(x, a.T, b.T, acc=y, scale=scale)
 
 
 class KronATuner(Tuner, method=KronA):
@@ -127,7 +128,7 @@ class KronATuner(Tuner, method=KronA):
     def forward(self, base: Base, x: Tensor) -> Tensor:
         if base.site.kind != "linear":
             return super().forward(base, x)
-        return add_product(base, x, self.a, self.b, self.scale)
+        return with_product(base, base(x), x, self.a, self.b, self.scale)
 
     def changes(self) -> Changes:
         return Changes(weight=self.a.numel() * self.b.numel(), rank=min(self.a.shape) * min(self.b.shape))
@@ -138,7 +139,7 @@ def _nearest(site: Site, shape: tuple[int, int]) -> Tensor:
     weight = site.weight.detach()
     if weight.is_meta:
         raise ValueError(f"{site.name} is offloaded and init='nearest' reads its weight; load the whole model")
-    a = nearest_kronecker(weight.to(promoted(weight.dtype)), shape)[0][0]
+    a = nearest_kronecker(weight, shape)[0][0]
     if not a.any():  # with B = 0 neither factor would ever get a gradient
         raise ValueError(f"{site.name} has a weight of zeros, to which no product is nearest; give init='kaiming'")
     return a
@@ -155,8 +156,8 @@ class KronAResTuner(Tuner, method=KronARes):
         self.b = site.param(*right)  # [b1, b2]
         self.residual = site.param(1) if cfg.residual else None
 
-    def forward(self, base: Base, x: Tensor) -> Tensor:
-        y = add_product(base, x, self.a, self.b, self.scale)
+    def forward(self, base: Base, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = with_product(base, base(x, *args, **kwargs), x, self.a, self.b, self.scale)
         if self.residual is None:
             return y
         return y + ops.rescale(x, self.residual.expand(x.shape[-1])).to(y.dtype)

@@ -2,9 +2,9 @@
 
     y = W x + bias + (alpha / r) (w1 kron w2) x        w1 [out_l, in_m], w2 [out_k, in_n]
 
-out = out_l out_k and in = in_m in_n are divisors as near the square root as decompose_factor lets them be. Where r is less
-than half the larger side of w2 it is w2_a w2_b with r between them, with decompose_both w1 as well. A convolution has the
-channels of its group for `in` and its kernel in w2, of which use_effective_conv2d makes
+out = out_l out_k and in = in_m in_n are divisors as near the square root as decompose_factor lets them be. Where r is
+less than half the larger side of w2 it is w2_a w2_b with r between them, with decompose_both w1 as well. A convolution
+has the channels of its group for `in` and its kernel in w2, of which use_effective_conv2d makes
 
     w2[o, i, k] = sum over p, q of  t2[p, q, k] w2_a[p, o] w2_b[q, i]        Hyeon-Woo et al. 2022, arXiv:2108.06098
 
@@ -18,13 +18,13 @@ import math
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..engine.method import Changes, Method, Tuner
 from ..engine.site import Base, Site
 from ._patterns import applied, refuse_idle
-from .krona import add_product, split
+from .krona import split, with_product
 
 ZEROS = ("w1", "w2")
 
@@ -91,6 +91,13 @@ def _kaiming(t: Tensor, generator: torch.Generator) -> Tensor:
 
 class LoKrTuner(Tuner, method=LoKr):
     fresh = True
+    w1: nn.Parameter | None
+    w1_a: nn.Parameter
+    w1_b: nn.Parameter
+    w2: nn.Parameter | None
+    w2_a: nn.Parameter
+    w2_b: nn.Parameter
+    t2: nn.Parameter | None
 
     def __init__(self, cfg: LoKr, site: Site):
         super().__init__(cfg, site)
@@ -123,15 +130,17 @@ class LoKrTuner(Tuner, method=LoKr):
 
     def left(self) -> Tensor:
         """w1, [out_l, in_m]."""
-        return self.w1 if self.w1 is not None else self.w1_a @ self.w1_b
+        return self.w1 if self.w1 is not None else (self.w1_a @ self.w1_b).to(self.w1_a.dtype)  # autocast makes less
 
     def right(self) -> Tensor:
         """w2, [out_k, in_n], with the kernel of a convolution [out_k, in_n * kernel]."""
         if self.w2 is not None:
             return self.w2.flatten(1)
         if self.t2 is None:
-            return self.w2_a @ self.w2_b
-        return torch.einsum("pqk,po,qi->oik", self.t2.flatten(2), self.w2_a, self.w2_b).flatten(1)
+            made = self.w2_a @ self.w2_b
+        else:
+            made = torch.einsum("pqk,po,qi->oik", self.t2.flatten(2), self.w2_a, self.w2_b).flatten(1)
+        return made.to(self.w2_a.dtype)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * torch.kron(self.left(), self.right()), bias
@@ -151,13 +160,13 @@ class LoKrTuner(Tuner, method=LoKr):
     def forward(self, base: Base, x: Tensor) -> Tensor:
         site = base.site
         kept = self.draw(site.n_out, x.device)
-        if site.kind == "linear" and kept is None:
-            return add_product(base, x, self.left(), self.right(), self.scale)
+        if kept is None:
+            if site.kind != "linear":
+                return super().forward(base, x)
+            return with_product(base, base(x), x, self.left(), self.right(), self.scale)
         if site.kind == "linear":
             change = ops.kron_linear(x, self.left().T, self.right().T, scale=self.scale)
             return base(x) + ops.rescale(change, kept)
-        if kept is None:
-            return super().forward(base, x)
         change = site.apply(self.scale * torch.kron(self.left(), self.right()), None, x)
         return base(x) + change * kept.view(-1, *[1] * (change.dim() - 1 - site.channels(change))).to(change.dtype)
 
