@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import torch
 
+from . import _cuda
+
 VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
 
-ON_CUDA: frozenset[str] = frozenset()
+ON_CUDA = _cuda.OPS
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_ops = torch.ops._peft_kernels
+
+
+def _of_cuda(t):
+    """Whether the launchers are CUDA's: on a GPU, or in their emulation."""
+    return t.is_cuda or _ops is not torch.ops._peft_kernels
 
 
 def unavailable(device: str) -> str:
@@ -19,6 +27,18 @@ def why_not(*args) -> str:
     return next(
         (f"no kernel for {a.dtype}" for a in args if isinstance(a, torch.Tensor) and a.dtype not in _DTYPES), ""
     )
+
+
+def why_not_kron_linear(x, a, b, *rest) -> str:
+    return why_not(x, a, b, *rest) or (_cuda.why_not_linear(x, a, b) if _of_cuda(x) else "")
+
+
+def why_not_kron_linear_add(acc, *args) -> str:
+    return why_not(acc) or why_not_kron_linear(*args)
+
+
+def why_not_kron_linear_backward(g, x, a, b, *rest) -> str:
+    return why_not(g, x, a, b) or (_cuda.why_not_backward(x, a, b) if _of_cuda(x) else "")
 
 
 def _b_first(p, q, r, s):
@@ -36,6 +56,10 @@ def kron_linear(x, a, b, bias, scale):
 
 
 def kron_linear_add(acc, x, a, b, bias, scale):
+    if _of_cuda(x) and x.numel() and a.numel() and b.numel():
+        like = x if acc is None else acc
+        y = like.new_empty(*x.shape[:-1], a.shape[1] * b.shape[1])
+        return _cuda.linear(_ops, y, acc, x, a, b, bias, scale)
     (p, q), (r, s) = a.shape, b.shape
     x3 = x.reshape(x.shape[:-1].numel(), p, r).to(a.dtype)
     at = (a * scale).T
@@ -47,6 +71,8 @@ def kron_linear_add(acc, x, a, b, bias, scale):
 
 def kron_linear_backward(g, x, a, b, scale, needs):
     (p, q), (r, s) = a.shape, b.shape
+    if _of_cuda(x) and x.numel() and a.numel() and b.numel():
+        return _cuda.backward(_ops, g, x, a, b, scale, needs)
     m = x.shape[:-1].numel()
     x3, g3 = x.reshape(m, p, r).to(a.dtype), g.reshape(m, q, s).to(a.dtype)
     scaled = a * scale
