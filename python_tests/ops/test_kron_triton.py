@@ -29,9 +29,9 @@ def _good(op, *args):
 @pytest.mark.parametrize(
     ("shape", "dtype", "low"),
     [
-        pytest.param((2, 70, 9, 35, 40), bf16, f32, id="b_first"),
-        pytest.param((2, 35, 40, 70, 9), f16, f16, id="a_first"),
-        pytest.param((2, 33, 70, 34, 33), f32, f32, id="fp32"),
+        pytest.param((1, 70, 9, 35, 40), bf16, f32, id="b_first"),
+        pytest.param((1, 35, 40, 70, 9), f16, f16, id="a_first"),
+        pytest.param((1, 33, 20, 34, 35), f32, f32, id="fp32"),
         pytest.param((3, 20, 130, 67, 66), bf16, bf16, id="wide", marks=pytest.mark.slow),
     ],
 )
