@@ -32,17 +32,12 @@ def why_not_backward(x, a, b) -> str:
     return ""
 
 
-def _rows(x, n):
-    return x.contiguous().view(-1, n)
-
-
 def linear(ops, y, acc, x, a, b, bias, scale):
-    """y = acc + scale * x (a kron b) + bias; y contiguous, acc may be y or None. Nothing is empty."""
+    """y = acc + scale * x (a kron b) + bias, acc may be y or None, bias fp32. All but factors contiguous, none empty."""
     p, q, r, s = *a.shape, *b.shape
     if _by_tensor_cores(x, a, y):
-        acc = None if acc is None else _rows(acc, q * s)
-        bias = None if bias is None else bias.float().contiguous()
-        ops.kron_linear_cuda_.default(y.view(-1, q * s), _rows(x, p * r), a, b, acc, bias, scale)
+        acc = None if acc is None else acc.view(-1, q * s)
+        ops.kron_linear_cuda_.default(y.view(-1, q * s), x.view(-1, p * r), a, b, acc, bias, scale)
         return y
     x, a = _matrices(x, p, r, a.dtype), (a * scale).T
     product = a @ _times(x, b) if p * s * (r + q) <= q * r * (p + s) else _times(a @ x, b)
@@ -52,16 +47,16 @@ def linear(ops, y, acc, x, a, b, bias, scale):
 
 
 def backward(ops, g, x, a, b, scale, needs):
-    """(dx, da, db), empty where not needed. Nothing is empty."""
+    """(dx, da, db), empty where not needed. g and x are contiguous, nothing is empty."""
     p, q, r, s = *a.shape, *b.shape
     dx, da, db = x.new_empty(0), a.new_empty(0), b.new_empty(0)
     if _by_tensor_cores(x, a, g):
-        g2 = _rows(g, q * s)
+        g2, x2 = g.view(-1, q * s), x.view(-1, p * r)
         if needs[0]:
-            dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+            dx = torch.empty_like(x)
             ops.kron_linear_cuda_.default(dx.view(-1, p * r), g2, a.T, b.T, None, None, scale)
         if needs[1] or needs[2]:
-            da, db = ops.kron_factors_cuda.default(g2, _rows(x, p * r), a, b, scale, needs[1], needs[2])
+            da, db = ops.kron_factors_cuda.default(g2, x2, a, b, scale, needs[1], needs[2])
         return dx, da, db
     x3, g3, scaled = _matrices(x, p, r, a.dtype), _matrices(g, q, s, a.dtype), a * scale
     v = scaled @ g3

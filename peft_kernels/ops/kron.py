@@ -2,7 +2,7 @@
 
     y = acc + scale * x (A kron B) + bias       x [..., p r]   A [p, q]   B [r, s]   y, acc [..., q s]   bias [q s]
 
-(A kron B)[i r + k, j s + l] = A[i, j] B[k, l]. With row m of x as a matrix X [p, r], and y and g = dL/dy as Y, G [q, s]:
+(A kron B)[i r + k, j s + l] = A[i, j] B[k, l]. With row m of x as X [p, r], those of y and g = dL/dy as Y, G [q, s]:
 
     Y = scale A^T X B       dX = scale A G B^T       dA = scale sum over m of X B G^T       dB = scale sum of X^T A G
 
