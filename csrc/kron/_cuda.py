@@ -33,8 +33,8 @@ def why_not_backward(x, a, b) -> str:
 
 
 def linear(ops, y, acc, x, a, b, bias, scale):
-    """y = acc + scale * x (a kron b) + bias, acc may be y or None, bias fp32. All but factors contiguous, none empty."""
-    p, q, r, s = *a.shape, *b.shape
+    """y = acc + scale * x (a kron b) + bias. acc may be y, or None; bias is fp32; y, acc and x are contiguous."""
+    (p, q), (r, s) = a.shape, b.shape
     if _by_tensor_cores(x, a, y):
         acc = None if acc is None else acc.view(-1, q * s)
         ops.kron_linear_cuda_.default(y.view(-1, q * s), x.view(-1, p * r), a, b, acc, bias, scale)
@@ -48,7 +48,7 @@ def linear(ops, y, acc, x, a, b, bias, scale):
 
 def backward(ops, g, x, a, b, scale, needs):
     """(dx, da, db), empty where not needed. g and x are contiguous, nothing is empty."""
-    p, q, r, s = *a.shape, *b.shape
+    (p, q), (r, s) = a.shape, b.shape
     dx, da, db = x.new_empty(0), a.new_empty(0), b.new_empty(0)
     if _by_tensor_cores(x, a, g):
         g2, x2 = g.view(-1, q * s), x.view(-1, p * r)
