@@ -107,7 +107,7 @@ _SHAPES = {
 }
 
 
-def _layouts(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tuple]]:
+def _layouts(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tuple, Tensor]]:
     """(id, (acc, x, a, b, bias, scale), g) over shapes, strides and mixed dtypes."""
     for name, (lead, p, q, r, s) in _SHAPES.items():
         low = torch.promote_types(dtype, torch.float32) if name == "mixed" else dtype

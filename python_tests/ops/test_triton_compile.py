@@ -119,6 +119,23 @@ def _sparse(dtype, low, t, n, m, nnz):
         sparse_triton.hard_concrete_backward(w, alpha, alpha, group, noise, (True, True, True))
 
 
+def _kron(dtype, low, m, p, q, r, s):
+    """Products with a Kronecker product, their gradients, sums of four, and one in place."""
+    import torch
+
+    from peft_kernels.kernels.kron import kron_triton
+
+    x, y, a, b = (torch.empty(shape, dtype=dtype) for shape in ((m, p * r), (m, q * s), (p, q), (r, s)))
+    a, b, bias = a.to(low), b.to(low).T.contiguous().T, torch.empty(q * s, dtype=low)
+    kron_triton.kron_linear(x, a, b, None, 2.0)
+    kron_triton.kron_linear_add_(y, x, a, b, bias, 2.0)
+    kron_triton.kron_linear_backward(y, x, a, b, 2.0, (True, True, True))
+    terms = a.expand(4, p, q), b.expand(4, r, s)
+    w = kron_triton.kron_sum_weight(*terms, 2.0)
+    kron_triton.kron_sum_weight_backward(w, *terms, 2.0, (True, True))
+    kron_triton.kron_add_(torch.empty(q * s, p * r, dtype=dtype), a.T, b.T, 1.0)
+
+
 # id: x's dtype, the adapter's dtype, M, K, N, r
 LORA = {
     "fp32": ("float32", "float32", 512, 1024, 1024, 16),
@@ -138,14 +155,25 @@ SPARSE = {
     "fp32_odd_decode": ("float32", "float32", 1, 101, 51, 500),
     "fp16": ("float16", "float16", 100, 528, 272, 2000),
 }
+# x's dtype, that of the factors, rows, p, q, r, s
+KRON = {
+    "bf16": ("bfloat16", "bfloat16", 512, 64, 64, 64, 64),
+    "fp32": ("float32", "float32", 512, 64, 64, 64, 64),
+    "mixed": ("bfloat16", "float32", 512, 64, 64, 64, 64),
+    "small_fp16": ("float16", "float16", 1000, 16, 24, 16, 32),
+    "large": ("bfloat16", "float32", 512, 128, 96, 128, 128),
+    "odd_decode": ("bfloat16", "float32", 1, 5, 7, 9, 3),
+}
 LORA_KERNELS = {"lora_shrink_kernel", "lora_expand_kernel", "lora_wgrad_kernel"}
 SPARSE_PRODUCTS = {"sparse_sddmm_kernel", "sparse_fisher_linear_kernel"}
 SPARSE_EXACT = {"sparse_patch_kernel", "sparse_scatter_kernel", "sparse_swap_kernel"}
 NF4_PRODUCT, NF4_EXACT = {"nf4_product_kernel"}, {"nf4_quantize_kernel", "nf4_dequantize_kernel"}
+KRON_KERNELS = {"kron_linear_kernel", "kron_sum_grad_kernel"}
 # what launches, on which cases; kernels of products, those with a loop long enough to pipeline, those with exact bits
 FAMILIES = {
     "lora": ((_lora, _lora_by_plan), LORA, LORA_KERNELS, LORA_KERNELS - {"lora_expand_kernel"}, set()),
     "nf4": ((_nf4,), NF4, NF4_PRODUCT, NF4_PRODUCT, NF4_EXACT),
+    "kron": ((_kron,), KRON, KRON_KERNELS, set(), set()),
     "sparse": ((_sparse,), SPARSE, SPARSE_PRODUCTS, SPARSE_PRODUCTS, SPARSE_EXACT),
 }
 
@@ -191,9 +219,12 @@ def compile_cases(capability: int, family: str, *names: str) -> None:
         pytest.param("lora", 80, ("mixed_fp16", "odd_decode"), id="lora-80-quick"),
         pytest.param("nf4", 80, tuple(NF4), id="nf4-80"),
         pytest.param("sparse", 80, ("bf16", "fp32_odd_decode"), id="sparse-80-quick"),
+        pytest.param("kron", 80, ("bf16", "odd_decode"), id="kron-80-quick"),
         pytest.param("lora", 80, tuple(LORA), id="lora-80", marks=pytest.mark.slow),
         pytest.param("lora", 90, tuple(LORA), id="lora-90", marks=pytest.mark.slow),
         pytest.param("nf4", 90, tuple(NF4), id="nf4-90", marks=pytest.mark.slow),
+        pytest.param("kron", 80, tuple(KRON), id="kron-80", marks=pytest.mark.slow),
+        pytest.param("kron", 90, tuple(KRON), id="kron-90", marks=pytest.mark.slow),
         pytest.param("sparse", 80, tuple(SPARSE), id="sparse-80", marks=pytest.mark.slow),
         pytest.param("sparse", 90, tuple(SPARSE), id="sparse-90", marks=pytest.mark.slow),
     ],
