@@ -7,6 +7,7 @@ from .engine.attach import active, attach, detach, disabled, rename, set_active
 from .engine.calibrate import calibrate
 from .engine.combine import CombineReport, combine
 from .engine.counts import Counts, counts
+from .engine.factor import nearest_kronecker, truncated_svd
 from .engine.fit import fit
 from .engine.life import penalty
 from .engine.merge import MergeReport, merge, unmerge
@@ -23,16 +24,23 @@ from .methods import (
     FAR,
     IA3,
     LTSFT,
+    SAID,
+    SVD,
     BitFit,
     ByLayer,
+    Compacter,
+    CompacterPP,
     DiffPruning,
     DoRA,
     FishMask,
     FullTuning,
     Gated,
     Head,
+    KronA,
+    KronARes,
     LayerType,
     LeTS,
+    LoKr,
     LoRA,
     MagnitudePruning,
     MovementPruning,
@@ -43,6 +51,7 @@ from .methods import (
     Union,
     methods,
 )
+from .methods._phm import PHMLinear
 from .ops import BackendError, backend
 from .quant import Footprint, Int8Linear, NF4Linear, footprint, quantize
 from .shrink import shrink
@@ -51,11 +60,15 @@ __all__ = [
     "FAR",
     "IA3",
     "LTSFT",
+    "SAID",
+    "SVD",
     "AdapterBank",
     "BackendError",
     "BitFit",
     "ByLayer",
     "CombineReport",
+    "Compacter",
+    "CompacterPP",
     "Counts",
     "DiffPruning",
     "DoRA",
@@ -65,8 +78,11 @@ __all__ = [
     "Gated",
     "Head",
     "Int8Linear",
+    "KronA",
+    "KronARes",
     "LayerType",
     "LeTS",
+    "LoKr",
     "LoRA",
     "Mask",
     "MagnitudePruning",
@@ -74,6 +90,7 @@ __all__ = [
     "Method",
     "MovementPruning",
     "NF4Linear",
+    "PHMLinear",
     "Phase",
     "QLoRA",
     "RandomMask",
@@ -100,6 +117,7 @@ __all__ = [
     "load",
     "merge",
     "methods",
+    "nearest_kronecker",
     "ops",
     "penalty",
     "quantize",
@@ -109,5 +127,6 @@ __all__ = [
     "set_active",
     "shared_trunk",
     "shrink",
+    "truncated_svd",
     "unmerge",
 ]

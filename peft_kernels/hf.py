@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .engine.store import read_config
+from .methods._peft import load as load
+from .methods._peft import save as save
 from .quant import KINDS, NF4Linear, footprint, quantize
 from .shards import shards, tensors
 

@@ -248,8 +248,11 @@ def test_gradient_checkpointing_repeats_the_draw(key, family):
 
 # method -> field -> another value than that of `tiny`
 _LORA = {"rank": 3, "alpha": 3.0, "dropout": 0.7, "rslora": True, "rank_pattern": {"q": 1}, "alpha_pattern": {"v": 5.0}}
+_COMPACTER = {"n": 4, "reduction_factor": 4, "rank": 0, "activation": "tanh", "norms": False}
 OTHER_VALUES = {
     "bylayer": {"members": [pk.at("q", pk.LoRA(rank=2), layers=0)]},
+    "compacter": _COMPACTER,
+    "compacterpp": _COMPACTER,
     "diffpruning": {
         "keep_ratio": 0.4,
         "pattern": "1:4",
@@ -267,8 +270,23 @@ OTHER_VALUES = {
     "union": {"members": [pk.LoRA(rank=1)]},
     "dora": _LORA,
     "ia3": {"feedforward": ("v", "down")},
+    "krona": {"factor": 2, "scale": 3.0, "init": "nearest"},
+    "krona_res": {"factor": 2, "scale": 3.0, "residual": False},
     "layertype": {"types": ("o",)},
     "lets": {"keep_ratio": 0.4, "pattern": "1:4", "tuned": 1, "samples": 1},
+    "lokr": {
+        "rank": 2,
+        "alpha": 3.0,
+        "decompose_both": False,
+        "decompose_factor": 2,
+        "use_effective_conv2d": True,
+        "rank_dropout": 0.7,
+        "rank_dropout_scale": True,
+        "module_dropout": 1.0,
+        "zero": "w2",
+        "rank_pattern": {"q": 2},
+        "alpha_pattern": {"v": 5.0},
+    },
     "lora": _LORA,
     "ltsft": {"keep_ratio": 0.4, "pattern": "1:4", "prime": 0.3, "l1": 100.0},
     "magnitude": {
@@ -301,32 +319,40 @@ OTHER_VALUES = {
         "quantization_aware": False,
     },
     "random": {"keep_ratio": 0.4, "pattern": "1:4"},
+    "said": {"d": 500, "structure_aware": False, "compat_grad_scale": True},
     "structured": {"neurons": 0.25, "heads": 1.0, "score": "gradient", "scope": "global"},
+    "svd": {"rank": 3, "energy": 0.5, "form": "kron", "factor": 2},
     "toplayers": {"n": 2},
 }
 # (method, field) -> other fields with which alone it is read
 BESIDE = {
     ("diffpruning", "l0"): {"penalty": 10.0},
+    ("lokr", "rank_dropout_scale"): {"rank_dropout": 0.5},
     ("magnitude", "warm_up"): {"schedule": "cubic"},
     ("magnitude", "cool_down"): {"schedule": "cubic"},
     ("movement", "scores_lr"): {"mode": "soft"},
     ("movement", "threshold"): {"mode": "soft", "scores_lr": 0.5},
     ("movement", "penalty"): {"mode": "soft", "scores_lr": 0.5},
+    ("svd", "energy"): {"rank": 0},
+    ("svd", "factor"): {"form": "kron"},
 }
+# (method, field) -> (family, targets) of the sites where alone it is read
+ELSEWHERE = {("lokr", "use_effective_conv2d"): ("vit", "embed")}
 
 
 @every_method
 def test_every_field_is_read(key):
     """Changing a field changes what is built or saved: no field is decoration."""
 
-    def fingerprint(**fields):
-        case, cfg = make("bert"), METHODS[key](**{**METHODS[key].tiny, **fields})
-        pk.attach(case.model, cfg, train=("head",) if cfg.samples else ())
+    def fingerprint(family, targets, **fields):
+        case, cfg = make(family), METHODS[key](**{**METHODS[key].tiny, **fields})
+        pk.attach(case.model, cfg, targets, train=("head",) if cfg.samples else ())
         for m in case.model.modules():
             if isinstance(m, torch.nn.Dropout):
                 m.p = 0.0
         calibrated(case)
-        if type(cfg).phases is not pk.Method.phases and trained(case.model):  # some fields speak of training alone
+        trains = type(cfg).phases is not pk.Method.phases or key == "said"
+        if trains and trained(case.model):  # some fields speak of training alone
             pk.fit(case.model, [{**case.inputs, "labels": torch.arange(2)}] * 10, progress=False)
         perturb(case.model).train()
         torch.manual_seed(0)
@@ -334,7 +360,8 @@ def test_every_field_is_read(key):
 
     for field in dataclasses.fields(METHODS[key]):
         beside, other = BESIDE.get((key, field.name), {}), {field.name: OTHER_VALUES[key][field.name]}
-        assert not torch.allclose(fingerprint(**beside), fingerprint(**beside, **other)), field.name
+        where = ELSEWHERE.get((key, field.name), ("bert", None))
+        assert not torch.allclose(fingerprint(*where, **beside), fingerprint(*where, **beside, **other)), field.name
 
 
 @every_method

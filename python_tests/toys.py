@@ -75,8 +75,6 @@ class Watch(pk.Method, roles=("q",), lr=1e-3, tiny={}):
 
 
 class WatchTuner(pk.Tuner, method=Watch):
-    per_sample = True
-
     def __init__(self, cfg, site):
         super().__init__(cfg, site)
         self.cfg, self.stats = cfg, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..common.library import unavailable as unavailable
@@ -12,6 +14,8 @@ VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct
 ON_CUDA = _cuda.OPS  # the ops with CUDA launchers; all have CPU ones
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_FEW = 1 << 22  # multiply-adds of a product of bfloat16 for which calling torch twice takes longer
+_LARGE = 1 << 18  # numbers of a factor: more are neither packed in no time nor kept in the cache
 _ops = torch.ops._peft_kernels
 
 
@@ -22,9 +26,38 @@ def _of_cuda(t):
 
 def why_not(*args) -> str:
     """The first dtype that no kernel takes."""
-    return next(
-        (f"no kernel for {a.dtype}" for a in args if isinstance(a, torch.Tensor) and a.dtype not in _DTYPES), ""
-    )
+    tensors = (a for a in args if isinstance(a, torch.Tensor))
+    return next((f"no kernel for {t.dtype}" for t in tensors if t.dtype not in _DTYPES), "")
+
+
+@functools.cache
+def _torch_multiplies(dtype) -> bool:
+    """Does torch have instructions for products of this dtype, which the kernels, who sum in fp32 ones, have not?"""
+    return dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+
+
+def _slower(x, a, b) -> str:
+    if _of_cuda(x) or a.dtype == torch.float16:
+        return ""
+    if max(a.numel(), b.numel()) > _LARGE:
+        return f"torch's own products are faster with a factor of more than {_LARGE} numbers"
+    (p, q), (r, s) = a.shape, b.shape
+    work = x.shape[:-1].numel() * min(p * s * (r + q), q * r * (p + s))
+    if work > _FEW and x.dtype == a.dtype and _torch_multiplies(x.dtype):
+        return "torch's own products of bfloat16 are faster on this CPU"
+    return ""
+
+
+def why_not_kron_linear(x, a, b, bias, scale) -> str:
+    return why_not(x, a, b, bias) or _slower(x, a, b)
+
+
+def why_not_kron_linear_add(acc, x, a, b, bias, scale) -> str:
+    return why_not(acc, x, a, b, bias) or _slower(x, a, b)
+
+
+def why_not_kron_linear_backward(g, x, a, b, scale, needs) -> str:
+    return why_not(g, x, a, b) or _slower(x, a, b)
 
 
 def _empty(*tensors) -> bool:

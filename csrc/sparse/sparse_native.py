@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from ..common import panels
 from ..common.library import unavailable as unavailable
 
 VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
@@ -63,23 +64,6 @@ def _add_apart(tokens, w, nnz):
     return -(-tokens // 16) * nnz <= _APART[w.dtype] * w.numel()
 
 
-def _panels(w, dim):
-    """(where, room) for W in panels along `dim`: slices, and a buffer for each, laid out as W is."""
-    along, across = w.shape[dim], w.shape[1 - dim]
-    size = max(_PANEL_BYTES // max(across * w.itemsize, 1) // 64, 1) * 64
-    size = min(-(-along // -(-along // size)), along) if along else 1
-    shape = (size, across) if dim == 0 else (across, size)
-    room = w.new_empty(shape[::-1]).T if w.stride(0) < w.stride(1) else w.new_empty(shape)
-    return [(i, min(size, along - i)) for i in range(0, along, size)], room
-
-
-def _patched(w, room, dim, begin, size, vals, crow, col):
-    """W + D from `begin` on along `dim`."""
-    panel = room.narrow(dim, 0, size).copy_(w.narrow(dim, begin, size))
-    _ops.sparse_patch_.default(panel, *((begin, 0) if dim == 0 else (0, begin)), vals, crow, col, w.shape[1])
-    return panel
-
-
 def why_not_sparse_linear(x, w, vals, crow, col, bias) -> str:
     return _refused_with(vals, x, w, bias)
 
@@ -91,14 +75,10 @@ def sparse_linear(x, w, vals, crow, col, bias):
         y = torch.nn.functional.linear(rows, w, bias)
         _ops.sparse_add_.default(y, rows, vals, crow, col)
     else:
-        y = x.new_empty(len(rows), w.shape[0])
-        where, room = _panels(w, 0)
-        for begin, size in where:
-            panel, out = _patched(w, room, 0, begin, size, vals, crow, col), y[:, begin : begin + size]
-            if bias is None:
-                torch.mm(rows, panel.T, out=out)
-            else:
-                torch.addmm(bias[begin : begin + size], rows, panel.T, out=out)
+        n = w.shape[1]
+        y = panels.linear(
+            rows, w, bias, lambda p, i: _ops.sparse_patch_.default(p, i, 0, vals, crow, col, n), _PANEL_BYTES
+        )
     return y.view(*x.shape[:-1], w.shape[0])
 
 
@@ -113,11 +93,7 @@ def sparse_linear_dx(g, w, vals, crow, col, n):
         dx = rows.new_zeros(len(rows), n) if w is None else rows @ w
         _ops.sparse_dx_add_.default(dx, rows, vals, crow, col)
     else:
-        dx = g.new_empty(len(rows), n)
-        where, room = _panels(w, 1)
-        for begin, size in where:
-            panel = _patched(w, room, 1, begin, size, vals, crow, col)
-            torch.mm(rows, panel, out=dx[:, begin : begin + size])
+        dx = panels.product(rows, w, lambda p, i: _ops.sparse_patch_.default(p, 0, i, vals, crow, col, n), _PANEL_BYTES)
     return dx.view(*g.shape[:-1], n)
 
 

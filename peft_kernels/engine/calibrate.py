@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import all_adapters, state_of
-from .batches import LossFn, check, finite, rows, split, task_loss, to
+from .batches import LossFn, check, finite, rows, task_loss, to
 from .life import device_of, unmerged
 from .life import groups as groups_of
 from .method import Method, Stats, Tuner
@@ -33,8 +33,8 @@ def calibrate(
     batches: as for `pk.fit`; each is taken once, none if nothing is watched. The batch size is the leading dimension of
         the labels; rows weigh the same, so the loss should be a mean over them.
     steps: how many batches at most; None: all, or as many as the methods ask for (`Method.samples` rows).
-    Runs in eval mode, with gradients even inside no_grad. Where a tuner is `per_sample`, row by row: as many passes as
-    rows. Modes, requires_grad and .grad are afterwards, and after an error, as they were.
+    Runs in eval mode, with gradients even inside no_grad. Modes, requires_grad and .grad are afterwards, and after an
+    error, as they were.
     ValueError if there is no batch or a watched tensor is no parameter; RuntimeError while merged, or if the loss is
     not finite.
     """
@@ -49,7 +49,6 @@ def calibrate(
     if not watchers and not observing:
         return model
     params = list({id(p): p for w in watchers for p in w.params}.values())
-    per_sample = any(w.tuner.per_sample for w in watchers)
     device, seen = device_of(model), 0
     asked = [group.method.samples for group in groups if group.asks]
     enough = max(asked) if steps is None and all(asked) else float("inf")
@@ -57,16 +56,16 @@ def calibrate(
     with _calibrating(model, params), tqdm(total=total, disable=not progress, unit="batch", dynamic_ncols=True) as bar:
         for batch in islice(batches, steps):
             check(batch, loss_fn)
-            batch = to(batch, device)
+            batch, n = to(batch, device), rows(batch)
             for group in observing:
                 observe(model, batch, loss_fn, group.observers, group.method.expected)
-            for part in split(batch) if per_sample else (batch,) if watchers else ():
-                loss, _ = task_loss(model, part, loss_fn)
+            if watchers:
+                loss, _ = task_loss(model, batch, loss_fn)
                 finite(loss, f"row {seen + 1}", "check the batch and the weights")
                 grads = torch.autograd.grad(loss, params, allow_unused=True)
                 for watcher in watchers:
-                    watcher.add(dict(zip(map(id, params), grads, strict=True)), 1 if per_sample else rows(part))
-            seen += rows(batch)
+                    watcher.add(dict(zip(map(id, params), grads, strict=True)), n)
+            seen += n
             bar.update()
             if seen >= enough:
                 break
@@ -103,7 +102,6 @@ class _Watcher:
                     "watch the parameter itself, such as site.module.weight"
                 )
         self.grad = {name: torch.zeros_like(t, dtype=torch.float32) for name, t in self.watched.items()}
-        self.fisher = {name: torch.zeros_like(g) for name, g in self.grad.items()} if tuner.per_sample else {}
 
     def add(self, grads: dict[int, Tensor | None], n: int) -> None:
         """The mean gradient of n rows by id of the parameter; None where the loss does not depend on it."""
@@ -114,15 +112,9 @@ class _Watcher:
                 offset = t.storage_offset() - p.storage_offset()
                 g = torch.empty_like(p).copy_(g).as_strided(t.shape, t.stride(), offset)
             self.grad[name].add_(g, alpha=n)
-            if self.fisher:
-                self.fisher[name].add_(g.float().square())
 
     def stats(self, samples: int) -> Stats:
-        return Stats(
-            samples,
-            {name: g / samples for name, g in self.grad.items()},
-            {name: f / samples for name, f in self.fisher.items()},
-        )
+        return Stats(samples, {name: g / samples for name, g in self.grad.items()})
 
 
 def _active(model: nn.Module) -> Iterator[tuple[Method, list[tuple[Site, Tuner]], int]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import Adapter, all_adapters, attach_parts, detach, names_of, set_active, state_of
+from .factor import truncated_svd
 from .method import Method, Part, Tuner
 from .site import Rows, Site, base_parameters, base_values
 from .stack import Parts
@@ -342,9 +343,8 @@ def _factors(tuner: Tuner) -> tuple[Tensor, Tensor]:
 def _truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factors of the best approximation of b @ a of that rank, from the SVD of the small core between two QRs."""
     (left, core_b), (right, core_a) = torch.linalg.qr(b), torch.linalg.qr(a.T)
-    u, s, vh = torch.linalg.svd(core_b @ core_a.T)
-    root = s[:rank].sqrt()
-    return (root[:, None] * vh[:rank]) @ right.T, left @ (u[:, :rank] * root)
+    low_a, low_b, _ = truncated_svd(core_b @ core_a.T, rank)
+    return low_a @ right.T, left @ low_b
 
 
 def _norm(a: Tensor, b: Tensor) -> float:

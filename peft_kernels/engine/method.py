@@ -48,12 +48,10 @@ class Stats:
     """What `pk.calibrate` measured of the tensors that a tuner watches, in fp32 and in their shapes.
 
     samples: rows seen.   grad: name -> mean of the gradient over the rows.
-    fisher: name -> mean of the squared gradient of each row alone; empty unless the tuner is `per_sample`.
     """
 
     samples: int
     grad: dict[str, Tensor]
-    fisher: dict[str, Tensor]
 
 
 class Method:
@@ -230,7 +228,10 @@ class NotMergeable(RuntimeError):
 
 
 class Changes(NamedTuple):
-    """How many original numbers a merge gives another value, and an upper bound of the rank of that change."""
+    """How many original numbers a merge gives another value, and an upper bound of the rank of that change.
+
+    Where factors replace the weight, the rank is that of their product.
+    """
 
     weight: int = 0
     bias: int = 0
@@ -271,7 +272,6 @@ class Tuner(nn.Module):
     additive: ClassVar[bool] = False
     rounds: ClassVar[bool] = False  # on a packed layer it runs with what the format stores of the folded weight
     rates: Mapping[str, float] = {}  # parameter -> a learning rate of its own, whatever that of the method or phase
-    per_sample: ClassVar[bool] = False  # calibration squares the gradient of each row alone: Stats.fisher
 
     def __init_subclass__(cls, *, method: type[Method] | None = None):
         if method is not None:

@@ -346,13 +346,14 @@ def resolve(
     """The sites that roles, globs or spans of globs ("*.fc1>*.fc2") pick, in model order.
 
     ValueError for a target that matches nothing; default: of a method's own roles those that the model lacks are left
-    out as long as it has one, as not every feed-forward layer has a gate. A site knows the LayerNorm of its sublayer
-    and, as a span, its entry.
+    out as long as it has one, as not every feed-forward layer has a gate. Excluding a role of other families leaves
+    out nothing. A site knows the LayerNorm of its sublayer and, as a span, its entry.
     """
     if not targets:
         raise ValueError("targets is empty; expected roles or globs over module paths")
     modules = dict(base_modules(model))
-    skipped = {key for pattern in exclude for key, _ in _picks(model, modules, pattern)}
+    leave = [pattern for pattern in exclude if not _foreign(model, modules, pattern)]
+    skipped = {key for pattern in leave for key, _ in _picks(model, modules, pattern)}
     chosen: dict[Key, str] = {}
     if default:
         targets = [target for target in targets if _has(model, modules, target)] or targets
@@ -474,6 +475,14 @@ def _has(model: nn.Module, modules: dict[str, nn.Module], target: str) -> bool:
     if row is None or target not in ROLES or target == "model":
         return True
     return target in row.roles and next(_picks(model, modules, target), None) is not None
+
+
+def _foreign(model: nn.Module, modules: dict[str, nn.Module], word: str) -> bool:
+    """Whether it is a role, and not one of the model's family or, without a family, the name of a module."""
+    if word not in ROLES or word == "model":
+        return False
+    row = family(model)
+    return word not in row.roles if row else not any(matches(path, word) for path in modules if path)
 
 
 def _prefixes(path: str) -> list[str]:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,17 @@ def save(model: nn.Module, directory: str | os.PathLike, name: str | None = None
     overwritten only with force=True (FileExistsError). Refuses a directory that holds a model's config.json
     (ValueError), because transformers would take the adapter for part of that model. A bank is left out.
     """
+    return write(model, directory, name, force, lambda n: (tensors(model, n), _config(model, n)))
+
+
+def write(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    name: str | None,
+    force: bool,
+    contents: Callable[[str], tuple[dict[str, Tensor], dict[str, Any]]],
+) -> Path:
+    """`save`, where contents(adapter's name) -> (tensors, configuration) of its files."""
     directory = Path(directory)
     refuse_model(directory)
     bank = state_of(model).bank
@@ -59,8 +70,9 @@ def save(model: nn.Module, directory: str | os.PathLike, name: str | None = None
     for place in places.values():
         if (place / CONFIG).exists() and not force:
             raise FileExistsError(f"{place} holds an adapter already; pass force=True to overwrite it")
-    for n, place in places.items():
-        _write(place, tensors(model, n), _config(model, n))
+    made = {place: contents(n) for n, place in places.items()}  # all, before any is written
+    for place, (values, config) in made.items():
+        _write(place, values, config)
     return directory
 
 
@@ -83,7 +95,13 @@ def load(
     config, digest = read_config(directory)
     adapter, saved_name = from_config(config, str(directory / CONFIG))
     values = read_weights(directory, digest)
-    name = saved_name if name is None else name
+    return attach_filled(model, saved_name if name is None else name, adapter, values, directory, trainable)
+
+
+def attach_filled(
+    model: nn.Module, name: str, adapter: Adapter, values: dict[str, Tensor], directory: Path, trainable: bool
+) -> nn.Module:
+    """Attaches an adapter with these tensors, all or nothing; ValueError names the directory they are from."""
     attach_parts(model, name, adapter)
     try:
         fill(model, name, values, directory)
@@ -167,8 +185,9 @@ def _write(place: Path, values: dict[str, Tensor], config: dict[str, Any]) -> No
     text = json.dumps(config, indent=1) + "\n"
     contiguous = {key: t.contiguous() for key, t in values.items()}
     with replacing(place, WEIGHTS, CONFIG) as temporary:
-        # The digest ties the two files together: one replaced without the other is noticed.
-        save_file(contiguous, temporary / WEIGHTS, metadata={"format": "pt", "config": _digest(text)})
+        # The digest ties the two files together: one replaced without the other is noticed. Other formats have none.
+        tie = {"config": _digest(text)} if config.get("format") == _FORMAT else {}
+        save_file(contiguous, temporary / WEIGHTS, metadata={"format": "pt", **tie})
         (temporary / CONFIG).write_text(text)
 
 

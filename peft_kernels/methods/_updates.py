@@ -126,14 +126,14 @@ def _peft(config: Mapping[str, Any], values: dict[str, Tensor], where: str) -> I
     for path, pair in factors.items():
         if len(pair) < 2:
             raise ValueError(f"{where} has lora_{min(pair)} of {path} alone; expected A and B")
-        rank = _at(path, config.get("r"), config.get("rank_pattern"), where)
-        alpha = _at(path, config.get("lora_alpha"), config.get("alpha_pattern"), where)
+        rank = at_path(path, config.get("r"), config.get("rank_pattern"), where)
+        alpha = at_path(path, config.get("lora_alpha"), config.get("alpha_pattern"), where)
         if len(pair["A"]) != rank:
             raise ValueError(f"{where} has {len(pair['A'])} ranks at {path}, where its config says {rank}")
         yield Update(path, None, pair["A"], pair["B"], alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
-def _at(path: str, value: Any, pattern: Mapping[str, Any] | None, where: str) -> Any:
+def at_path(path: str, value: Any, pattern: Mapping[str, Any] | None, where: str) -> Any:
     """The value of the first pattern, a regular expression, that matches the end of the path; or the general one."""
     for key, own in (pattern or {}).items():
         try:

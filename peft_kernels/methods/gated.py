@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..engine.method import Method, Phase, Tuner
+from ..engine.method import Method, Part, Phase, Tuner
 from ..engine.rows import refuse_cache
 from ..engine.site import Base, Site
 from ..engine.stack import Known
@@ -20,7 +20,7 @@ class Gated(Method, roles=(), lr=2e-3, tiny={"inner": LoRA(rank=2)}, kinds=("lin
     """A method scaled by a learned gate, one number per row of the batch. Mao et al. 2021, arXiv:2110.07577.
 
     y + g (tuned - y) with g = mean over the sequence of sigmoid(w x + b), padding included. The gate depends on the
-    input, so a gated method cannot be merged.
+    input, so a gated method cannot be merged. What it trains beside itself (Compacter's LayerNorms) has no gate.
     """
 
     inner: Method  # the gated one; its targets and learning rate hold
@@ -33,6 +33,10 @@ class Gated(Method, roles=(), lr=2e-3, tiny={"inner": LoRA(rank=2)}, kinds=("lin
             )
         object.__setattr__(self, "roles", self.inner.roles)
         object.__setattr__(self, "lr", self.inner.lr)
+
+    def expand(self, part: Part) -> list[Part]:
+        own, *others = self.inner.expand(replace(part, method=self.inner))
+        return [replace(own, method=self), *others]
 
     def select(self, sites: list[Site]) -> list[Site]:
         return super().select(self.inner.select(sites))

@@ -16,6 +16,7 @@ from ..engine.method import Changes, Method, Tuner
 from ..engine.rows import Routing, by_rows
 from ..engine.site import Base, Site
 from ._kept import Kept
+from ._patterns import applied, refuse_idle
 from ._routed import in_one_op
 
 
@@ -49,23 +50,18 @@ class LoRA(
 
     def select(self, sites: list[Site]) -> list[Site]:
         sites = super().select(sites)
-        for key in (*self.rank_pattern, *self.alpha_pattern):
-            if sites and not any(s.matches((key,)) for s in sites):
-                name = type(self).__name__
-                raise ValueError(
-                    f"{name} pattern {key!r} matches none of the targets; give one of their roles or a glob"
-                )
+        refuse_idle(self, sites, self.rank_pattern, self.alpha_pattern)
         return sites
 
     def at(self, site: Site) -> LoRA:
-        rank = _last(self.rank_pattern, site, self.rank)
+        rank = applied(self.rank_pattern, site, self.rank)
         limit = min(site.n_in, site.n_out)
         if rank > limit:
             raise ValueError(
                 f"{type(self).__name__} rank = {rank} at {site.name}; "
                 f"a {site.n_out} x {site.n_in} layer takes at most {limit}"
             )
-        return replace(self, rank=rank, alpha=_last(self.alpha_pattern, site, self.alpha))
+        return replace(self, rank=rank, alpha=applied(self.alpha_pattern, site, self.alpha))
 
     @property
     def scale(self) -> float:
@@ -76,11 +72,6 @@ class LoRA(
         rank = statistics.mode(ranks.values())
         pattern = {where: r for where, r in ranks.items() if r != rank}
         return replace(self, rank=rank, alpha=float(rank), rslora=False, rank_pattern=pattern, alpha_pattern={})
-
-
-def _last(pattern: dict[str, Any], site: Site, default: Any) -> Any:
-    """The value of the last pattern that matches the site."""
-    return next((v for k, v in reversed(pattern.items()) if site.matches((k,))), default)
 
 
 def _normal(tensor: Tensor, generator: torch.Generator) -> Tensor:

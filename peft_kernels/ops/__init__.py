@@ -1,7 +1,10 @@
 """The ops: fused, differentiable, each with a plain torch reference. `explain()` tells which backend serves a call."""
 
 from ._op import BackendError, all_ops, backend
+from .fastfood import fastfood
+from .fastfood_state import fastfood_norm, fastfood_state
 from .fisher import fisher_accum_, fisher_linear_
+from .hadamard import fwht
 from .hard_concrete import hard_concrete
 from .kron import kron_linear, kron_linear_
 from .kron_weight import kron_add_, kron_sum_weight
@@ -27,8 +30,12 @@ __all__ = [
     "dequantize_nf4",
     "dynamic_map",
     "far_linear",
+    "fastfood",
+    "fastfood_norm",
+    "fastfood_state",
     "fisher_accum_",
     "fisher_linear_",
+    "fwht",
     "hard_concrete",
     "kron_add_",
     "kron_linear",

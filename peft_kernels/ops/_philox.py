@@ -29,10 +29,10 @@ def draw(device: torch.device | str) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
-def words(rng: Tensor, rows: int, groups: int) -> list[Tensor]:
-    """Philox4x32-10: four int64 tensors [rows, groups] holding 32-bit words."""
+def words(rng: Tensor, rows: int, groups: int, first: int = 0) -> list[Tensor]:
+    """Philox4x32-10: four int64 tensors [rows, groups] holding 32-bit words, of the groups from `first`."""
     k0, k1 = rng[0] & _LOW, (rng[0] >> 32) & _LOW
-    c0 = torch.arange(groups, device=rng.device).expand(rows, groups)
+    c0 = torch.arange(first, first + groups, device=rng.device).expand(rows, groups)
     c1 = torch.arange(rows, device=rng.device)[:, None].expand(rows, groups)
     c2 = (rng[1] & _LOW).expand(rows, groups)
     c3 = ((rng[1] >> 32) & _LOW).expand(rows, groups)
