@@ -59,45 +59,62 @@ struct Rows {
   int64_t ld;
 };
 
-// Rows of n of a contiguous tensor as fp32: where they lie, or in `room`, padded.
-Rows fetch(float* room, KronIn src, int64_t first, int64_t rows, int64_t n, bool whole_vectors) {
-  if (src.type == Dtype::f32 && (!whole_vectors || n % W == 0))
-    return {static_cast<const float*>(src.data) + first * n, n};
-  const int64_t ld = padded(n);
+// The tokens from `first` on, matrices [rows, n], as fp32: where they lie or, as vectors must be whole or the matrices
+// turned to [n, rows], in `room`, padded.
+Rows fetch(float* room, KronIn src, int64_t first, int64_t tokens, int64_t rows, int64_t n, bool turn, bool whole) {
+  if (src.type == Dtype::f32 && !turn && (!whole || n % W == 0))
+    return {static_cast<const float*>(src.data) + first * rows * n, n};
+  const int64_t ld = padded(turn ? rows : n);
   switch_dtype(src.type, [&](auto element) {
-    const auto* from = static_cast<const decltype(element)*>(src.data) + first * n;
-    for (int64_t i = 0; i < rows; ++i) widen_row(room + i * ld, from + i * n, n);
+    const auto* from = static_cast<const decltype(element)*>(src.data) + first * rows * n;
+    for (int64_t t = 0; t < tokens && turn; ++t) transpose(room + t * n * ld, ld, from + t * rows * n, n, rows, n);
+    for (int64_t i = 0; i < tokens * rows && !turn; ++i) widen_row(room + i * ld, from + i * n, n);
   });
   return {room, ld};
 }
 
-template <class T>
-PK_INLINE void narrow_row(T* dst, const float* src, int64_t n) {
-  int64_t i = 0;
-  for (; i + W <= n; i += W) store(dst + i, load(src + i));
-  if (i < n) store_n(dst + i, load(src + i), static_cast<int>(n - i));
-}
-
-// rows of n, ld apart, rounded
-void put(KronOut dst, int64_t first, const float* src, int64_t ld, int64_t rows, int64_t n) {
+// dst = src + acc + bias [rows n], rounded, each [rows, n] of one token; acc and bias may be absent. Rows of src are ld
+// apart.
+void put(KronOut dst, int64_t token, const float* src, int64_t ld, int64_t rows, int64_t n, KronIn acc = {},
+         const float* bias = nullptr) {
   switch_dtype(dst.type, [&](auto element) {
-    auto* to = static_cast<decltype(element)*>(dst.data) + first * n;
-    for (int64_t i = 0; i < rows; ++i) narrow_row(to + i * n, src + i * ld, n);
+    switch_dtype(acc.type, [&](auto added) {
+      auto* to = static_cast<decltype(element)*>(dst.data) + token * rows * n;
+      const auto* more = acc.data ? static_cast<const decltype(added)*>(acc.data) + token * rows * n : nullptr;
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < n; j += W) {
+          const int64_t at = i * n + j;
+          const int some = static_cast<int>(at_most(n - j, W));
+          vec sum = load(src + i * ld + j);
+          if (bias) sum = sum + (some == W ? load(bias + at) : load_n(bias + at, some));
+          if (more) sum = sum + (some == W ? load(more + at) : load_n(more + at, some));
+          if (some == W)
+            store(to + at, sum);
+          else
+            store_n(to + at, sum, some);
+        }
+    });
   });
 }
 
-// dst [n] = acc + bias, either of which may be absent
-void begin(float* dst, KronIn acc, int64_t first, const float* bias, int64_t n) {
-  switch_dtype(acc.type, [&](auto element) {
-    const auto* from = static_cast<const decltype(element)*>(acc.data) + (acc.data ? first : 0);
-    for (int64_t i = 0; i < n; i += W) {
-      const int some = static_cast<int>(at_most(n - i, W));
-      vec sum = {};
-      if (bias) sum = load_n(bias + i, some);
-      if (acc.data) sum = sum + load_n(from + i, some);
-      store_n(dst + i, sum, some);
-    }
-  });
+// As put, of a matrix that is turned to [n, rows].
+void put_turned(KronOut dst, int64_t token, const float* src, int64_t ld, int64_t rows, int64_t n, float* room,
+                KronIn acc = {}, const float* bias = nullptr) {
+  transpose(room, padded(n), src, ld, n, rows);
+  put(dst, token, room, padded(n), rows, n, acc, bias);
+}
+
+// Multiply-adds of vectors for one token, with B first or with A.
+int64_t with_b_first(const KronShape& s) { return s.p * padded(s.s) * (s.r + s.q); }
+int64_t with_a_first(const KronShape& s) { return s.q * (s.p * padded(s.r) + s.r * padded(s.s)); }
+
+KronShape turned(const KronShape& s) { return {s.m, s.r, s.s, s.p, s.q}; }
+
+// Y^T = B^T X^T A: with a narrow B, it pays to turn each token so that the vectors lie along A.
+bool pays_to_turn(const KronShape& s) {
+  const KronShape t = turned(s);
+  const int64_t moved = 2 * W * (s.p * s.r + s.q * s.s);
+  return at_most(with_b_first(t), with_a_first(t)) + moved < at_most(with_b_first(s), with_a_first(s));
 }
 
 int64_t tokens_of(int64_t m, int64_t floats) { return at_least(at_most(kTile / (floats + 1), blocks(m, 8)), 1); }
@@ -106,45 +123,48 @@ int64_t tokens_of(int64_t m, int64_t floats) { return at_least(at_most(kTile / (
 
 void kron_linear(const KronShape& shape, KronIn x, KronFactor a, KronFactor b, KronIn acc, const float* bias,
                  float scale, KronOut y) {
-  const int64_t m = shape.m, p = shape.p, q = shape.q, r = shape.r, s = shape.s;
-  const int64_t rp = padded(r), sp = padded(s);
-  const bool b_first = p * sp * (r + q) <= q * p * rp + q * r * sp;
+  const bool turn = pays_to_turn(shape);
+  if (turn) std::swap(a, b);
+  const KronShape own = turn ? turned(shape) : shape;
+  const int64_t m = own.m, p = own.p, q = own.q, r = own.r, s = own.s, rp = padded(r), sp = padded(s);
+  const bool b_first = with_b_first(own) <= with_a_first(own);
   const Left left(a, p, q, scale);
   const Packed right(b, r, s, m * (b_first ? p : q));
   const int64_t between = b_first ? p * sp : q * rp, tokens = tokens_of(m, p * rp + between + q * sp);
-  const bool direct = y.type == Dtype::f32;
+  const bool direct = y.type == Dtype::f32 && !turn && !bias;
+  const int64_t ldo = direct ? s : sp;
   parallel_for(0, blocks(m, tokens), grain(tokens * p * sp * (r + q)), [&](int64_t first, int64_t end) {
-    const Buffer xs(tokens * p * rp), zs(tokens * between), ys(direct ? 0 : tokens * q * sp);
+    const Buffer xs(tokens * p * rp), zs(tokens * between), ys(direct ? 0 : tokens * q * sp),
+        room(turn ? s * padded(q) : 0);
     for (int64_t block = first; block < end; ++block) {
       const int64_t top = block * tokens, count = at_most(m - top, tokens);
-      const Rows in = fetch(xs.p, x, top * p, count * p, r, !b_first);
+      const Rows in = fetch(xs.p, x, top, count, shape.p, shape.r, turn, !b_first);
       float* const out = direct ? static_cast<float*>(y.data) + top * q * s : ys.p;
-      const int64_t ldo = direct ? s : sp;
-      const float* from = direct && acc.type == Dtype::f32 && !bias && acc.data
-                              ? static_cast<const float*>(acc.data) + top * q * s
-                              : nullptr;
-      if (!from && (acc.data || bias)) {
-        for (int64_t i = 0; i < count * q; ++i)
-          begin(out + i * ldo, acc, (top * q + i) * s, bias ? bias + i % q * s : nullptr, s);
-        from = out;
-      }
+      const float* from = direct && acc.data ? static_cast<const float*>(acc.data) + top * q * s : nullptr;
       if (b_first) multiply({zs.p, sp, nullptr, 0, in.p, in.ld, 1}, count * p, right.right, sp);
       for (int64_t t = 0; t < count; ++t)
         if (b_first)
           multiply({out + t * q * ldo, ldo, from ? from + t * q * ldo : nullptr, ldo, left.data(), 1, left.ld}, q,
-                   {zs.p + t * p * sp, sp, p}, s);
+                   {zs.p + t * p * sp, sp, p}, direct ? s : sp);
         else
           multiply({zs.p + t * q * rp, rp, nullptr, 0, left.data(), 1, left.ld}, q, {in.p + t * p * in.ld, in.ld, p},
                    rp);
-      if (!b_first) multiply({out, ldo, from, ldo, zs.p, rp, 1}, count * q, right.right, s);
-      if (!direct) put(y, top * q, ys.p, sp, count * q, s);
+      if (!b_first) multiply({out, ldo, from, ldo, zs.p, rp, 1}, count * q, right.right, direct ? s : sp);
+      for (int64_t t = 0; t < count && !direct; ++t)
+        if (turn)
+          put_turned(y, top + t, ys.p + t * q * sp, sp, s, q, room.p, acc, bias);
+        else
+          put(y, top + t, ys.p + t * q * sp, sp, q, s, acc, bias);
     }
   });
 }
 
 void kron_backward(const KronShape& shape, KronIn g, KronIn x, KronFactor a, KronFactor b, float scale, KronOut dx,
                    KronOut da, KronOut db) {
-  const int64_t m = shape.m, p = shape.p, q = shape.q, r = shape.r, s = shape.s;
+  const bool turn = pays_to_turn(shape);
+  if (turn) std::swap(a, b), std::swap(da, db);
+  const KronShape own = turn ? turned(shape) : shape;
+  const int64_t m = own.m, p = own.p, q = own.q, r = own.r, s = own.s;
   const int64_t qp = padded(q), rp = padded(r), sp = padded(s);
   // V = A G lies between, or H = G B^T: the order depends on the shape alone, or a gradient would on what else is
   // asked.
@@ -162,16 +182,17 @@ void kron_backward(const KronShape& shape, KronIn g, KronIn x, KronFactor a, Kro
   parallel_for(
       0, parts, grain(blocks(m, parts) * (2 * p * sp * (r + q) + r * p * sp)), [&](int64_t first, int64_t end) {
         const Buffer xs(tokens * p * rp), gs(tokens * q * sp), vs(tokens * rows * width), zs(tokens * rows * width),
-            turned(width * qp), out(dx.data && dx.type != Dtype::f32 ? tokens * p * rp : 0);
+            flipped(width * qp), out(dx.data && (turn || dx.type != Dtype::f32) ? tokens * p * rp : 0),
+            room(turn ? r * padded(p) : 0);
         for (int64_t part = first; part < end; ++part) {
           float *const own_a = partial.p + part * sums, *const own_b = own_a + p * qp;
           const int64_t stop = m * (part + 1) / parts;
           const float *from_a = nullptr, *from_b = nullptr;
           for (int64_t top = m * part / parts; top < stop; top += tokens) {
             const int64_t count = at_most(stop - top, tokens);
-            const Rows in = fetch(xs.p, x, top * p, count * p, r, !by_v),
-                       up = fetch(gs.p, g, top * q, count * q, s, true);
-            const bool direct = dx.type == Dtype::f32;
+            const Rows in = fetch(xs.p, x, top, count, shape.p, shape.r, turn, !by_v);
+            const Rows up = fetch(gs.p, g, top, count, shape.q, shape.s, turn, true);
+            const bool direct = dx.type == Dtype::f32 && !turn;
             float* const to = dx.data && direct ? static_cast<float*>(dx.data) + top * p * r : out.p;
             const int64_t ldx = direct ? r : rp;
             if (by_v) {
@@ -179,7 +200,7 @@ void kron_backward(const KronShape& shape, KronIn g, KronIn x, KronFactor a, Kro
                 for (int64_t t = 0; t < count; ++t)
                   multiply({vs.p + t * p * sp, sp, nullptr, 0, left.data(), left.ld, 1}, p,
                            {up.p + t * q * up.ld, up.ld, q}, sp);
-              if (dx.data) multiply({to, ldx, nullptr, 0, vs.p, sp, 1}, count * p, across.right, r);
+              if (dx.data) multiply({to, ldx, nullptr, 0, vs.p, sp, 1}, count * p, across.right, direct ? r : rp);
               if (db.data) multiply({own_b, sp, from_b, sp, in.p, 1, in.ld}, r, {vs.p, sp, count * p}, sp);
               if (da.data) multiply({zs.p, sp, nullptr, 0, in.p, in.ld, 1}, count * p, along.right, sp);
             } else {
@@ -187,7 +208,7 @@ void kron_backward(const KronShape& shape, KronIn g, KronIn x, KronFactor a, Kro
               for (int64_t t = 0; t < count; ++t) {
                 if (dx.data)
                   multiply({to + t * p * ldx, ldx, nullptr, 0, left.data(), left.ld, 1}, p, {vs.p + t * q * rp, rp, q},
-                           r);
+                           direct ? r : rp);
                 if (db.data)
                   multiply({zs.p + t * q * rp, rp, nullptr, 0, left.data(), 1, left.ld}, q,
                            {in.p + t * p * in.ld, in.ld, p}, rp);
@@ -197,12 +218,16 @@ void kron_backward(const KronShape& shape, KronIn g, KronIn x, KronFactor a, Kro
             for (int64_t t = 0; t < count && da.data; ++t) {
               const Rows one = by_v ? Rows{up.p + t * q * up.ld, up.ld} : Rows{vs.p + t * q * rp, rp};
               const Rows other = by_v ? Rows{zs.p + t * p * sp, sp} : Rows{in.p + t * p * in.ld, in.ld};
-              transpose(turned.p, qp, one.p, one.ld, q, by_v ? s : r);
-              multiply({own_a, qp, from_a, qp, other.p, other.ld, 1}, p, {turned.p, qp, by_v ? s : r}, qp);
+              transpose(flipped.p, qp, one.p, one.ld, q, by_v ? s : r);
+              multiply({own_a, qp, from_a, qp, other.p, other.ld, 1}, p, {flipped.p, qp, by_v ? s : r}, qp);
               from_a = own_a;
             }
             from_b = own_b;
-            if (dx.data && !direct) put(dx, top * p, out.p, rp, count * p, r);
+            for (int64_t t = 0; t < count && dx.data && !direct; ++t)
+              if (turn)
+                put_turned(dx, top + t, out.p + t * p * rp, rp, r, p, room.p);
+              else
+                put(dx, top + t, out.p + t * p * rp, rp, p, r);
           }
         }
       });

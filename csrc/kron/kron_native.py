@@ -2,23 +2,62 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..common.library import unavailable as unavailable
+from . import _cuda
 
 VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
 
-ON_CUDA: frozenset[str] = frozenset()  # the ops with CUDA launchers; all have CPU ones
+ON_CUDA = _cuda.OPS  # the ops with CUDA launchers; all have CPU ones
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_FEW = 1 << 22  # multiply-adds of a product of bfloat16 for which calling torch twice takes longer
+_LARGE = 1 << 18  # numbers of a factor: more are neither packed in no time nor kept in the cache
 _ops = torch.ops._peft_kernels
+
+
+def _of_cuda(t):
+    """Whether the launchers are CUDA's: on a GPU, or in their emulation."""
+    return t.is_cuda or _ops is not torch.ops._peft_kernels
 
 
 def why_not(*args) -> str:
     """The first dtype that no kernel takes."""
-    return next(
-        (f"no kernel for {a.dtype}" for a in args if isinstance(a, torch.Tensor) and a.dtype not in _DTYPES), ""
-    )
+    tensors = (a for a in args if isinstance(a, torch.Tensor))
+    return next((f"no kernel for {t.dtype}" for t in tensors if t.dtype not in _DTYPES), "")
+
+
+@functools.cache
+def _torch_multiplies(dtype) -> bool:
+    """Does torch have instructions for products of this dtype, which the kernels, who sum in fp32 ones, have not?"""
+    return dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+
+
+def _slower(x, a, b) -> str:
+    if _of_cuda(x) or a.dtype == torch.float16:
+        return ""
+    if max(a.numel(), b.numel()) > _LARGE:
+        return f"torch's own products are faster with a factor of more than {_LARGE} numbers"
+    (p, q), (r, s) = a.shape, b.shape
+    work = x.shape[:-1].numel() * min(p * s * (r + q), q * r * (p + s))
+    if work > _FEW and x.dtype == a.dtype and _torch_multiplies(x.dtype):
+        return "torch's own products of bfloat16 are faster on this CPU"
+    return ""
+
+
+def why_not_kron_linear(x, a, b, bias, scale) -> str:
+    return why_not(x, a, b, bias) or _slower(x, a, b)
+
+
+def why_not_kron_linear_add(acc, x, a, b, bias, scale) -> str:
+    return why_not(acc, x, a, b, bias) or _slower(x, a, b)
+
+
+def why_not_kron_linear_backward(g, x, a, b, scale, needs) -> str:
+    return why_not(g, x, a, b) or _slower(x, a, b)
 
 
 def _empty(*tensors) -> bool:
@@ -26,6 +65,14 @@ def _empty(*tensors) -> bool:
 
 
 # -- x (a kron b) -----------------------------------------------------------------------------------------------------
+
+
+def why_not_kron_linear(x, a, b, *rest) -> str:
+    return why_not(x, a, b, *rest) or (_cuda.why_not_linear(x, a, b) if _of_cuda(x) else "")
+
+
+def why_not_kron_linear_add(acc, *args) -> str:
+    return why_not(acc) or why_not_kron_linear(*args)
 
 
 def kron_linear(x, a, b, bias, scale):
@@ -48,13 +95,21 @@ def _into(y, acc, x, a, b, bias, scale):
         y = y.zero_() if acc is None else y.copy_(acc)
         return y if bias is None else y.add_(bias)
     bias = None if bias is None else bias.float().contiguous()
+    if _of_cuda(x):
+        return _cuda.linear(_ops, y, acc, x.contiguous(), a, b, bias, scale)
     _ops.kron_linear_.default(y, acc, x.contiguous(), a, b, bias, scale)
     return y
+
+
+def why_not_kron_linear_backward(g, x, a, b, *rest) -> str:
+    return why_not(g, x, a, b) or (_cuda.why_not_backward(x, a, b) if _of_cuda(x) else "")
 
 
 def kron_linear_backward(g, x, a, b, scale, needs):
     if _empty(x, a, b):
         return tuple(t.new_zeros(t.shape if need else 0) for t, need in zip((x, a, b), needs, strict=True))
+    if _of_cuda(x):
+        return _cuda.backward(_ops, g.contiguous(), x.contiguous(), a, b, scale, needs)
     return _ops.kron_backward.default(g.contiguous(), x.contiguous(), a, b, scale, *needs)
 
 
