@@ -32,22 +32,36 @@ def _runnable():
             yield pytest.param(op, name, device, id=f"{op.name}-{name}-{device}", marks=marks)
 
 
-def _slowly(params):
-    """For laws that run several kernels, which takes NF4's linear layers long in the interpreter: slow tests there."""
-    slow = [p.values[1] == "triton" and p.values[0].name.startswith("nf4_l") for p in params]
+def _slowly(params, slow):
     return [
-        pytest.param(*p.values, id=p.id, marks=[*p.marks, pytest.mark.slow] if s else p.marks)
-        for p, s in zip(params, slow, strict=True)
+        pytest.param(*p.values, id=p.id, marks=[*p.marks, pytest.mark.slow] if slow(*p.values) else p.marks)
+        for p in params
     ]
+
+
+def _long(op, name, device, *dtype):
+    """Laws that run several kernels, of ops whose kernels take long in the interpreter."""
+    return name == "triton" and device == "cpu" and op.name.startswith(("nf4_l", "multi_lora", "lora_linear_slices"))
+
+
+def _in_every_dtype(params):
+    """What is interpreted runs in fp16 only among the slow tests: its kernels do with it what they do with bf16."""
+    each = [
+        pytest.param(*p.values, dtype, id=f"{str(dtype)[6:]}-{p.id}", marks=p.marks) for dtype in DTYPES for p in params
+    ]
+    return _slowly(each, lambda op, name, device, dtype: (name, device, dtype) == ("triton", "cpu", torch.float16))
 
 
 RUNNABLE = list(_runnable())
 RUNNABLE_BACK = [p for p in RUNNABLE if p.values[0].gradient is not None]
 LORA_BACKENDS = [p.values[1] for p in RUNNABLE if p.values[0].name == "lora_add" and p.values[2] == "cpu"]
 every_kernel = pytest.mark.parametrize(("op", "name", "device"), RUNNABLE)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+every_dtype = pytest.mark.parametrize(("op", "name", "device", "dtype"), _in_every_dtype(RUNNABLE))
 differentiable_kernels = pytest.mark.parametrize(("op", "name", "device"), RUNNABLE_BACK)
-gradients_of_kernels = pytest.mark.parametrize(("op", "name", "device"), _slowly(RUNNABLE_BACK))
+gradients_of_kernels = pytest.mark.parametrize(("op", "name", "device"), _slowly(RUNNABLE_BACK, _long))
+gradients_in_every_dtype = pytest.mark.parametrize(
+    ("op", "name", "device", "dtype"), _in_every_dtype(_slowly(RUNNABLE_BACK, _long))
+)
 every_differentiable = pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
 
 
@@ -62,7 +76,6 @@ def test_the_kernels_are_here():
     assert {("lora", "cpu"), ("lora", "triton"), ("nf4", "triton"), ("rescale", "cpu"), ("sparse", "triton")} <= names
 
 
-@every_kernel
 @every_dtype
 def test_error(op, name, device, dtype):
     """Neither are inputs modified or handed out; and in fp32 a second run gives the same bits."""
@@ -81,8 +94,7 @@ def test_error(op, name, device, dtype):
             _assert_as_good(out, p, t, f"{sample.id}, output {i}")
 
 
-@gradients_of_kernels
-@every_dtype
+@gradients_in_every_dtype
 def test_gradient_is_the_vjp_of_the_reference(op, name, device, dtype):
     for sample in op.samples(dtype, device):
         with pk.backend(name):

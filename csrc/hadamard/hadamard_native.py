@@ -1,0 +1,47 @@
+"""The Walsh-Hadamard transform and Fastfood on the C++ launchers of the ops library."""
+
+from __future__ import annotations
+
+import torch
+
+from ..common.library import unavailable as unavailable
+
+VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
+
+ON_CUDA: frozenset[str] = frozenset()  # the ops with CUDA launchers; all have CPU ones
+
+_ops = torch.ops._peft_kernels
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+
+def _without_kernel(*tensors) -> str:
+    return next((f"no kernel for {t.dtype}" for t in tensors if t is not None and t.dtype not in _DTYPES), "")
+
+
+def _state(g) -> str:
+    return "" if g.dtype in (torch.int16, torch.float32) else f"g is {g.dtype}; the kernels take int16 or float32"
+
+
+def why_not_fwht(x, scale) -> str:
+    return _without_kernel(x)
+
+
+def fwht(x, scale):
+    return _ops.fwht.default(x.contiguous(), scale)
+
+
+def why_not_fastfood(theta, sign, pi_mod, g, base, numel, scale) -> str:
+    return _without_kernel(theta, base) or _state(g)
+
+
+def fastfood(theta, sign, pi_mod, g, base, numel, scale):
+    base = None if base is None else base.contiguous()
+    return _ops.fastfood.default(*(t.contiguous() for t in (theta, sign, pi_mod, g)), base, numel, scale)
+
+
+def why_not_fastfood_backward(dy, sign, pi_mod, g, scale) -> str:
+    return _without_kernel(dy) or _state(g)
+
+
+def fastfood_backward(dy, sign, pi_mod, g, scale):
+    return _ops.fastfood_backward.default(*(t.contiguous() for t in (dy, sign, pi_mod, g)), scale)
