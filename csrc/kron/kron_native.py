@@ -37,7 +37,7 @@ def _torch_multiplies(dtype) -> bool:
 
 
 def _slower(x, a, b) -> str:
-    if _of_cuda(x) or a.dtype == torch.float16:
+    if a.dtype == torch.float16:
         return ""
     if max(a.numel(), b.numel()) > _LARGE:
         return f"torch's own products are faster with a factor of more than {_LARGE} numbers"
@@ -48,18 +48,6 @@ def _slower(x, a, b) -> str:
     return ""
 
 
-def why_not_kron_linear(x, a, b, bias, scale) -> str:
-    return why_not(x, a, b, bias) or _slower(x, a, b)
-
-
-def why_not_kron_linear_add(acc, x, a, b, bias, scale) -> str:
-    return why_not(acc, x, a, b, bias) or _slower(x, a, b)
-
-
-def why_not_kron_linear_backward(g, x, a, b, scale, needs) -> str:
-    return why_not(g, x, a, b) or _slower(x, a, b)
-
-
 def _empty(*tensors) -> bool:
     return any(t.numel() == 0 for t in tensors)
 
@@ -68,7 +56,7 @@ def _empty(*tensors) -> bool:
 
 
 def why_not_kron_linear(x, a, b, *rest) -> str:
-    return why_not(x, a, b, *rest) or (_cuda.why_not_linear(x, a, b) if _of_cuda(x) else "")
+    return why_not(x, a, b, *rest) or (_cuda.why_not_linear(x, a, b) if _of_cuda(x) else _slower(x, a, b))
 
 
 def why_not_kron_linear_add(acc, *args) -> str:
@@ -102,7 +90,7 @@ def _into(y, acc, x, a, b, bias, scale):
 
 
 def why_not_kron_linear_backward(g, x, a, b, *rest) -> str:
-    return why_not(g, x, a, b) or (_cuda.why_not_backward(x, a, b) if _of_cuda(x) else "")
+    return why_not(g, x, a, b) or (_cuda.why_not_backward(x, a, b) if _of_cuda(x) else _slower(x, a, b))
 
 
 def kron_linear_backward(g, x, a, b, scale, needs):
