@@ -139,6 +139,14 @@ inline cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t sh
   return launch_cluster(kernel, 1, grid, block, shared_bytes, stream, args...);
 }
 
+// Bytes of shared memory that a block may have on the current device.
+inline size_t most_shared() {
+  int device = 0, bytes = 0;
+  const bool found = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+  return found ? bytes : 48 << 10;
+}
+
 // Does the current device run clusters, and the kernel's code for it have them? Code that the driver makes from older
 // PTX has not. The last answer of a thread is kept, as a model asks the same in each layer.
 template <class... P>

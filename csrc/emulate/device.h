@@ -151,6 +151,12 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
   return launch_cluster(kernel, 1, grid, block, shared_bytes, stream, args...);
 }
 
+// PEFT_KERNELS_EMULATED_SHARED: so many bytes.
+inline size_t most_shared() {
+  const char* bytes = std::getenv("PEFT_KERNELS_EMULATED_SHARED");
+  return bytes ? std::strtoul(bytes, nullptr, 10) : emulate::most_shared_bytes;
+}
+
 // PEFT_KERNELS_EMULATED_CLUSTERS=0 makes the launchers take their other way.
 template <class... P>
 bool can_cluster(void (*)(P...)) {
