@@ -78,12 +78,14 @@ class PHM(nn.Module):
 class PHMLinear(PHM):
     """y = x W + b with W = sum over i of A_i kron B_i, about 1 / n of a linear layer's numbers. arXiv:2102.08597.
 
-    x [..., in] -> [..., out]   a [n, n, n]   b [n, in / n, out / n], or of low rank u [n, in / n, r] v [n, r, out / n]
-    n: how many products; it divides both sizes (ValueError).   rank: of each B_i; 0 is B itself, as in Zhang et al.
-    2021; low rank is Mahabadi et al. 2021, arXiv:2106.04647.
-    a: a parameter that several layers share; None makes one, normal with standard deviation `std`, None being 1 / n,
-    with which W has the variance of Xavier's initialisation with gain sqrt(2). Compacter takes 1e-4.
-    B, or u and v, are Xavier uniform with gain sqrt(2), the bias is zero.
+    It maps [..., in] to [..., out]. The parameters are a [n, n, n], bias [out] and b [n, in / n, out / n]; of low
+    rank, u [n, in / n, rank] and v [n, rank, out / n] take the place of b with B_i = u_i v_i.
+
+    n: how many products; it divides both sizes (ValueError).
+    rank: of each B_i; 0 is B itself, as in Zhang et al. 2021. Low rank is Mahabadi et al. 2021, arXiv:2106.04647.
+    a: a parameter that several layers share; None makes one, normal with standard deviation `std`.
+    std: None is 1 / n, with which W (rank = 0) has the variance of Xavier's initialisation with gain sqrt(2); 1e-4 is
+        Compacter's. B, or u and v, are Xavier uniform with gain sqrt(2), the bias is zero.
     """
 
     def __init__(
