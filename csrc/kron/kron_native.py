@@ -37,7 +37,7 @@ def _torch_multiplies(dtype) -> bool:
 
 
 def _slower(x, a, b) -> str:
-    if _of_cuda(x) or a.dtype == torch.float16:
+    if a.dtype == torch.float16:
         return ""
     if max(a.numel(), b.numel()) > _LARGE:
         return f"torch's own products are faster with a factor of more than {_LARGE} numbers"
@@ -49,15 +49,15 @@ def _slower(x, a, b) -> str:
 
 
 def why_not_kron_linear(x, a, b, bias, scale) -> str:
-    return why_not(x, a, b, bias) or _slower(x, a, b)
+    return why_not(x, a, b, bias) or (_cuda.why_not_linear if _of_cuda(x) else _slower)(x, a, b)
 
 
 def why_not_kron_linear_add(acc, x, a, b, bias, scale) -> str:
-    return why_not(acc, x, a, b, bias) or _slower(x, a, b)
+    return why_not(acc) or why_not_kron_linear(x, a, b, bias, scale)
 
 
 def why_not_kron_linear_backward(g, x, a, b, scale, needs) -> str:
-    return why_not(g, x, a, b) or _slower(x, a, b)
+    return why_not(g, x, a, b) or (_cuda.why_not_backward if _of_cuda(x) else _slower)(x, a, b)
 
 
 def _empty(*tensors) -> bool:
@@ -65,14 +65,6 @@ def _empty(*tensors) -> bool:
 
 
 # -- x (a kron b) -----------------------------------------------------------------------------------------------------
-
-
-def why_not_kron_linear(x, a, b, *rest) -> str:
-    return why_not(x, a, b, *rest) or (_cuda.why_not_linear(x, a, b) if _of_cuda(x) else "")
-
-
-def why_not_kron_linear_add(acc, *args) -> str:
-    return why_not(acc) or why_not_kron_linear(*args)
 
 
 def kron_linear(x, a, b, bias, scale):
@@ -99,10 +91,6 @@ def _into(y, acc, x, a, b, bias, scale):
         return _cuda.linear(_ops, y, acc, x.contiguous(), a, b, bias, scale)
     _ops.kron_linear_.default(y, acc, x.contiguous(), a, b, bias, scale)
     return y
-
-
-def why_not_kron_linear_backward(g, x, a, b, *rest) -> str:
-    return why_not(g, x, a, b) or (_cuda.why_not_backward(x, a, b) if _of_cuda(x) else "")
 
 
 def kron_linear_backward(g, x, a, b, scale, needs):
