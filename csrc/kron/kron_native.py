@@ -48,19 +48,23 @@ def _slower(x, a, b) -> str:
     return ""
 
 
+def why_not_kron_linear(x, a, b, bias, scale) -> str:
+    return why_not(x, a, b, bias) or (_cuda.why_not_linear if _of_cuda(x) else _slower)(x, a, b)
+
+
+def why_not_kron_linear_add(acc, x, a, b, bias, scale) -> str:
+    return why_not(acc) or why_not_kron_linear(x, a, b, bias, scale)
+
+
+def why_not_kron_linear_backward(g, x, a, b, scale, needs) -> str:
+    return why_not(g, x, a, b) or (_cuda.why_not_backward if _of_cuda(x) else _slower)(x, a, b)
+
+
 def _empty(*tensors) -> bool:
     return any(t.numel() == 0 for t in tensors)
 
 
 # -- x (a kron b) -----------------------------------------------------------------------------------------------------
-
-
-def why_not_kron_linear(x, a, b, *rest) -> str:
-    return why_not(x, a, b, *rest) or (_cuda.why_not_linear(x, a, b) if _of_cuda(x) else _slower(x, a, b))
-
-
-def why_not_kron_linear_add(acc, *args) -> str:
-    return why_not(acc) or why_not_kron_linear(*args)
 
 
 def kron_linear(x, a, b, bias, scale):
@@ -87,10 +91,6 @@ def _into(y, acc, x, a, b, bias, scale):
         return _cuda.linear(_ops, y, acc, x.contiguous(), a, b, bias, scale)
     _ops.kron_linear_.default(y, acc, x.contiguous(), a, b, bias, scale)
     return y
-
-
-def why_not_kron_linear_backward(g, x, a, b, *rest) -> str:
-    return why_not(g, x, a, b) or (_cuda.why_not_backward(x, a, b) if _of_cuda(x) else _slower(x, a, b))
 
 
 def kron_linear_backward(g, x, a, b, scale, needs):
