@@ -151,6 +151,9 @@ def test_too_few_numbers_for_the_factors():
     assert [name for name, p in case.model.named_parameters() if p.requires_grad] == ["first.peft.default.theta"]
     with pytest.raises(ValueError, match="d = 0; expected at least 1"):
         pk.SAID(d=0)
+    vocabulary = nn.Sequential(nn.Embedding(2**20, 65, device="meta"))
+    with pytest.raises(ValueError, match=r"SAID at 0, which has 68,157,440 weights; at most 2\^26"):
+        pk.attach(vocabulary, pk.SAID(), ("0",))
 
 
 # -- places -----------------------------------------------------------------------------------------------------------
@@ -319,7 +322,9 @@ def test_meta_tensors_that_become_real_get_their_matrices():
     assert hollow(case.inputs["x"].to("meta")).is_meta
     hollow.to_empty(device="cpu")
     hollow.load_state_dict(case.model.state_dict())
-    assert torch.equal(hollow(case.inputs["x"]), case.call(case.model))
+    with torch.inference_mode():
+        assert torch.equal(hollow(case.inputs["x"]), case.call(case.model))
+    hollow(case.inputs["x"]).sum().backward()
     assert digest(hollow) == digest(case.model)
     twin = copy.deepcopy(case.model).to("meta").to_empty(device="cpu")
     twin.load_state_dict(case.model.state_dict())
