@@ -21,8 +21,8 @@ def truncated_svd(w: Tensor, rank: int = 0, energy: float = 0.0) -> tuple[Tensor
 
     Computed in fp64, to about 1e-8 of the norm. The exception: with `rank` below an eighth of a smaller side above
     2048, it is subspace iteration (Halko et al. 2011, arXiv:0909.4061) from fixed random numbers, which is not the
-    optimum but near it; the error returned is that of the result. ValueError for other ranks and shares, and if a number is
-    not finite.
+    optimum but near it; the error returned is that of the result.
+    ValueError for other ranks and shares, and if a number is not finite.
     """
     if w.dim() != 2 or not w.is_floating_point() or not w.numel():
         raise ValueError(f"w is {w.dtype} {list(w.shape)}; expected a floating matrix [out, in] that is not empty")
