@@ -93,7 +93,7 @@ __device__ inline void butterflies(float (&v)[mine], int first, int last) {
 // or, COLUMNS, 2^(M - split) neighbours in each of 2^split lines `line` bits apart. Tiles of one row follow one
 // another.
 struct Tiling {
-  int64_t tiles_of_row;
+  uint32_t tiles_of_row;
   int split, line;
   int first, last;  // the bits of the tile along which it is transformed
 };
@@ -107,14 +107,14 @@ template <int M, bool COLUMNS>
 class Tile {
  public:
   __device__ explicit Tile(const Tiling& t) : split_(t.split), line_(t.line) {
-    const int64_t number = blockIdx.x;
-    const auto in_row = static_cast<int>(number % t.tiles_of_row);
+    const int64_t row = blockIdx.x / t.tiles_of_row;
+    const auto in_row = static_cast<int>(blockIdx.x % t.tiles_of_row);
     if constexpr (COLUMNS) {
       const int wide = M - split_, between = line_ - wide;  // 2^between tiles side by side
-      first_row = number / t.tiles_of_row;
+      first_row = row;
       at_ = (in_row >> between << (line_ + split_)) | (in_row & ((1 << between) - 1)) << wide;
     } else {
-      first_row = number / t.tiles_of_row << (M - split_);
+      first_row = row << (M - split_);
       at_ = in_row << split_;
     }
   }
@@ -514,7 +514,7 @@ cudaError_t in_one(const Plan& plan, int64_t rows, const Source& source, const S
 template <class Source, class Sink>
 cudaError_t along_rows(const Plan& plan, int64_t tiles, int64_t rows, const Source& source, const Sink& sink,
                        cudaStream_t stream) {
-  const Tiling tiling = {tiles, plan.tile, 0, 0, plan.tile};
+  const Tiling tiling = {static_cast<uint32_t>(tiles), plan.tile, 0, 0, plan.tile};
   if (plan.tile == 15) return pass<15, false>(tiling, rows, source, sink, stream);
   if (plan.tile == 14) return pass<14, false>(tiling, rows, source, sink, stream);
   return pass<12, false>(tiling, rows, source, sink, stream);
@@ -525,7 +525,7 @@ template <class Source, class Sink>
 cudaError_t along_columns(const Plan& plan, int number, int64_t tiles, int64_t rows, const Source& source,
                           const Sink& sink, cudaStream_t stream) {
   const int line = plan.line[number], bits = plan.bits[number];
-  const Tiling tiling = {tiles, bits, line, plan.tile - bits, plan.tile};
+  const Tiling tiling = {static_cast<uint32_t>(tiles), bits, line, plan.tile - bits, plan.tile};
   if (plan.tile == 15) return pass<15, true>(tiling, rows, source, sink, stream);
   if (plan.tile == 14) return pass<14, true>(tiling, rows, source, sink, stream);
   return pass<12, true>(tiling, rows, source, sink, stream);

@@ -58,6 +58,42 @@ def shira(x: Tensor, w: Tensor, bias: Tensor, vals: Tensor, places: Tensor) -> T
     return F.linear(x, whole, bias)
 
 
+# -- Fastfood ---------------------------------------------------------------------------------------------------------
+
+
+class _Butterflies(torch.autograd.Function):
+    """The unnormalised Walsh-Hadamard transform of the last dimension; H is symmetric, so backward is the same."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y, half = x, 1
+        while half < x.shape[-1]:
+            a, b = y.view(-1, x.shape[-1] // (2 * half), 2, half).unbind(2)
+            y = torch.stack((a + b, a - b), 2)
+            half *= 2
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, g):
+        return butterflies(g)
+
+
+def butterflies(x: Tensor) -> Tensor:
+    """A pass over memory for every level, as Intrinsic SAID's published code has it."""
+    return _Butterflies.apply(x)
+
+
+def fastfood(theta: Tensor, signs: Tensor, permutation: Tensor, gaussians: Tensor, norm: float, base: Tensor) -> Tensor:
+    """base + P(theta) as Intrinsic SAID's published code computes it, with two transforms of n.
+
+    signs, permutation [n] int64   gaussians [n] fp32
+    """
+    n, numel = len(permutation), base.numel()
+    mixed = butterflies(F.pad(theta, (0, n - len(theta))) * signs)
+    out = butterflies(mixed[permutation] * gaussians)[:numel]
+    return base + (out / norm).view(base.shape).to(base.dtype)
+
+
 # -- mixed batches ----------------------------------------------------------------------------------------------------
 
 
@@ -158,6 +194,24 @@ def peft_layers(layers: Sequence[Layer], scale: float, p: float, dtype: torch.dt
             layer.lora_A[f"a{number}"].weight = nn.Parameter(a.detach().to(dtype))
             layer.lora_B[f"a{number}"].weight = nn.Parameter(b.detach().to(dtype))
     return made
+
+
+def not_for_lokr(p: int, r: int) -> str:
+    """ "", or why HF PEFT does not cut a layer of width p r into factors p x p and r x r."""
+    return "" if p <= r else "HF PEFT makes the first factor the smaller one"
+
+
+def lokr_delta(w1: Tensor, w2: Tensor) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
+    """(what HF PEFT's LoKr layer adds to the output of its linear, its two factors), without the linear itself."""
+    from peft import LoKrConfig, inject_adapter_in_model
+
+    n = len(w1) * len(w2)
+    model = nn.ModuleDict({"site": nn.Linear(n, n, bias=False, device=w1.device, dtype=w1.dtype)})
+    config = LoKrConfig(r=n, alpha=n, decompose_factor=len(w1), target_modules=["site"])
+    inject_adapter_in_model(config, model)
+    layer: Any = model["site"]
+    layer.lokr_w1["default"], layer.lokr_w2["default"] = (nn.Parameter(w.detach().clone()) for w in (w1, w2))
+    return lambda x: layer._get_delta_activations("default", x), trainable(layer)
 
 
 def trainable(module: nn.Module) -> list[Tensor]:

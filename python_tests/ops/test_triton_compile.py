@@ -136,6 +136,20 @@ def _kron(dtype, low, m, p, q, r, s):
     kron_triton.kron_add_(torch.empty(q * s, p * r, dtype=dtype), a.T, b.T, 1.0)
 
 
+def _hadamard(dtype, low, rows, n, d, numel):
+    """Rows of n, and Fastfood from d numbers to numel, forward and backward."""
+    import torch
+
+    from peft_kernels.kernels.hadamard import hadamard_triton
+
+    hadamard_triton.fwht(torch.empty(rows, n, dtype=dtype), 1.0)
+    padded = 1 << (max(numel, d) - 1).bit_length()
+    theta, sign, base = torch.empty(d), torch.ones(d, dtype=torch.int8), torch.empty(numel, dtype=dtype)
+    state = sign, torch.empty(padded, dtype=low), torch.empty(padded, dtype=torch.int16)
+    hadamard_triton.fastfood(theta, *state, base, numel, 1.0)
+    hadamard_triton.fastfood_backward(base, *state, 1.0)
+
+
 # id: x's dtype, the adapter's dtype, M, K, N, r
 LORA = {
     "fp32": ("float32", "float32", 512, 1024, 1024, 16),
@@ -164,9 +178,16 @@ KRON = {
     "large": ("bfloat16", "float32", 512, 128, 96, 128, 128),
     "odd_decode": ("bfloat16", "float32", 1, 5, 7, 9, 3),
 }
+# x's dtype, that of places, rows, their length, d, numbers that Fastfood makes
+HADAMARD = {
+    "bf16": ("bfloat16", "int16", 8, 16384, 1000, 1 << 20),
+    "fp32": ("float32", "int32", 3, 4096, 5000, 1 << 24),
+    "fp16_odd": ("float16", "int16", 3, 100, 40, 777),
+}
 LORA_KERNELS = {"lora_shrink_kernel", "lora_expand_kernel", "lora_wgrad_kernel"}
 SPARSE_PRODUCTS = {"sparse_sddmm_kernel", "sparse_fisher_linear_kernel"}
 SPARSE_EXACT = {"sparse_patch_kernel", "sparse_scatter_kernel", "sparse_swap_kernel"}
+HADAMARD_KERNELS = {"hadamard_rows_kernel", "hadamard_bins_kernel"}
 NF4_PRODUCT, NF4_EXACT = {"nf4_product_kernel"}, {"nf4_quantize_kernel", "nf4_dequantize_kernel"}
 KRON_KERNELS = {"kron_linear_kernel", "kron_sum_grad_kernel"}
 # what launches, on which cases; kernels of products, those with a loop long enough to pipeline, those with exact bits
@@ -175,6 +196,7 @@ FAMILIES = {
     "nf4": ((_nf4,), NF4, NF4_PRODUCT, NF4_PRODUCT, NF4_EXACT),
     "kron": ((_kron,), KRON, KRON_KERNELS, set(), set()),
     "sparse": ((_sparse,), SPARSE, SPARSE_PRODUCTS, SPARSE_PRODUCTS, SPARSE_EXACT),
+    "hadamard": ((_hadamard,), HADAMARD, HADAMARD_KERNELS, set(), set()),
 }
 
 
@@ -220,6 +242,7 @@ def compile_cases(capability: int, family: str, *names: str) -> None:
         pytest.param("nf4", 80, tuple(NF4), id="nf4-80"),
         pytest.param("sparse", 80, ("bf16", "fp32_odd_decode"), id="sparse-80-quick"),
         pytest.param("kron", 80, ("bf16", "odd_decode"), id="kron-80-quick"),
+        pytest.param("hadamard", 80, ("fp16_odd",), id="hadamard-80-quick"),
         pytest.param("lora", 80, tuple(LORA), id="lora-80", marks=pytest.mark.slow),
         pytest.param("lora", 90, tuple(LORA), id="lora-90", marks=pytest.mark.slow),
         pytest.param("nf4", 90, tuple(NF4), id="nf4-90", marks=pytest.mark.slow),
@@ -227,6 +250,8 @@ def compile_cases(capability: int, family: str, *names: str) -> None:
         pytest.param("kron", 90, tuple(KRON), id="kron-90", marks=pytest.mark.slow),
         pytest.param("sparse", 80, tuple(SPARSE), id="sparse-80", marks=pytest.mark.slow),
         pytest.param("sparse", 90, tuple(SPARSE), id="sparse-90", marks=pytest.mark.slow),
+        pytest.param("hadamard", 80, tuple(HADAMARD), id="hadamard-80", marks=pytest.mark.slow),
+        pytest.param("hadamard", 90, tuple(HADAMARD), id="hadamard-90", marks=pytest.mark.slow),
     ],
 )
 def test_compiles_for(family, capability, cases, tmp_path):
@@ -245,7 +270,7 @@ def test_compiles_for(family, capability, cases, tmp_path):
         assert ok and shared <= SMEM, where
         assert not {"tf32", "atomic"} & set(found), where  # fp32 stays fp32, runs stay bit-identical
         if name in products:
-            assert ("mma" in found) != case.startswith("fp32"), where
+            assert ("mma" in found) == (family == "hadamard" or not case.startswith("fp32")), where
         if name in loops and "odd_decode" not in case:
             assert "pipelined" in found, where  # loads are pipelined, which needs them to be vectors
         if name in exact:
