@@ -7,10 +7,11 @@ import functools
 import torch
 
 from ..common.library import unavailable as unavailable
+from . import _cuda
 
 VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
 
-ON_CUDA: frozenset[str] = frozenset()  # the ops with CUDA launchers; all have CPU ones
+ON_CUDA = _cuda.OPS  # the ops with CUDA launchers; all have CPU ones
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _FEW = 1 << 22  # multiply-adds of a product of bfloat16 for which calling torch twice takes longer
@@ -36,7 +37,7 @@ def _torch_multiplies(dtype) -> bool:
 
 
 def _slower(x, a, b) -> str:
-    if _of_cuda(x) or a.dtype == torch.float16:
+    if a.dtype == torch.float16:
         return ""
     if max(a.numel(), b.numel()) > _LARGE:
         return f"torch's own products are faster with a factor of more than {_LARGE} numbers"
@@ -48,15 +49,15 @@ def _slower(x, a, b) -> str:
 
 
 def why_not_kron_linear(x, a, b, bias, scale) -> str:
-    return why_not(x, a, b, bias) or _slower(x, a, b)
+    return why_not(x, a, b, bias) or (_cuda.why_not_linear if _of_cuda(x) else _slower)(x, a, b)
 
 
 def why_not_kron_linear_add(acc, x, a, b, bias, scale) -> str:
-    return why_not(acc, x, a, b, bias) or _slower(x, a, b)
+    return why_not(acc) or why_not_kron_linear(x, a, b, bias, scale)
 
 
 def why_not_kron_linear_backward(g, x, a, b, scale, needs) -> str:
-    return why_not(g, x, a, b) or _slower(x, a, b)
+    return why_not(g, x, a, b) or (_cuda.why_not_backward if _of_cuda(x) else _slower)(x, a, b)
 
 
 def _empty(*tensors) -> bool:
@@ -86,6 +87,8 @@ def _into(y, acc, x, a, b, bias, scale):
         y = y.zero_() if acc is None else y.copy_(acc)
         return y if bias is None else y.add_(bias)
     bias = None if bias is None else bias.float().contiguous()
+    if _of_cuda(x):
+        return _cuda.linear(_ops, y, acc, x.contiguous(), a, b, bias, scale)
     _ops.kron_linear_.default(y, acc, x.contiguous(), a, b, bias, scale)
     return y
 
@@ -93,6 +96,8 @@ def _into(y, acc, x, a, b, bias, scale):
 def kron_linear_backward(g, x, a, b, scale, needs):
     if _empty(x, a, b):
         return tuple(t.new_zeros(t.shape if need else 0) for t, need in zip((x, a, b), needs, strict=True))
+    if _of_cuda(x):
+        return _cuda.backward(_ops, g.contiguous(), x.contiguous(), a, b, scale, needs)
     return _ops.kron_backward.default(g.contiguous(), x.contiguous(), a, b, scale, *needs)
 
 
