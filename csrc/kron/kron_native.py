@@ -26,8 +26,10 @@ def _of_cuda(t):
 
 def why_not(*args) -> str:
     """The first dtype that no kernel takes."""
-    tensors = (a for a in args if isinstance(a, torch.Tensor))
-    return next((f"no kernel for {t.dtype}" for t in tensors if t.dtype not in _DTYPES), "")
+    for a in args:
+        if isinstance(a, torch.Tensor) and a.dtype not in _DTYPES:
+            return f"no kernel for {a.dtype}"
+    return ""
 
 
 @functools.cache
@@ -41,10 +43,10 @@ def _slower(x, a, b) -> str:
         return ""
     if max(a.numel(), b.numel()) > _LARGE:
         return f"torch's own products are faster with a factor of more than {_LARGE} numbers"
-    (p, q), (r, s) = a.shape, b.shape
-    work = x.shape[:-1].numel() * min(p * s * (r + q), q * r * (p + s))
-    if work > _FEW and x.dtype == a.dtype and _torch_multiplies(x.dtype):
-        return "torch's own products of bfloat16 are faster on this CPU"
+    if x.dtype == a.dtype and _torch_multiplies(x.dtype):
+        (p, q), (r, s) = a.shape, b.shape
+        if x.shape[:-1].numel() * min(p * s * (r + q), q * r * (p + s)) > _FEW:
+            return "torch's own products of bfloat16 are faster on this CPU"
     return ""
 
 
@@ -61,14 +63,14 @@ def why_not_kron_linear_backward(g, x, a, b, scale, needs) -> str:
 
 
 def _empty(*tensors) -> bool:
-    return any(t.numel() == 0 for t in tensors)
+    return not all(map(torch.Tensor.numel, tensors))
 
 
 # -- x (a kron b) -----------------------------------------------------------------------------------------------------
 
 
 def kron_linear(x, a, b, bias, scale):
-    y = x.new_empty(*x.shape[:-1], a.shape[1] * b.shape[1])
+    y = x.new_empty((*x.shape[:-1], a.shape[1] * b.shape[1]))
     return _into(y, None, x, a, b, bias, scale)
 
 
