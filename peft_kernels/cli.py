@@ -109,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--op", nargs="+", metavar="NAME", help="default every op")
     check.add_argument("--backend", nargs="+", metavar="NAME", help="default every backend")
     _add_bench(command("bench", _bench, "time the kernels against their rivals, checking every result", True))
-    command("methods", _methods, "list the methods with their fields and defaults")
+    methods = command("methods", _methods, "list the methods with their fields and defaults")
+    rank = "instead, of a SIZE x SIZE layer, how many numbers each method trains and the rank of its change"
+    methods.add_argument("--rank", nargs="?", type=int, const=768, metavar="SIZE", help=f"{rank}; default %(const)s")
     command("info", _info, "show the environment, and which backends each op has here or why not")
     return parser
 
@@ -355,6 +357,7 @@ def _explain(args: argparse.Namespace) -> None:
     from .engine.life import all_tuners
     from .engine.store import CONFIG, load
     from .explain import explain
+    from .methods import SVD
 
     if (Path(args.source) / CONFIG).is_file():
         if args.method or args.set or args.targets:
@@ -370,7 +373,7 @@ def _explain(args: argparse.Namespace) -> None:
         model, _ = hf.load_model(args.source)
         attach(model, method, args.targets)
     ((name, adapter),) = state_of(model).adapters.items()
-    n, kernels = counts(model), explain(model)
+    n, factors, kernels = counts(model), SVD.report(model), explain(model)
     first = next(filter(None, (tuner.ready() for tuner in all_tuners(model, name))), "")  # what it trains is not chosen
     report = {
         "model": model.name_or_path,
@@ -380,9 +383,10 @@ def _explain(args: argparse.Namespace) -> None:
         ],
         "counts": dataclasses.asdict(n),
         "not_ready": first,
+        "factors": factors,
         "kernels": kernels,
     }
-    texts = ("\n".join(map(_part, adapter.parts)), str(n), first, str(kernels))
+    texts = ("\n".join(map(_part, adapter.parts)), str(n), first, str(factors) if factors else "", str(kernels))
     _print(args, report, lambda: "\n\n".join(filter(None, texts)))
 
 
@@ -471,6 +475,8 @@ def _show(row: dict[str, Any], before: dict[str, Any] | None) -> None:
 def _methods(args: argparse.Namespace) -> None:
     from .methods import methods
 
+    if args.rank is not None:
+        return _ranks(args)
     found = [_described(key, cls) for key, cls in methods().items()]
 
     def text() -> str:
@@ -479,6 +485,22 @@ def _methods(args: argparse.Namespace) -> None:
         fields = [", ".join(map(_field, m["fields"])) for m in found]
         below = [f"    --set {line}" if line else "" for line in ["", *fields]]
         return "\n".join(line for pair in zip(lines, below, strict=True) for line in pair if line)
+
+    _print(args, found, text)
+
+
+def _ranks(args: argparse.Namespace) -> None:
+    from .ranks import ranks
+
+    found = ranks(args.rank)
+
+    def text() -> str:
+        rows = [("method", "numbers", "rank", "rank per number", "")]
+        for r in found:
+            fields = ", ".join(f"{name}={value}" for name, value in r["settings"].items())
+            numbers, share = (f"{r['numbers']:,}", f"{r['rank_per_number']:.2g}") if r["numbers"] else ("-", "-")
+            rows.append((f"{r['method']} {fields}".strip(), numbers, str(r["rank"] or "-"), share, r["why"]))
+        return columns(rows)
 
     _print(args, found, text)
 

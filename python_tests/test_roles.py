@@ -1,6 +1,7 @@
 """The table of families: every role finds the modules it should, and nothing else."""
 
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -313,6 +314,14 @@ def test_cross_attention_is_a_qualifier():
     cross = {s.name for s in resolve(model, ("cross.q",))}
     assert cross == {f"decoder.block.{i}.layer.1.EncDecAttention.q" for i in (0, 1)}
     assert cross < {s.name for s in resolve(model, ("q",))}
+
+
+def test_excluding_a_role_that_a_model_does_not_have():
+    """It leaves out nothing, so that a method may exclude cross-attention everywhere."""
+    for kind, target, n in (("bert", "o", 2), ("t5", "o", 4), ("bert cross", "o", 2), ("mlp", "*t", 2)):
+        assert len(resolve(make(kind).model, (target,), exclude=("cross.o",))) == n, kind
+    named = nn.Sequential(OrderedDict(up=nn.Linear(2, 2), down=nn.Linear(2, 2)))
+    assert [s.name for s in resolve(named, ("*",), exclude=("down", "norm"))] == ["up"]
 
 
 def test_layers_exclude_and_globs():

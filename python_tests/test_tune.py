@@ -88,6 +88,8 @@ def test_prints_json_or_one_table(capsys, model_dir, data_file, tmp_path):
 
 
 OF_OTHERS = {
+    "compacter": "reduction_factor=4",  # the model is narrow
+    "compacterpp": "reduction_factor=4",
     "qlora": "rank=8",  # no layer of the model takes the default
     "gated": "inner=lora",
     "union": "members=lora,ia3",

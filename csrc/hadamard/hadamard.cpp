@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
+#include <tuple>
 
 #include "common/checks.h"
 
@@ -72,12 +73,28 @@ Tensor fastfood_backward_cpu(const Tensor& dy, const Tensor& sign, const Tensor&
   return dtheta;
 }
 
+// sign, pi_mod and g of a seed
+std::tuple<Tensor, Tensor, Tensor> fastfood_state_cpu(const Tensor& quantiles, int64_t seed, int64_t n, int64_t d) {
+  PK_CHECK(quantiles.scalar_type() == ScalarType::Short && quantiles.numel() == 1 << 16,
+           "quantiles must be int16 [65536]");
+  check_contiguous(quantiles, "quantiles");
+  PK_CHECK(d >= 1 && d <= n && (n & (n - 1)) == 0 && n <= kLargest, "n must be a power of two from d to 2^26");
+  const bool is_int32 = d > 1 << 15;
+  Tensor sign = new_empty(quantiles, {d}, ScalarType::Char), g = new_empty(quantiles, {n}, ScalarType::Short);
+  Tensor pi_mod = new_empty(quantiles, {n}, is_int32 ? ScalarType::Int : ScalarType::Short);
+  PK_DISPATCH_ISA(fastfood_state, seed, n, d, static_cast<const int16_t*>(quantiles.data_ptr()),
+                  static_cast<int8_t*>(sign.data_ptr()), is_int32, pi_mod.data_ptr(),
+                  static_cast<int16_t*>(g.data_ptr()));
+  return {sign, pi_mod, g};
+}
+
 }  // namespace
 }  // namespace pk
 
 STABLE_TORCH_LIBRARY_FRAGMENT(PK_OPS, m) {
   m.def("fwht(Tensor x, float scale) -> Tensor");
   m.def("fastfood(Tensor theta, Tensor sign, Tensor pi_mod, Tensor g, Tensor? base, int numel, float scale) -> Tensor");
+  m.def("fastfood_state(Tensor quantiles, int seed, int n, int d) -> (Tensor sign, Tensor pi_mod, Tensor g)");
   m.def("fastfood_backward(Tensor dy, Tensor sign, Tensor pi_mod, Tensor g, float scale) -> Tensor");
 }
 
@@ -86,5 +103,6 @@ STABLE_TORCH_LIBRARY_IMPL(PK_OPS, CPU, m) {
   m.impl("fwht", TORCH_BOX(&pk::fwht_cpu));
   m.impl("fastfood", TORCH_BOX(&pk::fastfood_cpu));
   m.impl("fastfood_backward", TORCH_BOX(&pk::fastfood_backward_cpu));
+  m.impl("fastfood_state", TORCH_BOX(&pk::fastfood_state_cpu));
 }
 #endif

@@ -25,6 +25,9 @@ PK_DECLARE_ISA(
     // out = base + scale * (H G Pi H B pad(theta))[:numel]; base may be null, else it has the type of out
     void fastfood(const FastfoodState& s, Dtype theta_type, const void* theta, Dtype type, const void* base, void* out,
                   int64_t numel, float scale);
+    // sign [d], pi_mod and g [n] of a seed; quantiles [65536]
+    void fastfood_state(int64_t seed, int64_t n, int64_t d, const int16_t* quantiles, int8_t* sign, bool is_int32,
+                        void* pi_mod, int16_t* g);
     // dtheta [d] of dy [numel]
     void fastfood_backward(const FastfoodState& s, Dtype type, const void* dy, int64_t numel, float scale,
                            float* dtheta);)

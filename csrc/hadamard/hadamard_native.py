@@ -53,3 +53,8 @@ def why_not_fastfood_backward(dy, sign, pi_mod, g, scale) -> str:
 
 def fastfood_backward(dy, sign, pi_mod, g, scale):
     return _ops.fastfood_backward.default(*(t.contiguous() for t in (dy, sign, pi_mod, g)), scale)
+
+
+def fastfood_state(quantiles, seed, n, d):
+    """sign, pi_mod and g of a seed, not an op of its own: see ops/fastfood_state.py."""
+    return _ops.fastfood_state.default(quantiles, seed, n, d)

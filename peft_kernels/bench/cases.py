@@ -63,7 +63,8 @@ MODES = ("forward", "recorded", "backward", "full")  # without gradients, with t
 SELECTIONS = ("quick", "default", "all")  # each holds those before it
 SCALE = 2.0  # alpha / rank, as by default
 BLOCKSIZE = 64  # of 4-bit weights, the usual one
-ELEMENTWISE = {"rescale", "topk_threshold", "sparse_adamw", "hard_concrete"}  # have no product of matrices
+# have no product of matrices
+ELEMENTWISE = {"rescale", "topk_threshold", "sparse_adamw", "hard_concrete", "fwht", "fastfood"}
 
 
 class Run(NamedTuple):
@@ -742,10 +743,11 @@ FAMILIES = (_sample_cases, _rescale_cases, _lora_cases, _slices_cases, _route_ca
 
 def cases(device: str) -> list[Case]:
     """Every case of a device, in the order in which they run."""
-    from .select_cases import select_cases  # which are made of the parts above
+    from .hadamard_cases import hadamard_cases  # which are made of the parts above
+    from .select_cases import select_cases
     from .split_cases import split_cases
 
-    return [case for family in (*FAMILIES, select_cases, split_cases) for case in family(device)]
+    return [case for family in (*FAMILIES, select_cases, split_cases, hadamard_cases) for case in family(device)]
 
 
 def roofline(costs: Sequence[Cost], flops: float, byterate: float) -> float:

@@ -58,6 +58,42 @@ def shira(x: Tensor, w: Tensor, bias: Tensor, vals: Tensor, places: Tensor) -> T
     return F.linear(x, whole, bias)
 
 
+# -- Fastfood ---------------------------------------------------------------------------------------------------------
+
+
+class _Butterflies(torch.autograd.Function):
+    """The unnormalised Walsh-Hadamard transform of the last dimension; H is symmetric, so backward is the same."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y, half = x, 1
+        while half < x.shape[-1]:
+            a, b = y.view(-1, x.shape[-1] // (2 * half), 2, half).unbind(2)
+            y = torch.stack((a + b, a - b), 2)
+            half *= 2
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, g):
+        return butterflies(g)
+
+
+def butterflies(x: Tensor) -> Tensor:
+    """A pass over memory for every level, as Intrinsic SAID's published code has it."""
+    return _Butterflies.apply(x)
+
+
+def fastfood(theta: Tensor, signs: Tensor, permutation: Tensor, gaussians: Tensor, norm: float, base: Tensor) -> Tensor:
+    """base + P(theta) as Intrinsic SAID's published code computes it, with two transforms of n.
+
+    signs, permutation [n] int64   gaussians [n] fp32
+    """
+    n, numel = len(permutation), base.numel()
+    mixed = butterflies(F.pad(theta, (0, n - len(theta))) * signs)
+    out = butterflies(mixed[permutation] * gaussians)[:numel]
+    return base + (out / norm).view(base.shape).to(base.dtype)
+
+
 # -- mixed batches ----------------------------------------------------------------------------------------------------
 
 

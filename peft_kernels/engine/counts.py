@@ -18,7 +18,8 @@ class Counts:
     """The three counts of the survey, and the two of the file.
 
     trainable: numbers that get a gradient.   changed: numbers of the base whose value a merge changes.
-    rank: sum over the changed matrices of an upper bound on the rank of the change.
+    rank: sum over the changed matrices of an upper bound on the rank of the change, of `pk.SVD` on that of the product
+        which replaces the matrix.
     stored: numbers in the saved adapter.   bytes: its size, with the positions of numbers and other integers.
     total: numbers of the base model; packed weights count as if they were dense.
     """

@@ -228,7 +228,10 @@ class NotMergeable(RuntimeError):
 
 
 class Changes(NamedTuple):
-    """How many original numbers a merge gives another value, and an upper bound of the rank of that change."""
+    """How many original numbers a merge gives another value, and an upper bound of the rank of that change.
+
+    Where factors replace the weight, the rank is that of their product.
+    """
 
     weight: int = 0
     bias: int = 0

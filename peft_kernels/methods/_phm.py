@@ -33,12 +33,12 @@ def _glorot(tensor: Tensor, generator: torch.Generator) -> None:
     tensor.uniform_(-bound, bound, generator=generator)
 
 
-def check_division(what: str, n: int, **sizes: int) -> None:
-    """ValueError unless n divides every size; it names the largest divisor not above n that does."""
+def check_division(what: str, n: int, otherwise: str = "", **sizes: int) -> None:
+    """ValueError unless n divides every size; it names the largest number below n that does."""
     if n < 1 or any(size % n for size in sizes.values()):
         fits = max(d for d in range(1, max(n, 1) + 1) if not any(size % d for size in sizes.values()))
         given = " and ".join(f"{name} = {size}" for name, size in sizes.items())
-        raise ValueError(f"{what} n = {n} does not divide {given}; choose one that does, such as n = {fits}")
+        raise ValueError(f"{what} n = {n} does not divide {given}; choose one that does, such as n = {fits}{otherwise}")
 
 
 class PHM(nn.Module):
@@ -99,13 +99,14 @@ class PHMLinear(PHM):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))  # torch.manual_seed decides
+        seed = int(torch.randint(2**62, (), device="cpu"))  # so that torch.manual_seed decides the values
+        generator, like = torch.Generator().manual_seed(seed), torch.empty(0, device=device, dtype=dtype)
 
         def make(*shape: int, init: Init | None = None) -> nn.Parameter:
-            value = torch.zeros(shape, dtype=torch.promote_types(dtype or torch.get_default_dtype(), torch.float32))
+            value = torch.zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32), device="cpu")
             if init is not None:
                 init(value, generator)
-            return nn.Parameter(value.to(device, dtype or torch.get_default_dtype()))
+            return nn.Parameter(value.to(like))
 
         super().__init__(in_features, out_features, n, rank, bias, make)
         if a is not None and a.shape != (n, n, n):

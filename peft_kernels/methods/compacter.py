@@ -59,7 +59,9 @@ class Compacter(Method, roles=("o", "down"), lr=_LR, tiny={"n": 2, "reduction_fa
                 f"{type(self).__name__} reduction_factor = {self.reduction_factor} leaves nothing of the {site.n_out} "
                 f"features of {site.name}; expected at most {site.n_out}"
             )
-        check_division(f"{type(self).__name__} at {site.name}:", self.n, features=site.n_out, bottleneck=bottleneck)
+        other = ", or another reduction_factor"
+        where = f"{type(self).__name__} at {site.name}:"
+        check_division(where, self.n, other, features=site.n_out, bottleneck=bottleneck)
         return self
 
     def attached(self, tuners: list[Tuner]) -> None:

@@ -45,7 +45,7 @@ class LoKr(
     rank: int = 8  # between the factors of w2, and of w1
     alpha: float = 8.0  # the product is scaled by alpha / rank
     decompose_both: bool = False  # w1 too is a product of two factors
-    decompose_factor: int = -1  # divides both sizes of the layer, or bounds the smaller divisor; -1: near the root
+    decompose_factor: int = -1  # the size of w1 where it divides the layer's, else a bound of it; -1: near the root
     use_effective_conv2d: bool = False  # w2 of a convolution is a Tucker decomposition
     rank_dropout: float = 0.0  # probability in training that an output feature of the product is dropped
     rank_dropout_scale: bool = False  # the others are divided by the part that is kept

@@ -62,20 +62,9 @@ def _permuted(i: Tensor, bits: int, keys: list[int]) -> Tensor:
     return high << low_bits | low
 
 
-def fastfood_state(
-    seed: int, numel: int, d: int, device: torch.device | str | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(sign int8 [d], pi_mod int16 or int32 [n], g int16 [n]) of `fastfood`, n = 2^m the smallest >= numel and d.
-
-    Functions of the arguments alone, the same bits on every machine, device and version of torch. seed: taken modulo
-    2^64. pi_mod is int32 where d > 2^15. 4 or 6 bytes for each of the n elements, made on the CPU.
-    Raises ValueError unless numel and d are from 1 to 2^26.
-    """
-    if not (1 <= numel <= LARGEST and 1 <= d <= LARGEST):
-        raise ValueError(f"fastfood_state: numel is {numel}, d {d}; expected numbers from 1 to 2^26")
-    seed = (seed + 2**63) % 2**64 - 2**63
-    n, k = padded(max(numel, d)), padded(d)
-    keys = _words(seed, 2, 0, _ROUNDS).tolist()
+def plain_state(seed: int, n: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `fastfood_state` makes, in plain torch; seed an int64, n a power of two."""
+    k, keys = padded(d), _words(seed, 2, 0, _ROUNDS).tolist()
     sign = torch.empty(d, dtype=torch.int8)
     pi_mod = torch.empty(n, dtype=torch.int16 if k <= 1 << 15 else torch.int32)
     g = torch.empty(n, dtype=torch.int16)
@@ -87,7 +76,26 @@ def fastfood_state(
         words = _words(seed, 1, i // 2, (size + 1) // 2)
         g[i : i + size] = quantiles()[torch.stack((words & 0xFFFF, words >> 16), -1).flatten()[:size]]
         pi_mod[i : i + size] = _permuted(torch.arange(i, i + size), n.bit_length() - 1, keys) & (k - 1)
-    return sign.to(device), pi_mod.to(device), g.to(device)
+    return sign, pi_mod, g
+
+
+def fastfood_state(
+    seed: int, numel: int, d: int, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sign int8 [d], pi_mod int16 or int32 [n], g int16 [n]) of `fastfood`, n = 2^m the smallest >= numel and d.
+
+    Functions of the arguments alone, the same bits on every machine, device and version of torch. seed: taken modulo
+    2^64. pi_mod is int32 where d > 2^15. 4 or 6 bytes for each of the n elements, made on the CPU.
+    Raises ValueError unless numel and d are from 1 to 2^26.
+    """
+    if not (1 <= numel <= LARGEST and 1 <= d <= LARGEST):
+        raise ValueError(f"fastfood_state: numel is {numel}, d {d}; expected numbers from 1 to 2^26")
+    from ..kernels.hadamard import hadamard_native as native
+
+    seed, n = (seed + 2**63) % 2**64 - 2**63, padded(max(numel, d))
+    made = plain_state(seed, n, d) if native.unavailable("cpu") else native.fastfood_state(quantiles(), seed, n, d)
+    sign, pi_mod, g = (t.to(device) for t in made)
+    return sign, pi_mod, g
 
 
 def fastfood_norm(g: Tensor, numel: int) -> float:
