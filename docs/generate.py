@@ -57,6 +57,10 @@ GROUPS = {
 }
 
 
+# Fields with which a method is counted that by default asks the values of weights; the reference models have none.
+COUNTED: dict[str, dict[str, Any]] = {"svd": {"rank": 64}}
+
+
 @functools.cache
 def pages() -> dict[str, str]:
     """Path under docs/ -> Markdown of every generated page."""
@@ -156,9 +160,10 @@ def method_page(cls: type[Method]) -> str:
         ("kinds of sites", kinds),
     ]
     models = reference_models()
-    found = [_measured(model, cls(**settings)) for model in models.values()]
+    counted = COUNTED.get(cls.key, settings)
+    found = [_measured(model, cls(**counted)) for model in models.values()]
     text = (
-        f"`{example}` on two models, a classifier and a decoder "
+        f"`{_call(cls, counted)}` on two models, a classifier and a decoder "
         "([what the counts mean](../concepts.md#counts), [merging and combining](../concepts.md#merging)):"
     )
     rows = [(what, *(column[what] for column in found)) for what in found[0]]
@@ -172,7 +177,11 @@ def _example(cls: type[Method]) -> tuple[str, dict[str, Any]]:
         cls()
         return f"pk.{cls.__name__}()", {}
     except (TypeError, ValueError):
-        return f"pk.{cls.__name__}({', '.join(f'{k}={call(v)}' for k, v in cls.tiny.items())})", cls.tiny
+        return _call(cls, cls.tiny), cls.tiny
+
+
+def _call(cls: type[Method], settings: dict[str, Any]) -> str:
+    return f"pk.{cls.__name__}({', '.join(f'{k}={call(v)}' for k, v in settings.items())})"
 
 
 def call(value: Any) -> str:

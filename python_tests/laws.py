@@ -13,9 +13,9 @@ def equal(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-def as_good(op, *args):
-    """The outputs of the CUDA kernels, which must be as good as those of plain torch, and the same at a second run."""
-    with pk.backend("cuda"):
+def as_good(op, *args, backend="cuda"):
+    """The outputs of the kernels, which must be as good as those of plain torch, and the same at a second run."""
+    with pk.backend(backend):
         outs, again = OPS[op].run(*args), OPS[op].run(*args)
     plain, truth = OPS[op].reference(*args), OPS[op].reference(*double(args))
     outs, again, plain, truth = ([o] if isinstance(o, torch.Tensor) else o for o in (outs, again, plain, truth))

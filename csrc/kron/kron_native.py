@@ -1,74 +1,119 @@
-"""Kronecker products as torch's own products, on the CPU."""
+"""Kronecker products on the C++ launchers of the ops library."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
+
+from ..common.library import unavailable as unavailable
+from . import _cuda
 
 VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
 
-ON_CUDA: frozenset[str] = frozenset()
+ON_CUDA = _cuda.OPS  # the ops with CUDA launchers; all have CPU ones
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_FEW = 1 << 22  # multiply-adds of a product of bfloat16 for which calling torch twice takes longer
+_LARGE = 1 << 18  # numbers of a factor: more are neither packed in no time nor kept in the cache
+_ops = torch.ops._peft_kernels
 
 
-def unavailable(device: str) -> str:
-    return ""
+def _of_cuda(t):
+    """Whether the launchers are CUDA's: on a GPU, or in their emulation."""
+    return t.is_cuda or _ops is not torch.ops._peft_kernels
 
 
 def why_not(*args) -> str:
-    return next(
-        (f"no kernel for {a.dtype}" for a in args if isinstance(a, torch.Tensor) and a.dtype not in _DTYPES), ""
-    )
+    """The first dtype that no kernel takes."""
+    tensors = (a for a in args if isinstance(a, torch.Tensor))
+    return next((f"no kernel for {t.dtype}" for t in tensors if t.dtype not in _DTYPES), "")
 
 
-def _b_first(p, q, r, s):
-    return p * s * (r + q) <= q * r * (p + s)
+@functools.cache
+def _torch_multiplies(dtype) -> bool:
+    """Does torch have instructions for products of this dtype, which the kernels, who sum in fp32 ones, have not?"""
+    return dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
 
 
-def _times(x, b):
-    """[M, rows, k] times [k, columns] as one product"""
-    m, rows, k = x.shape
-    return (x.reshape(m * rows, k) @ b).view(m, rows, b.shape[1])
+def _slower(x, a, b) -> str:
+    if a.dtype == torch.float16:
+        return ""
+    if max(a.numel(), b.numel()) > _LARGE:
+        return f"torch's own products are faster with a factor of more than {_LARGE} numbers"
+    (p, q), (r, s) = a.shape, b.shape
+    work = x.shape[:-1].numel() * min(p * s * (r + q), q * r * (p + s))
+    if work > _FEW and x.dtype == a.dtype and _torch_multiplies(x.dtype):
+        return "torch's own products of bfloat16 are faster on this CPU"
+    return ""
+
+
+def why_not_kron_linear(x, a, b, bias, scale) -> str:
+    return why_not(x, a, b, bias) or (_cuda.why_not_linear if _of_cuda(x) else _slower)(x, a, b)
+
+
+def why_not_kron_linear_add(acc, x, a, b, bias, scale) -> str:
+    return why_not(acc) or why_not_kron_linear(x, a, b, bias, scale)
+
+
+def why_not_kron_linear_backward(g, x, a, b, scale, needs) -> str:
+    return why_not(g, x, a, b) or (_cuda.why_not_backward if _of_cuda(x) else _slower)(x, a, b)
+
+
+def _empty(*tensors) -> bool:
+    return any(t.numel() == 0 for t in tensors)
+
+
+# -- x (a kron b) -----------------------------------------------------------------------------------------------------
 
 
 def kron_linear(x, a, b, bias, scale):
-    return kron_linear_add(None, x, a, b, bias, scale)
+    y = x.new_empty(*x.shape[:-1], a.shape[1] * b.shape[1])
+    return _into(y, None, x, a, b, bias, scale)
 
 
 def kron_linear_add(acc, x, a, b, bias, scale):
-    (p, q), (r, s) = a.shape, b.shape
-    x3 = x.reshape(x.shape[:-1].numel(), p, r).to(a.dtype)
-    at = (a * scale).T
-    y = at @ _times(x3, b) if _b_first(p, q, r, s) else _times(at @ x3, b)
-    y = y.view(*x.shape[:-1], q * s)
-    y = y if bias is None else y + bias
-    return y.to(x.dtype) if acc is None else (acc.contiguous() + y).to(acc.dtype)
+    return _into(acc.new_empty(acc.shape), acc.contiguous(), x, a, b, bias, scale)
+
+
+def kron_linear_add_(acc, x, a, b, bias, scale):
+    if not acc.is_contiguous():
+        return kron_linear_add(acc, x, a, b, bias, scale)
+    return _into(acc, acc, x, a, b, bias, scale)
+
+
+def _into(y, acc, x, a, b, bias, scale):
+    if _empty(x, a, b):
+        y = y.zero_() if acc is None else y.copy_(acc)
+        return y if bias is None else y.add_(bias)
+    bias = None if bias is None else bias.float().contiguous()
+    if _of_cuda(x):
+        return _cuda.linear(_ops, y, acc, x.contiguous(), a, b, bias, scale)
+    _ops.kron_linear_.default(y, acc, x.contiguous(), a, b, bias, scale)
+    return y
 
 
 def kron_linear_backward(g, x, a, b, scale, needs):
-    (p, q), (r, s) = a.shape, b.shape
-    m = x.shape[:-1].numel()
-    x3, g3 = x.reshape(m, p, r).to(a.dtype), g.reshape(m, q, s).to(a.dtype)
-    scaled = a * scale
-    v = scaled @ g3
-    dx = _times(v, b.T).view(x.shape).to(x.dtype) if needs[0] else x.new_empty(0)
-    da = torch.einsum("mik,mjk->ij", _times(x3, b), g3) * scale if needs[1] else a.new_empty(0)
-    db = x3.reshape(m * p, r).T @ v.reshape(m * p, s) if needs[2] else b.new_empty(0)
-    return dx, da, db
+    if _empty(x, a, b):
+        return tuple(t.new_zeros(t.shape if need else 0) for t, need in zip((x, a, b), needs, strict=True))
+    if _of_cuda(x):
+        return _cuda.backward(_ops, g.contiguous(), x.contiguous(), a, b, scale, needs)
+    return _ops.kron_backward.default(g.contiguous(), x.contiguous(), a, b, scale, *needs)
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
 
 
 def kron_sum_weight(a, b, scale):
-    (n, p, q), (_, r, s) = a.shape, b.shape
-    h = (a * scale).reshape(n, p * q).T @ b.reshape(n, r * s)
-    return h.view(p, q, r, s).transpose(1, 2).reshape(p * r, q * s)
+    if _empty(a, b):
+        return a.new_zeros(a.shape[1] * b.shape[1], a.shape[2] * b.shape[2])
+    return _ops.kron_sum_weight.default(a.contiguous(), b.contiguous(), scale)
 
 
 def kron_sum_weight_backward(g, a, b, scale, needs):
-    (n, p, q), (_, r, s) = a.shape, b.shape
-    g = g.reshape(p, r, q, s).transpose(1, 2).reshape(p * q, r * s) * scale
-    da = (b.reshape(n, r * s) @ g.T).view(a.shape) if needs[0] else a.new_empty(0)
-    db = (a.reshape(n, p * q) @ g).view(b.shape) if needs[1] else b.new_empty(0)
-    return da, db
+    if _empty(a, b):
+        return tuple(t.new_zeros(t.shape if need else 0) for t, need in zip((a, b), needs, strict=True))
+    return _ops.kron_sum_weight_backward.default(g.contiguous(), a.contiguous(), b.contiguous(), scale, *needs)
 
 
 def kron_add(w, w1, w2, alpha):
@@ -76,11 +121,7 @@ def kron_add(w, w1, w2, alpha):
 
 
 def kron_add_(w, w1, w2, alpha):
-    """A block of rows of w at a time, so that the sum is rounded once without a whole product in fp32."""
-    o2, i2 = w2.shape
-    first, second = (w1.float() * alpha)[:, :, None], w2.float()
-    for i, row in enumerate(first):
-        for k in range(0, o2):
-            block = w[i * o2 + k]
-            block.copy_(block.float() + (row * second[k]).view(block.shape))
+    if 1 not in w.stride():
+        return kron_add(w, w1, w2, alpha)
+    _ops.kron_add_.default(w, w1, w2, alpha)
     return w

@@ -370,5 +370,5 @@ def _backward(g, x, a, b, scale: float, m: int, dx, da, db) -> None:
         num_warps=_warps(x, a, bp * bq + br * bs), num_stages=2,
     )  # fmt: skip
     for out, own in zip((da, db), parts, strict=True):
-        if out is not None:
+        if out is not None and own is not None:
             _reduced(own, out)

@@ -744,10 +744,13 @@ FAMILIES = (_sample_cases, _rescale_cases, _lora_cases, _slices_cases, _route_ca
 def cases(device: str) -> list[Case]:
     """Every case of a device, in the order in which they run."""
     from .hadamard_cases import hadamard_cases  # which are made of the parts above
+    from .kron_cases import kron_cases
     from .select_cases import select_cases
     from .split_cases import split_cases
 
-    return [case for family in (*FAMILIES, select_cases, split_cases, hadamard_cases) for case in family(device)]
+    return [
+        case for family in (*FAMILIES, select_cases, split_cases, kron_cases, hadamard_cases) for case in family(device)
+    ]
 
 
 def roofline(costs: Sequence[Cost], flops: float, byterate: float) -> float:

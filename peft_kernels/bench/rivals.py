@@ -196,6 +196,24 @@ def peft_layers(layers: Sequence[Layer], scale: float, p: float, dtype: torch.dt
     return made
 
 
+def not_for_lokr(p: int, r: int) -> str:
+    """ "", or why HF PEFT does not cut a layer of width p r into factors p x p and r x r."""
+    return "" if p <= r else "HF PEFT makes the first factor the smaller one"
+
+
+def lokr_delta(w1: Tensor, w2: Tensor) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
+    """(what HF PEFT's LoKr layer adds to the output of its linear, its two factors), without the linear itself."""
+    from peft import LoKrConfig, inject_adapter_in_model
+
+    n = len(w1) * len(w2)
+    model = nn.ModuleDict({"site": nn.Linear(n, n, bias=False, device=w1.device, dtype=w1.dtype)})
+    config = LoKrConfig(r=n, alpha=n, decompose_factor=len(w1), target_modules=["site"])
+    inject_adapter_in_model(config, model)
+    layer: Any = model["site"]
+    layer.lokr_w1["default"], layer.lokr_w2["default"] = (nn.Parameter(w.detach().clone()) for w in (w1, w2))
+    return lambda x: layer._get_delta_activations("default", x), trainable(layer)
+
+
 def trainable(module: nn.Module) -> list[Tensor]:
     return [p for p in module.parameters() if p.requires_grad]
 

@@ -319,3 +319,16 @@ def test_it_learns_what_no_product_of_few_ranks_does():
     other, its = left(pk.LoRA(rank=1, alpha=1.0))
     assert numbers == its == 32
     assert own < 0.02 and other > 0.5
+
+
+@pytest.mark.parametrize("method", [pk.KronA(), pk.KronARes(), pk.LoKr()], ids=["krona", "krona_res", "lokr"])
+def test_gated_and_beside_other_methods(method):
+    """Each starts as the identity, and everything learns."""
+    for recipe in (pk.Gated(method), pk.Union(pk.IA3(), method), pk.ByLayer({0: method, 1: pk.LoRA(rank=2)})):
+        case = make("bert")
+        base = case.call(case.model)
+        pk.attach(case.model, recipe)
+        close(case.call(case.model), base)
+        perturb(case.model)
+        case.loss(case.model).backward()
+        assert all(p.grad.abs().sum() > 0 for p in case.model.parameters() if p.requires_grad)
