@@ -217,6 +217,9 @@ def test_explain_a_model(capsys, tmp_path):
     assert report["not_ready"] == ""
     code, out, _ = run(capsys, "explain", source, "--method", "fishmask", "--targets", "q")
     assert code == 0 and "FishMask has no mask yet; call pk.calibrate(model, batches) first\n" in out
+    assert report["factors"] == []
+    code, out, _ = run(capsys, "explain", source, "--method", "svd", "--set", "rank=3", "--targets", "q")
+    assert code == 0 and "\nbert.encoder.layer.0.attention.self.query  3 <= 7       96  256  0." in out
 
 
 def test_explain_an_adapter(capsys, tmp_path):

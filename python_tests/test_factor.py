@@ -93,6 +93,7 @@ def test_nearest_kronecker_finds_a_product():
         (lambda w: pk.truncated_svd(w, 2, 0.5), "expected a rank in 1..4 or an energy"),
         (lambda w: pk.truncated_svd(w, 5), "expected a rank in 1..4"),
         (lambda w: pk.truncated_svd(w, energy=1.5), "energy = 1.5"),
+        (lambda w: pk.truncated_svd(w / 0, 1), "not finite"),
         (lambda w: pk.truncated_svd(w.int(), 1), "expected a floating matrix"),
         (lambda w: pk.nearest_kronecker(w, (4, 2)), "expected divisors"),
         (lambda w: pk.nearest_kronecker(w, (3, 2), 5), "expected 1..4"),

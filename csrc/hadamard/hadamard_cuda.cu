@@ -52,8 +52,8 @@ struct Storing {
 template <class From>
 constexpr int low_bits = From::lanes == 8 ? 3 : 2;
 
-// Where a number is in shared memory, in bytes: behind each 32 one is left out, so that a warp finds its numbers in 32
-// banks, whichever of these layouts it has. The offset of base | at(i) is the sum of both offsets.
+// Where a number is in shared memory, in bytes: behind each 32 a place is left empty, so that a warp finds its numbers
+// in 32 banks, whichever of these layouts it has. The offset of base | at(i) is the sum of both offsets.
 __device__ inline int offset(int place) { return (place + (place >> 5)) * 4; }
 
 template <int M>

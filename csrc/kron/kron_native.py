@@ -26,8 +26,10 @@ def _of_cuda(t):
 
 def why_not(*args) -> str:
     """The first dtype that no kernel takes."""
-    tensors = (a for a in args if isinstance(a, torch.Tensor))
-    return next((f"no kernel for {t.dtype}" for t in tensors if t.dtype not in _DTYPES), "")
+    for a in args:
+        if isinstance(a, torch.Tensor) and a.dtype not in _DTYPES:
+            return f"no kernel for {a.dtype}"
+    return ""
 
 
 @functools.cache
@@ -41,30 +43,34 @@ def _slower(x, a, b) -> str:
         return ""
     if max(a.numel(), b.numel()) > _LARGE:
         return f"torch's own products are faster with a factor of more than {_LARGE} numbers"
-    (p, q), (r, s) = a.shape, b.shape
-    work = x.shape[:-1].numel() * min(p * s * (r + q), q * r * (p + s))
-    if work > _FEW and x.dtype == a.dtype and _torch_multiplies(x.dtype):
-        return "torch's own products of bfloat16 are faster on this CPU"
+    if x.dtype == a.dtype and _torch_multiplies(x.dtype):
+        (p, q), (r, s) = a.shape, b.shape
+        if x.shape[:-1].numel() * min(p * s * (r + q), q * r * (p + s)) > _FEW:
+            return "torch's own products of bfloat16 are faster on this CPU"
     return ""
 
 
+def why_not_kron_linear(x, a, b, bias, scale) -> str:
+    return why_not(x, a, b, bias) or (_cuda.why_not_linear if _of_cuda(x) else _slower)(x, a, b)
+
+
+def why_not_kron_linear_add(acc, x, a, b, bias, scale) -> str:
+    return why_not(acc) or why_not_kron_linear(x, a, b, bias, scale)
+
+
+def why_not_kron_linear_backward(g, x, a, b, scale, needs) -> str:
+    return why_not(g, x, a, b) or (_cuda.why_not_backward if _of_cuda(x) else _slower)(x, a, b)
+
+
 def _empty(*tensors) -> bool:
-    return any(t.numel() == 0 for t in tensors)
+    return not all(map(torch.Tensor.numel, tensors))
 
 
 # -- x (a kron b) -----------------------------------------------------------------------------------------------------
 
 
-def why_not_kron_linear(x, a, b, *rest) -> str:
-    return why_not(x, a, b, *rest) or (_cuda.why_not_linear(x, a, b) if _of_cuda(x) else _slower(x, a, b))
-
-
-def why_not_kron_linear_add(acc, *args) -> str:
-    return why_not(acc) or why_not_kron_linear(*args)
-
-
 def kron_linear(x, a, b, bias, scale):
-    y = x.new_empty(*x.shape[:-1], a.shape[1] * b.shape[1])
+    y = x.new_empty((*x.shape[:-1], a.shape[1] * b.shape[1]))
     return _into(y, None, x, a, b, bias, scale)
 
 
@@ -87,10 +93,6 @@ def _into(y, acc, x, a, b, bias, scale):
         return _cuda.linear(_ops, y, acc, x.contiguous(), a, b, bias, scale)
     _ops.kron_linear_.default(y, acc, x.contiguous(), a, b, bias, scale)
     return y
-
-
-def why_not_kron_linear_backward(g, x, a, b, *rest) -> str:
-    return why_not(g, x, a, b) or (_cuda.why_not_backward(x, a, b) if _of_cuda(x) else _slower(x, a, b))
 
 
 def kron_linear_backward(g, x, a, b, scale, needs):

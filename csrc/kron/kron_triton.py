@@ -28,6 +28,7 @@ VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _FREE = ("M", "chunk")  # from batch to batch
+_GEMM = 256  # README.md says why
 _PROGRAMS = 264  # two for each SM of an H100: a constant, for sums are cut by it
 
 # -- x (a kron b) -----------------------------------------------------------------------------------------------------
@@ -236,6 +237,26 @@ def kron_reduce_kernel(parts_ptr, out_ptr, size, splits, PARTS: tl.constexpr, BL
 def why_not(*args) -> str:
     """The reason why these kernels cannot serve the arguments of an op, or ""."""
     return next((f"no kernel for {a.dtype}" for a in args if isinstance(a, Tensor) and a.dtype not in _DTYPES), "")
+
+
+def _large(x: Tensor, a: Tensor, b: Tensor) -> str:
+    """Why torch's GEMMs are faster, or ""."""
+    most = max(*a.shape, *b.shape)
+    if x.dtype == a.dtype != torch.float32 and most > _GEMM:
+        return f"a and b have sides of up to {most}; two GEMMs should be faster from {_GEMM} on"
+    return ""
+
+
+def why_not_kron_linear(x, a, b, bias, scale) -> str:
+    return why_not(x, a, b, bias) or _large(x, a, b)
+
+
+def why_not_kron_linear_add(acc, x, a, b, bias, scale) -> str:
+    return why_not(acc, x, a, b, bias) or _large(x, a, b)
+
+
+def why_not_kron_linear_backward(g, x, a, b, scale, needs) -> str:
+    return why_not(g, x, a, b) or _large(x, a, b)
 
 
 def _parts(steps: int, tiles: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_SVD = 256  # of a matrix whose smaller side is longer, the eigenvectors of its Gram matrix: 10 to 25 times faster
+_SVD = 256  # of a matrix whose smaller side is longer, the eigenvectors of its Gram matrix: 1.5 to 26 times as fast
 _EXACT = 2048  # beyond it, few of many directions come from subspace iteration
 _SPARE, _ROUNDS = 16, 6  # further directions that it follows, and its passes over the matrix
 
@@ -21,10 +21,13 @@ def truncated_svd(w: Tensor, rank: int = 0, energy: float = 0.0) -> tuple[Tensor
 
     Computed in fp64, to about 1e-8 of the norm. The exception: with `rank` below an eighth of a smaller side above
     2048, it is subspace iteration (Halko et al. 2011, arXiv:0909.4061) from fixed random numbers, which is not the
-    optimum but near it; the error returned is that of the result. ValueError for other ranks and shares.
+    optimum but near it; the error returned is that of the result.
+    ValueError for other ranks and shares, and if a number is not finite.
     """
     if w.dim() != 2 or not w.is_floating_point() or not w.numel():
         raise ValueError(f"w is {w.dtype} {list(w.shape)}; expected a floating matrix [out, in] that is not empty")
+    if not torch.isfinite(w).all():
+        raise ValueError(f"w {list(w.shape)} has numbers that are not finite; expected a matrix of finite ones")
     side = min(w.shape)
     if not 0 <= rank <= side or not 0 <= energy <= 1 or (rank > 0) == (energy > 0):
         raise ValueError(f"rank = {rank}, energy = {energy}; expected a rank in 1..{side} or an energy in (0, 1]")

@@ -89,8 +89,8 @@ class CompacterTuner(SharedTuner, method=Compacter):
         self.up = PHM(m, d, cfg.n, cfg.rank, True, site.param)
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        h, a = base(x), self.lender.a
-        a = a.to(h.device)
+        h = base(x)
+        a = self.lender.a.to(h.device)
         return bottleneck(h, partial(self.down.call, a=a), partial(self.up.call, a=a), self.activation)
 
 

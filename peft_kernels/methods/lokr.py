@@ -33,7 +33,7 @@ ZEROS = ("w1", "w2")
 class LoKr(
     Method,
     roles=("q", "v"),
-    lr=2e-3,
+    lr=2e-2,
     tiny={"rank": 1, "decompose_both": True, "rank_dropout": 0.25},
     kinds=("linear", "conv"),
 ):

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from ..engine.method import Changes, Method, Tuner
 from ..engine.site import Base, Site
-from ..ops.hadamard import padded
+from ..ops.hadamard import LARGEST, padded
 from ._shared import SharedTuner, share
 
 
@@ -40,9 +40,7 @@ class SAID(Method, roles=("*",), lr=3e-2, tiny={"d": 300}, kinds=("linear", "con
 
     d: int = 20_000  # trained numbers, those of theta and one for each tensor
     structure_aware: bool = True  # a trained factor for each tensor; without them it is the paper's DID
-    compat_grad_scale: bool = (
-        False  # theta's gradient from a tensor divided by its padded size, as in the authors' code
-    )
+    compat_grad_scale: bool = False  # theta's gradient from a tensor over its padded size: what the authors' code does
 
     def __post_init__(self):
         super().__post_init__()
@@ -80,12 +78,13 @@ class Projection:
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """The matrices, on this device from here on; made anew where they are not yet or on the meta device."""
-        if self.matrices is None or self.matrices[0].is_meta and device.type != "meta":
-            self.matrices = ops.fastfood_state(self.seed, self.numel, self.d)
-            self.norm = ops.fastfood_norm(self.matrices[2], self.numel)
-        if self.matrices[0].device != device:
-            sign, pi_mod, g = self.matrices
-            self.matrices = sign.to(device), pi_mod.to(device), g.to(device)
+        if self.matrices is None or self.matrices[0].device != device:
+            with torch.inference_mode(False):  # a later call may keep them for its backward
+                if self.matrices is None or self.matrices[0].is_meta:
+                    self.matrices = ops.fastfood_state(self.seed, self.numel, self.d)
+                    self.norm = ops.fastfood_norm(self.matrices[2], self.numel)
+                sign, pi_mod, g = self.matrices
+                self.matrices = sign.to(device), pi_mod.to(device), g.to(device)
         return self.matrices
 
     def __deepcopy__(self, memo: Any) -> Projection:
@@ -112,6 +111,8 @@ class SAIDTuner(SharedTuner, method=SAID):
         vector = site.kind == "norm"
         self.shape = (site.n_out,) if vector else (site.n_out, site.n_in)
         sizes = {"weight": math.prod(self.shape), "bias": 0 if site.bias is None else site.n_out}
+        if sizes["weight"] > LARGEST:
+            raise ValueError(f"SAID at {site.name}, which has {sizes['weight']:,} weights; at most 2^26, so exclude it")
         place = f"{site.seed}/{site.name}/{site.rows}"
         self.projections = [Projection(_hashed(f"{place}/{name}"), size) for name, size in sizes.items() if size]
         self.turned, self.shrinks = site.layout == "columns", cfg.compat_grad_scale

@@ -195,9 +195,10 @@ class _KronTuner(SVDTuner, method=_Kron):
         rows, term = x.numel() // n_in, min(a2 * b1 * (b2 + a1), a1 * b2 * (a2 + b1))  # operations of a row
         if site.kind != "linear" or self.rank * rows * term > (self.rank + rows) * out * n_in:
             return site.apply(ops.kron_sum_weight(self.a, self.b), site.bias, x)
-        y = None
-        for a, b in zip(self.a, self.b, strict=True):
-            y = ops.kron_linear(x, a.T, b.T, bias=site.bias) if y is None else ops.kron_linear_(y, x, a.T, b.T)
+        (first, second), *others = zip(self.a, self.b, strict=True)
+        y = ops.kron_linear(x, first.T, second.T, bias=None if site.bias is None else site.bias.to(x.dtype))
+        for a, b in others:
+            y = ops.kron_linear_(y, x, a.T, b.T)
         return y
 
     def changes(self) -> Changes:

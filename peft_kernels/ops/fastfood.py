@@ -100,7 +100,7 @@ def _backward_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
 
 def _flops(g: Tensor, sign: Tensor) -> int:
     n, k = g.shape[0], padded(sign.shape[0])
-    return n * n.bit_length() + k * k.bit_length()
+    return n * n.bit_length() + k * (k.bit_length() - 1)
 
 
 def _cost(theta, sign, pi_mod, g, base, numel, scale):

@@ -68,7 +68,7 @@ def _samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
 
 def _cost(x, scale):
     n = padded(x.shape[-1])
-    return Cost(math.prod(x.shape[:-1]) * n * n.bit_length(), 2 * nbytes(x))
+    return Cost(math.prod(x.shape[:-1]) * n * (n.bit_length() - 1), 2 * nbytes(x))
 
 
 _fwht: Op = Op(

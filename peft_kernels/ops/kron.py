@@ -217,9 +217,10 @@ def _checked(op: str, acc: Tensor | None, x: Tensor, a: Tensor, b: Tensor, bias:
         raise ValueError(f"{op}: acc is {tuple(acc.shape)}; expected {out} from x, a and b")
     if bias is not None and bias.shape != out[-1:]:
         raise ValueError(f"{op}: bias is {tuple(bias.shape)}; expected [{out[-1]}] from a and b")
-    devices = {str(t.device) for t in (acc, x, a, b, bias) if t is not None}
-    if len(devices) > 1:
-        raise ValueError(f"{op}: its tensors are on {' and '.join(sorted(devices))}; move them to one device")
+    device = x.device
+    for t in (a, b, acc, bias):
+        if t is not None and t.device != device:
+            raise ValueError(f"{op}: x is on {device}, another tensor on {t.device}; move them to one device")
     if a.dtype != b.dtype:
         raise ValueError(f"{op}: a is {a.dtype} and b {b.dtype}; give both the same dtype")
     if isinstance(scale, Tensor):

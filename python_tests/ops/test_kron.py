@@ -19,6 +19,9 @@ OPS = pk.ops.all_ops()
 SHAPES = [(64, 64, 64, 64), (24, 32, 32, 24), (130, 20, 140, 150), (3, 200, 4, 300), (5, 4, 17, 33), (64, 1, 1, 64)]
 
 
+assert not kron_native.unavailable("cpu")  # which loads the kernels
+
+
 def problem(shape, m, dtype=torch.float32, seed=0):
     """(x, a, b, acc, bias, g)"""
     p, q, r, s = shape

@@ -60,6 +60,12 @@ def test_what_is_not_finite_stays_in_its_row():
     assert (~y.isfinite()).any(1).nonzero().flatten().tolist() == [3, 9]
 
 
+def test_large_factors_are_left_to_gemms():
+    _, x, a, b, _ = _inputs(1, 2, 3, 300, 2, bf16, bf16)
+    with pk.backend("triton"), pytest.raises(pk.BackendError, match="sides of up to 300"):
+        pk.ops.kron_linear(x, a, b)
+
+
 def test_an_accumulator_of_another_dtype():
     acc, x, a, b, bias = _inputs(3, 4, 5, 6, 7, bf16, f32)
     with pk.backend("triton"):

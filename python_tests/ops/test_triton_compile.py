@@ -189,12 +189,12 @@ SPARSE_PRODUCTS = {"sparse_sddmm_kernel", "sparse_fisher_linear_kernel"}
 SPARSE_EXACT = {"sparse_patch_kernel", "sparse_scatter_kernel", "sparse_swap_kernel"}
 HADAMARD_KERNELS = {"hadamard_rows_kernel", "hadamard_bins_kernel"}
 NF4_PRODUCT, NF4_EXACT = {"nf4_product_kernel"}, {"nf4_quantize_kernel", "nf4_dequantize_kernel"}
-KRON_KERNELS = {"kron_linear_kernel", "kron_sum_grad_kernel"}
+KRON_KERNELS = {"kron_linear_kernel"}
 # what launches, on which cases; kernels of products, those with a loop long enough to pipeline, those with exact bits
 FAMILIES = {
     "lora": ((_lora, _lora_by_plan), LORA, LORA_KERNELS, LORA_KERNELS - {"lora_expand_kernel"}, set()),
     "nf4": ((_nf4,), NF4, NF4_PRODUCT, NF4_PRODUCT, NF4_EXACT),
-    "kron": ((_kron,), KRON, KRON_KERNELS, set(), set()),
+    "kron": ((_kron,), KRON, KRON_KERNELS, KRON_KERNELS, set()),
     "sparse": ((_sparse,), SPARSE, SPARSE_PRODUCTS, SPARSE_PRODUCTS, SPARSE_EXACT),
     "hadamard": ((_hadamard,), HADAMARD, HADAMARD_KERNELS, set(), set()),
 }
