@@ -301,8 +301,10 @@ def ops_overview() -> str:
 
 
 def op_modules() -> dict[str, str]:
-    """Module of contracts -> family, those of a family in the order of their ops."""
-    return {op.reference.__module__: family for family, ops in op_families().items() for op in ops}
+    """Module of contracts -> family, those of a family in the order of their ops; then what has none, as <op>_state."""
+    found = {op.reference.__module__: family for family, ops in op_families().items() for op in ops}
+    beside = {getattr(pk.ops, name).__module__ for name in pk.ops.__all__} - found.keys()
+    return found | {m: family for m in sorted(beside) for own, family in found.items() if m.startswith(f"{own}_")}
 
 
 def op_page(family: str) -> str:
