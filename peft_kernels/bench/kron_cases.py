@@ -32,7 +32,7 @@ _TWO = "two products"
 
 def kron_cases(device: str) -> Iterator[Case]:
     def case(p, r, mode, rows, selection, dtype="float32"):
-        build = functools.partial(_linear, p=p, r=r)
+        build = functools.partial(_linear, p=p)
         return Case("kron_linear", f"{p}x{p} {r}x{r}", mode, dtype, rows, p * r, p * r, selection, build)
 
     for (p, r), tokens in _GRID.items():
@@ -56,11 +56,12 @@ def two_products(x: Tensor, a: Tensor, b: Tensor, b_first: bool) -> Tensor:
     return (torch.matmul(a.T, x.view(m, p, r)).reshape(m * q, r) @ b).view(m, q * s)
 
 
-def _linear(case: Case, device: str, stack: ExitStack, p: int, r: int) -> Problem:
+def _linear(case: Case, device: str, stack: ExitStack, p: int) -> Problem:
     """As LoKr calls it: the factors of the weight transposed, W = w1 kron w2 [out, in]."""
-    ops = all_ops()
-    x = _randn(case.rows, p * r, like=case, device=device).requires_grad_()
-    g = _randn(case.rows, p * r, like=case, device=device)
+    ops, p = all_ops(), min(p, case.n_in)
+    r = case.n_in // p
+    x = _randn(case.rows, case.n_in, like=case, device=device).requires_grad_()
+    g = _randn(case.rows, case.n_in, like=case, device=device)
     w1, w2 = (_randn(n, n, like=case, device=device, scale=n**-0.5).requires_grad_() for n in (p, r))
     leaves = (x, w1, w2)
 
@@ -129,9 +130,9 @@ def _phm(case: Case, device: str, stack: ExitStack) -> Problem:
 
 
 def _merge(case: Case, device: str, stack: ExitStack) -> Problem:
-    side = round(case.n_in**0.5)
+    left = 1 << case.n_in.bit_length() // 2
     w = _randn(case.n_in, case.n_in, like=case, device=device)
-    w1, w2 = (_randn(side, side, like=case, device=device, scale=0.01) for _ in range(2))
+    w1, w2 = (_randn(n, n, like=case, device=device, scale=0.01) for n in (left, case.n_in // left))
     own, other = w.clone(), w.clone()
     op = all_ops()["kron_add"]
 
