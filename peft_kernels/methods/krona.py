@@ -109,18 +109,25 @@ def with_product(base: Base, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: 
     return ops.kron_linear(x, a.T, b.T, acc=y, scale=scale)
 
 
-class KronATuner(Tuner, method=KronA):
+class _Product(Tuner):
+    """scale * (a kron b), zero at first."""
+
     fresh = True
 
-    def __init__(self, cfg: KronA, site: Site):
+    def __init__(self, cfg: KronA | KronARes, site: Site):
         super().__init__(cfg, site)
         self.scale = cfg.scale
         left, right = shapes(cfg, site, cfg.factor)
         self.a = site.param(*left, init="kaiming")  # [a1, a2]
         self.b = site.param(*right)  # [b1, b2]
+
+
+class KronATuner(_Product, method=KronA):
+    def __init__(self, cfg: KronA, site: Site):
+        super().__init__(cfg, site)
         if cfg.init == "nearest" and not self.a.is_meta:
             with torch.no_grad():
-                self.a.copy_(_nearest(site, left))
+                self.a.copy_(_nearest(site, (self.a.shape[0], self.a.shape[1])))
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * torch.kron(self.a, self.b), bias
@@ -145,15 +152,9 @@ def _nearest(site: Site, shape: tuple[int, int]) -> Tensor:
     return a
 
 
-class KronAResTuner(Tuner, method=KronARes):
-    fresh = True
-
+class KronAResTuner(_Product, method=KronARes):
     def __init__(self, cfg: KronARes, site: Site):
         super().__init__(cfg, site)
-        self.scale = cfg.scale
-        left, right = shapes(cfg, site, cfg.factor)
-        self.a = site.param(*left, init="kaiming")  # [a1, a2]
-        self.b = site.param(*right)  # [b1, b2]
         self.residual = site.param(1) if cfg.residual else None
 
     def forward(self, base: Base, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -15,15 +15,15 @@ writes. w1 kron w2 is never made for a linear layer.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..engine.method import Changes, Method, Tuner
+from ..engine.method import Changes, Tuner
 from ..engine.site import Base, Site
-from ._patterns import applied, refuse_idle
+from ._patterns import Ranked
 from .krona import split, with_product
 
 ZEROS = ("w1", "w2")
@@ -31,7 +31,7 @@ ZEROS = ("w1", "w2")
 
 @dataclass(frozen=True)
 class LoKr(
-    Method,
+    Ranked,
     roles=("q", "v"),
     lr=2e-2,
     tiny={"rank": 1, "decompose_both": True, "rank_dropout": 0.25},
@@ -56,9 +56,6 @@ class LoKr(
 
     def __post_init__(self):
         super().__post_init__()
-        for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
-            if rank < 1:
-                raise ValueError(f"LoKr {where} = {rank}; expected at least 1")
         for name in ("rank_dropout", "module_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"LoKr {name} = {getattr(self, name)}; expected a probability from 0 to 1")
@@ -66,15 +63,6 @@ class LoKr(
             raise ValueError(f"LoKr decompose_factor = {self.decompose_factor}; expected at least 1, or -1")
         if self.zero not in ZEROS:
             raise ValueError(f"LoKr zero = {self.zero!r}; expected one of {', '.join(ZEROS)}")
-
-    def select(self, sites: list[Site]) -> list[Site]:
-        sites = super().select(sites)
-        refuse_idle(self, sites, self.rank_pattern, self.alpha_pattern)
-        return sites
-
-    def at(self, site: Site) -> Method:
-        rank = applied(self.rank_pattern, site, self.rank)
-        return replace(self, rank=rank, alpha=applied(self.alpha_pattern, site, self.alpha))
 
     def divided(self, n: int) -> tuple[int, int]:
         """n as (left, right), the sizes of w1 and w2."""

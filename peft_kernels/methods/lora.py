@@ -5,24 +5,24 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..engine.method import Changes, Method, Tuner
+from ..engine.method import Changes, Tuner
 from ..engine.rows import Routing, by_rows
 from ..engine.site import Base, Site
 from ._kept import Kept
-from ._patterns import applied, refuse_idle
+from ._patterns import Ranked
 from ._routed import in_one_op
 
 
 @dataclass(frozen=True)
 class LoRA(
-    Method,
+    Ranked,
     roles=("q", "v"),
     lr=2e-3,
     tiny={"rank": 2, "dropout": 0.25},
@@ -42,26 +42,17 @@ class LoRA(
 
     def __post_init__(self):
         super().__post_init__()
-        for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
-            if rank < 1:
-                raise ValueError(f"{type(self).__name__} {where} = {rank}; expected at least 1")
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"{type(self).__name__} dropout = {self.dropout}; expected a probability from 0 to 1")
 
-    def select(self, sites: list[Site]) -> list[Site]:
-        sites = super().select(sites)
-        refuse_idle(self, sites, self.rank_pattern, self.alpha_pattern)
-        return sites
-
     def at(self, site: Site) -> LoRA:
-        rank = applied(self.rank_pattern, site, self.rank)
-        limit = min(site.n_in, site.n_out)
-        if rank > limit:
+        own, limit = cast(LoRA, super().at(site)), min(site.n_in, site.n_out)
+        if own.rank > limit:
             raise ValueError(
-                f"{type(self).__name__} rank = {rank} at {site.name}; "
+                f"{type(self).__name__} rank = {own.rank} at {site.name}; "
                 f"a {site.n_out} x {site.n_in} layer takes at most {limit}"
             )
-        return replace(self, rank=rank, alpha=applied(self.alpha_pattern, site, self.alpha))
+        return own
 
     @property
     def scale(self) -> float:
