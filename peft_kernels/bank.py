@@ -15,6 +15,7 @@ from .engine.method import Part, numbers, promoted, words
 from .engine.roles import resolve
 from .engine.site import Site, base_modules
 from .engine.slots import Slots
+from .engine.text import aligned
 from .files import size
 from .methods._banked import Banked, BankedTuner
 from .methods._updates import Update, updates
@@ -232,12 +233,7 @@ class AdapterBank:
             ranks, total = self._contents[slot]
             span = f"{min(ranks)}-{max(ranks)}" if len(set(ranks)) > 1 else f"{ranks[0]}"
             lines.append((name, span, f"{len(ranks)}", f"{total:,}", f"{routes}"))
-        widths = [max(len(line[i]) for line in lines) for i in range(5)]
-        table = [
-            "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-            for line in lines
-        ]
-        return "\n".join([repr(self), *(table if len(self) else ())])
+        return "\n".join([repr(self), *([aligned(lines)] if len(self) else ())])
 
 
 def _joined(site: Site, found: list[Update], ranks: int, where: str) -> _Factors:

@@ -1,11 +1,31 @@
 """What the tests of single backends share."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 
 import peft_kernels as pk
 from peft_kernels.check import DTYPES, compare, double
 
 OPS = pk.ops.all_ops()
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
+
+
+def at_level(level, code, *args):
+    """What code prints in a process of its own, where the CPU kernels are those of an instruction set."""
+    tests = Path(__file__).resolve().parent
+    paths = os.pathsep.join(map(str, (tests, tests / "ops", tests.parent)))
+    environment = {**os.environ, "PEFT_KERNELS_CPU_ISA": level, "PYTHONPATH": paths}
+    checked = f"from peft_kernels import _C\nassert _C.cpu_isa() == {level!r}\n{code}"
+    done = subprocess.run([sys.executable, "-c", checked, *args], capture_output=True, text=True, env=environment)
+    if "is not a level of this machine" in done.stderr:
+        pytest.skip(f"this machine has no {level}")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def equal(a, b):

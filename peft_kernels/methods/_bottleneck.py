@@ -1,4 +1,4 @@
-"""The bottleneck of adapters: res + scale * up(act(down(x)))."""
+"""The bottleneck of adapters: x + up(act(down(x)))."""
 
 from __future__ import annotations
 
@@ -26,16 +26,6 @@ def check_activation(method: str, activation: str) -> None:
         raise ValueError(f"{method} activation = {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
 
 
-def bottleneck(
-    x: Tensor,
-    down: Callable[[Tensor], Tensor],
-    up: Callable[[Tensor], Tensor],
-    activation: str,
-    *,
-    res: Tensor | None = None,
-    scale: float | Tensor = 1.0,
-) -> Tensor:
-    """res + scale * up(act(down(x))).   x [..., d], res the same, None being x   down: d -> m   up: m -> d"""
-    y = up(ACTIVATIONS[activation](down(x)))
-    y = y if isinstance(scale, float) and scale == 1.0 else y * scale
-    return (x if res is None else res) + y
+def bottleneck(x: Tensor, down: Callable[[Tensor], Tensor], up: Callable[[Tensor], Tensor], activation: str) -> Tensor:
+    """x + up(act(down(x))).   x [..., d]   down: d -> m   up: m -> d"""
+    return x + up(ACTIVATIONS[activation](down(x)))

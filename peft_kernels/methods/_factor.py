@@ -1,12 +1,10 @@
-"""Factors of a weight: what KronA starts from and SVD trains."""
+"""What SVD reports, and where it may run without the weight."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..engine.factor import nearest_kronecker, rearranged, truncated_svd
-
-__all__ = ["SVDReport", "bare", "nearest_kronecker", "rearranged", "truncated_svd"]
+from ..engine.text import aligned
 
 
 def bare(base: Any) -> bool:
@@ -26,8 +24,4 @@ class SVDReport(list):
             rows.append((row["site"], rank, f"{row['numbers']:,}", f"{row['dense']:,}", f"{row['error']:.4f}"))
         numbers, dense = (sum(row[key] for row in self) for key in ("numbers", "dense"))
         rows.append((f"{len(self)} layers", "", f"{numbers:,}", f"{dense:,}", ""))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join((name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True)))).rstrip()
-            for name, *cells in rows
-        )
+        return aligned(rows)

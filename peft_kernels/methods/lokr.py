@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,7 @@ class LoKrTuner(Tuner, method=LoKr):
         super().__init__(cfg, site)
         self.cfg: LoKr = cfg
         self.scale, r = cfg.alpha / cfg.rank, cfg.rank
-        kernel = tuple(site.module.kernel_size) if site.kind == "conv" else ()  # type: ignore[union-attr, arg-type]
+        kernel = tuple(cast(nn.Conv2d, site.module).kernel_size) if site.kind == "conv" else ()
         (out_l, out_k), (in_m, in_n) = cfg.divided(site.n_out), cfg.divided(site.n_in // math.prod(kernel))
         for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"):
             self.register_parameter(name, None)

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..engine.attach import names_of
+from ..engine.factor import rearranged, truncated_svd
 from ..engine.life import all_tuners, unmerged
 from ..engine.method import Changes, Method, Tuner
 from ..engine.site import Base, Site
-from ._factor import SVDReport, bare, rearranged, truncated_svd
+from ._factor import SVDReport, bare
 from .krona import checked, shapes
 
 _ROLES = ("q", "k", "v", "o", "up", "gate", "down")

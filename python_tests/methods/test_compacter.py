@@ -12,7 +12,7 @@ from torch import nn
 import peft_kernels as pk
 from peft_kernels.engine.attach import tuners
 from peft_kernels.engine.fit import param_groups
-from peft_kernels.methods._bottleneck import ACTIVATIONS, bottleneck
+from peft_kernels.methods._bottleneck import ACTIVATIONS
 from peft_kernels.methods.compacter import CompacterTuner
 
 
@@ -204,17 +204,6 @@ def test_the_adapter_is_its_definition(activation):
     params = list(t.parameters())
     for ours, theirs in zip(*(torch.autograd.grad(o.square().sum(), params) for o in (y, truth)), strict=True):
         close(ours, theirs, torch.float64)
-
-
-def test_the_bottleneck_takes_another_residual_and_a_scale():
-    x, res = torch.randn(3, 4), torch.randn(3, 4)
-    down, up = nn.Linear(4, 2), nn.Linear(2, 4)
-    delta = up(torch.relu(down(x)))
-    close(bottleneck(x, down, up, "relu"), x + delta)
-    close(bottleneck(x, down, up, "relu", res=res, scale=4.0), res + 4 * delta)
-    scale = torch.tensor(-2.0, requires_grad=True)
-    bottleneck(x, down, up, "relu", scale=scale).sum().backward()
-    close(scale.grad, delta.sum().detach())
 
 
 def test_it_starts_as_the_paper_does():

@@ -4,16 +4,13 @@ import copy
 import hashlib
 import json
 import math
-import os
 import pickle
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from laws import LEVELS, at_level
 from models import MLP, assert_same, close, make, perturb, snapshot
 from safetensors.torch import load_file
 from torch import nn
@@ -250,7 +247,7 @@ def digest(model):
     return sha.hexdigest()
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_a_file_is_read_to_the_same_bits_by_other_instructions(level, tmp_path):
     case, _ = said()
     pk.save(case.model, tmp_path / "a")
@@ -258,13 +255,7 @@ def test_a_file_is_read_to_the_same_bits_by_other_instructions(level, tmp_path):
         "import sys, torch, peft_kernels as pk; from models import make; from methods.test_said import digest\n"
         "case = make('mlp'); pk.load(case.model, sys.argv[1]); print(digest(case.model))"
     )
-    tests = Path(__file__).parents[1]
-    paths = os.pathsep.join((str(tests), str(tests.parent)))
-    environment = {**os.environ, "PEFT_KERNELS_CPU_ISA": level, "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], env=environment, capture_output=True, text=True)
-    if "is not a level of this machine" in done.stderr:
-        pytest.skip(f"this machine has no {level}")
-    assert done.stdout.strip() == digest(case.model), done.stderr
+    assert at_level(level, code, tmp_path / "a").strip() == digest(case.model)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

@@ -2,13 +2,10 @@
 
 import hashlib
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from laws import LEVELS, at_level
 
 import peft_kernels as pk
 from peft_kernels.kernels.hadamard import hadamard_native as native
@@ -16,7 +13,6 @@ from peft_kernels.ops import all_ops, fastfood, fastfood_norm, fastfood_state, f
 from peft_kernels.ops.fastfood_state import plain_state, quantiles
 from peft_kernels.ops.hadamard import padded, transform
 
-ROOT = Path(__file__).parents[2]
 UNIT = 2.0**-12
 QUANTILES = "1ea009ce409dac97d6bd609266910f809c5fb912f78e16bd89145b08174d6fc5"
 STATE = "ac88026e332e85b41c0d7bdcee330a1280fd73b13e40a0f32205bc867ac63503"
@@ -306,15 +302,6 @@ def test_the_thread_count_does_not_change_a_bit():
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_other_instructions_give_the_same_bits(level):
-    from peft_kernels import _C
-
-    if level == _C.cpu_isa():
-        pytest.skip("the tests above run on it")
-    code = "import sys; sys.path.insert(0, 'python_tests/ops'); import test_hadamard as own; print(own.everything())"
-    environment = {**os.environ, "PEFT_KERNELS_CPU_ISA": level, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
-    if "is not a level of this machine" in done.stderr:
-        pytest.skip(f"this machine has no {level}")
-    assert done.stdout.strip() == everything(), done.stderr
+    assert at_level(level, "import test_hadamard as own; print(own.everything())").strip() == everything()

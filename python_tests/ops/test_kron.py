@@ -1,15 +1,10 @@
 """Kronecker products beyond the laws of test_ops: sizes, orders, threads, instruction sets, merging, bad arguments."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from laws import LEVELS, at_level
 
 import peft_kernels as pk
-from peft_kernels import _C
 from peft_kernels.check import DTYPES, compare
 from peft_kernels.kernels.kron import kron_native
 from peft_kernels.ops import kron, kron_add_, kron_linear, kron_linear_, kron_sum_weight
@@ -89,29 +84,16 @@ def test_threads_and_tokens_do_not_change_a_bit(shape):
         assert all(torch.equal(p, q) for p, q in zip(outs[0], other, strict=True))
 
 
-LEVELS = """
-import torch
-from peft_kernels import _C
-import sys
-from ops import test_kron as own
-assert _C.cpu_isa() == sys.argv[1]
-for shape in own.SHAPES[1:5]:
-    for dtype in own.DTYPES:
-        own.test_kernels_on_larger_sizes(shape, 3, dtype)
-own.test_weights()
-"""
-
-
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set(level):
-    if level == _C.cpu_isa():
-        return
-    roots = os.pathsep.join(map(str, Path(__file__).parents[1:3]))
-    environment = {**os.environ, "PEFT_KERNELS_CPU_ISA": level, "PYTHONPATH": roots}
-    done = subprocess.run([sys.executable, "-c", LEVELS, level], capture_output=True, text=True, env=environment)
-    if "is not a level of this machine" in done.stderr:
-        pytest.skip(f"this machine has no {level}")
-    assert done.returncode == 0, done.stderr
+    at_level(
+        level,
+        "import test_kron as own\n"
+        "for shape in own.SHAPES[1:5]:\n"
+        "    for dtype in own.DTYPES:\n"
+        "        own.test_kernels_on_larger_sizes(shape, 3, dtype)\n"
+        "own.test_weights()",
+    )
 
 
 def test_weights():

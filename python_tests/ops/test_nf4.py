@@ -1,14 +1,10 @@
 """NF4: the bytes and scales of the format, bit for bit on every backend, and linear layers that read them."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import same_nf4_bits
+from laws import LEVELS, at_level, same_nf4_bits
 
 import peft_kernels as pk
 from peft_kernels.bench.measure import peak_bytes
@@ -375,22 +371,11 @@ def test_weights_are_never_materialised(m):
     assert back == 2 * m * k
 
 
-LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
-
-
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_other_level(level):
     """Each build of the kernels that this machine can run: the bits of the format, and the law on linear layers."""
-    from peft_kernels import _C
-
-    if level == _C.cpu_isa():
-        pytest.skip("the tests above run on it")
     code = """
-import sys
-sys.path[:0] = ["python_tests", "python_tests/ops"]
 import test_nf4 as own
-from peft_kernels import _C
-assert _C.cpu_isa() == own.sys.argv[1]
 own.test_the_kernels_have_the_bits_of_the_reference()
 own.test_linear_layers_on_any_shape()
 for m in (1, 9):
@@ -398,11 +383,4 @@ for m in (1, 9):
 for m in (1, 8, 70):
     own.test_rows_and_blocks_that_are_not_finite_stay_apart(m)
 """
-    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-    environment = {**os.environ, "PEFT_KERNELS_CPU_ISA": level, "PYTHONPATH": root}
-    done = subprocess.run(
-        [sys.executable, "-c", code, level], capture_output=True, text=True, env=environment, cwd=root
-    )
-    if "is not a level of this machine" in done.stderr:
-        pytest.skip(f"this machine has no {level}")
-    assert done.returncode == 0, done.stderr
+    at_level(level, code)
