@@ -7,6 +7,7 @@ from .engine.attach import active, attach, detach, disabled, rename, set_active
 from .engine.calibrate import calibrate
 from .engine.combine import CombineReport, combine
 from .engine.counts import Counts, counts
+from .engine.distil import Distillation
 from .engine.factor import nearest_kronecker, truncated_svd
 from .engine.fit import fit
 from .engine.life import penalty
@@ -78,6 +79,7 @@ __all__ = [
     "CompacterPP",
     "Counts",
     "DiffPruning",
+    "Distillation",
     "DoRA",
     "Footprint",
     "FishMask",

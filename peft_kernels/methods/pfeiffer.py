@@ -50,4 +50,4 @@ class PfeifferTuner(Tuner, method=Pfeiffer):
     def forward(self, base: Base, x: Tensor, **how: Any) -> Tensor:
         o = base(x)
         h = o + base.seen("residual")
-        return self.adapter(h if self.norm is None else self.norm(h), o, fresh=base.fresh, **how)
+        return self.adapter(h if self.norm is None else base.beside(self.norm, h), o, fresh=base.fresh, **how)
