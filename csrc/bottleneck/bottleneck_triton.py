@@ -2,13 +2,12 @@
 
 Forward and backward are two thin products with something between them, and two gradients of weights:
 
-    down     parts of x wd^T (g wu)            middle   z, a (u, c a, dgate), of [M, m] numbers
+    down     parts of x wd^T (g wu)            middle   z, a (u, c a, dgate), [M, m] numbers
     up       y = residual + c (a wu^T + bu)    wgrad    n^T u (g^T c a) and sums over rows, n = x normalised
              dx = g + LN'(u wd)                reduce   their parts; what LN makes of n^T u
 
-LayerNorm costs no pass of its own. down multiplies (x - s) * w, s being the mean of some of the row's columns, and sums
-both moments of x - s on the way; `fold` gives S = wd w and T = wd b, with which the middle moves the product to the mean
-and scales it:
+LayerNorm costs no pass of its own. down multiplies (x - s) * w, s being the mean of some columns of the row, and sums
+both moments of x - s on the way; fold gives S = wd w and T = wd b, by which middle moves the product to the row's mean:
 
     z = rstd (sum of (x - s) w wd - (mean - s) S) + T + bd
 
@@ -131,8 +130,8 @@ def bottleneck_down_kernel(
     second = tl.zeros([BM], tl.float32)
     if LN:
         columns = begin * BC + tl.arange(0, BC)
-        u = tl.load(u_rows + columns[None, :], mask=used[:, None] & (columns[None, :] < C), other=0.0)
-        shift = tl.sum(cast(u, tl.float32), 1) / tl.minimum(C - begin * BC, BC).to(tl.float32)
+        some = tl.load(u_rows + columns[None, :], mask=used[:, None] & (columns[None, :] < C), other=0.0)
+        shift = tl.sum(cast(some, tl.float32), 1) / tl.minimum(C - begin * BC, BC).to(tl.float32)
     for step in range(begin, end):
         columns = step * BC + tl.arange(0, BC)
         inside = used[:, None] & (columns[None, :] < C)
@@ -149,7 +148,7 @@ def bottleneck_down_kernel(
                 u = cast(u, f_ptr.dtype.element_ty)
         elif bias_ptr is not None:
             first += tl.sum(cast(u, tl.float32) * vector(bias_ptr, columns, columns < C, 0.0)[None, :], 1)
-        acc = dot(u, f, acc, EXACT)
+        acc = dot(u, f, acc, EXACT, u_ptr.dtype.element_ty != tl.float32)
     stored = rows < tl.where(first_rank == 0, M, 0)
     if LN:
         mean = first / tl.minimum((end - begin) * BC, C - begin * BC).to(tl.float32)
@@ -331,7 +330,7 @@ def bottleneck_wgrad_kernel(
             u_sum += cast(u, tl.float32) * vector(gate_ptr, rows, used, 1.0)[:, None]
         if v_sum_ptr is not None:
             v_sum += cast(v, tl.float32)
-        acc = dot(tl.trans(u), v, acc, EXACT)  # [BC, BR]
+        acc = dot(tl.trans(u), v, acc, EXACT, u_ptr.dtype.element_ty != tl.float32)  # [BC, BR]
     at = out_ptr + part.to(tl.int64) * C * R + columns[:, None] * stride_oc + ranks[None, :] * stride_or
     tl.store(at, cast(acc, out_ptr.dtype.element_ty), mask=(columns[:, None] < C) & (ranks[None, :] < R))
     if u_sum_ptr is not None:
@@ -446,7 +445,7 @@ def _down(
     """(parts [splits, M, R] of u f^T, what rows have beside it, fold, columns of a part); f [R, C] has any strides."""
     (m, c), r = u.shape, len(f)
     bc = 64 if u.dtype == f.dtype != torch.float32 else 32
-    bm, br = tile(m, 16, 64), tile(r, 16, 64)
+    bm, br = 128 if ln is None and m >= 1 << 14 else tile(m, 16, 64), tile(r, 16, 64)
     tiles = triton.cdiv(m, bm) * triton.cdiv(r, br)
     splits, chunk = split(triton.cdiv(c, bc), tiles)
     parts = torch.empty((splits, m, r), dtype=torch.float32, device=u.device)
@@ -454,7 +453,7 @@ def _down(
     fold = None if ln is None else _fold(f, *ln, splits, chunk * bc)
     bottleneck_down_kernel[(tiles, splits)](
         u, f, None if ln is None else ln[0], fold, bias, parts, rows, m, c, r, *f.stride(), chunk,
-        BM=bm, BC=bc, BR=br, LN=ln is not None, EXACT=exact, num_warps=4, num_stages=4,
+        BM=bm, BC=bc, BR=br, LN=ln is not None, EXACT=exact, num_warps=8 if bm > 64 else 4, num_stages=4,
     )  # fmt: skip
     return parts, rows, fold, chunk * bc
 
@@ -466,10 +465,12 @@ def _up_(
 ) -> None:  # fmt: skip
     """y [M, N] = residual + scale * gate * (v f + bias), or with stats residual + LN'(v f); f [R, N], any strides."""
     (m, r), n = v.shape, y.shape[1]
-    bm, bn, br = tile(m, 16, 64), tile(n, 16, 64), tile(r, 16, 64 if v.dtype == f.dtype != torch.float32 else 32)
+    large = v.dtype == f.dtype != torch.float32 and m * n >= 1 << 22  # 512 programs
+    bm, bn, br = tile(m, 16, 128 if large else 64), tile(n, 16, 64), tile(r, 16, 32)
     bottleneck_up_kernel[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
         y, residual, v, f, bias, gate, x, ln_w, stats, sums, scale, m, n, r, *f.stride(),
-        BM=bm, BN=bn, BR=br, LN=stats is not None, EXACT=y.dtype == torch.float32, num_warps=4, num_stages=2,
+        BM=bm, BN=bn, BR=br, LN=stats is not None, EXACT=y.dtype == torch.float32, num_warps=8 if bm > 64 else 4,
+        num_stages=2,
     )  # fmt: skip
 
 
@@ -502,7 +503,7 @@ def _weight(
 ) -> None:  # fmt: skip
     """Writes what is not None of dw = u^T v, by strides of u's columns and v's, and what comes with it."""
     (m, c), r = u.shape, v.shape[1]
-    bm, bc, br = 32, tile(c, 16, 64), tile(r, 16, 64)
+    bm, bc, br = 32, tile(c, 16, 128 if u.dtype == v.dtype != torch.float32 else 64), tile(r, 16, 64)
     tiles = triton.cdiv(c, bc) * triton.cdiv(r, br)
     splits, chunk = split(triton.cdiv(m, bm), tiles)
     ln, out, sums = stats is not None, dw, (du_sum, dv_sum)

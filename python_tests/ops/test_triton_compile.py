@@ -195,9 +195,9 @@ KRON = {
 }
 # x's dtype, that of the weights, rows, width, bottleneck
 BOTTLENECK = {
-    "bf16": ("bfloat16", "bfloat16", 2048, 1024, 64),
+    "bf16": ("bfloat16", "bfloat16", 16384, 1024, 64),
     "fp32": ("float32", "float32", 512, 1024, 64),
-    "mixed": ("bfloat16", "float32", 16384, 1024, 48),
+    "mixed": ("bfloat16", "float32", 2048, 1024, 48),
     "wide_fp16": ("float16", "float16", 512, 1024, 200),
     "odd_decode": ("bfloat16", "float32", 1, 101, 5),
 }
