@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from models import make
 
-from peft_kernels.engine.losses import distillation, symmetric_kl
+from peft_kernels.engine.losses import counted, distillation, symmetric_kl
 
 FLAT, TILTED = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, math.log(3)]])
 
@@ -85,3 +86,33 @@ def test_losses_say_what_is_wrong():
         symmetric_kl(FLAT, TILTED, torch.ones(2))
     with pytest.raises(ValueError, match="temperature = 0"):
         distillation(FLAT, TILTED, 0.0)
+
+
+# -- which rows count -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bart", "bert", "tokens"])
+def test_the_rows_that_count_are_those_of_the_models_own_loss(name):
+    model = tagger() if name == "tokens" else make(name).model
+    ids, labels = torch.randint(3, 50, (3, 4)), torch.tensor([[-100, 1, 2, -100], [-100, -100, 0, 2], [1, 1, 1, 1]])
+    batch = {"input_ids": ids, "labels": labels[:, 1] if name == "bert" else labels}
+    outputs = model(**batch)
+    outputs.logits.retain_grad()
+    outputs.loss.backward()
+    assert torch.equal(counted(model, batch, outputs.logits), outputs.logits.grad.any(-1))
+
+
+def tagger():
+    from transformers import BertConfig, BertForTokenClassification
+
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    return BertForTokenClassification(BertConfig(vocab_size=50, **sizes, num_labels=3)).eval()
+
+
+def test_rows_without_labels_count_by_the_attention_mask():
+    padded = {"attention_mask": torch.tensor([[1, 1, 1, 0]]), "input_ids": torch.ones(1, 4)}
+    assert counted(make("gpt2").model, padded, torch.zeros(1, 4, 9)).tolist() == [[True, True, True, False]]
+    bert = make("bert").model
+    assert counted(bert, padded, torch.zeros(1, 3)) is None
+    assert counted(bert, {"labels": torch.randn(1, 3)}, torch.zeros(1, 3)) is None, "numbers, not classes"
+    assert counted(make("mlp").model, (torch.zeros(2, 12), torch.tensor([1, -100])), torch.zeros(2, 3)).sum() == 1

@@ -64,6 +64,17 @@ def task_loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> tuple[Ten
     return loss, outputs
 
 
+def logits_of(outputs: Any) -> Tensor | None:
+    """What a model returned, or its `logits`; None where it has none."""
+    logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    return logits if isinstance(logits, Tensor) else None
+
+
+def labels_of(batch: Any) -> Any:
+    """The labels of a dict, None without; of a pair the target."""
+    return batch.get("labels") if isinstance(batch, Mapping) else batch[1]
+
+
 def finite(loss: Tensor, where: str, fix: str) -> float:
     """The loss as a number; RuntimeError if it is not finite."""
     value = loss.item()

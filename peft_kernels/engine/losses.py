@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .batches import labels_of
 
 
 def distillation(
@@ -32,6 +37,24 @@ def symmetric_kl(p_logits: Tensor, q_logits: Tensor, mask: Tensor | None = None)
     """
     p, q = _rows(p_logits, q_logits, mask)
     return (_kl(q.detach(), p) + _kl(p.detach(), q)) / 2
+
+
+def counted(model: nn.Module, batch: Any, logits: Tensor) -> Tensor | None:
+    """Which rows of the logits [..., classes] count: bool [...]; None for all.
+
+    Those whose label is not -100, in a causal language model at the position before it; without a label each, those of
+    the attention mask.
+    """
+    shape, ignored = logits.shape[:-1], -100
+    labels = labels_of(batch)
+    if isinstance(labels, Tensor) and labels.shape == shape and not labels.is_floating_point():
+        count = labels != ignored
+        encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        if count.dim() < 2 or encodes or not getattr(model, "can_generate", lambda: False)():
+            return count
+        return torch.cat((count[..., 1:], torch.zeros_like(count[..., :1])), -1)
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask != 0 if isinstance(mask, Tensor) and mask.shape == shape else None
 
 
 def _rows(a: Tensor, b: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
