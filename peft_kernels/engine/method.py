@@ -48,7 +48,7 @@ class Stats:
     """What `pk.calibrate` measured of the tensors that a tuner watches, in fp32 and in their shapes.
 
     samples: rows seen.   grad: name -> g, the mean of the gradient over the rows.
-    curved: where `Method.curvature` asks, name -> H g with the Hessian H of the mean loss in all that the method watches.
+    curved: where `Method.curvature` asks, name -> H g, H the Hessian of the mean loss in all that the method watches.
     """
 
     samples: int
