@@ -7,6 +7,7 @@ from .engine.attach import active, attach, detach, disabled, rename, set_active
 from .engine.calibrate import calibrate
 from .engine.combine import CombineReport, combine
 from .engine.counts import Counts, counts
+from .engine.distil import Distillation
 from .engine.factor import nearest_kronecker, truncated_svd
 from .engine.fit import fit
 from .engine.life import penalty
@@ -26,6 +27,8 @@ from .methods import (
     LTSFT,
     SAID,
     SVD,
+    AdapterDrop,
+    AdapterL,
     BitFit,
     ByLayer,
     Compacter,
@@ -36,6 +39,7 @@ from .methods import (
     FullTuning,
     Gated,
     Head,
+    Houlsby,
     KronA,
     KronARes,
     LayerType,
@@ -44,6 +48,8 @@ from .methods import (
     LoRA,
     MagnitudePruning,
     MovementPruning,
+    ParallelAdapter,
+    Pfeiffer,
     QLoRA,
     RandomMask,
     StructuredPruning,
@@ -63,6 +69,8 @@ __all__ = [
     "SAID",
     "SVD",
     "AdapterBank",
+    "AdapterDrop",
+    "AdapterL",
     "BackendError",
     "BitFit",
     "ByLayer",
@@ -71,12 +79,14 @@ __all__ = [
     "CompacterPP",
     "Counts",
     "DiffPruning",
+    "Distillation",
     "DoRA",
     "Footprint",
     "FishMask",
     "FullTuning",
     "Gated",
     "Head",
+    "Houlsby",
     "Int8Linear",
     "KronA",
     "KronARes",
@@ -91,6 +101,8 @@ __all__ = [
     "MovementPruning",
     "NF4Linear",
     "PHMLinear",
+    "ParallelAdapter",
+    "Pfeiffer",
     "Phase",
     "QLoRA",
     "RandomMask",

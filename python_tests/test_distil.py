@@ -1,13 +1,20 @@
 """Distillation: its losses, and teachers in a training."""
 
+import copy
 import math
 
 import pytest
 import torch
 from models import make
+from safetensors.torch import load_file
+from toys import Toy, signs, toys  # noqa: F401  # a fixture
 
+import peft_kernels as pk
+from peft_kernels.engine.attach import tuners
+from peft_kernels.engine.distil import digest
 from peft_kernels.engine.losses import counted, distillation, symmetric_kl
 
+cross_entropy = torch.nn.functional.cross_entropy
 FLAT, TILTED = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, math.log(3)]])
 
 # -- losses -----------------------------------------------------------------------------------------------------------
@@ -116,3 +123,239 @@ def test_rows_without_labels_count_by_the_attention_mask():
     assert counted(bert, padded, torch.zeros(1, 3)) is None
     assert counted(bert, {"labels": torch.randn(1, 3)}, torch.zeros(1, 3)) is None, "numbers, not classes"
     assert counted(make("mlp").model, (torch.zeros(2, 12), torch.tensor([1, -100])), torch.zeros(2, 3)).sum() == 1
+
+
+# -- a teacher in pk.fit ----------------------------------------------------------------------------------------------
+
+
+def teacher_of(name="bert", seed=7):
+    """A model like the student with other weights."""
+    model, made = make(name).model, torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=made))
+    return model.train()  # which it must not stay
+
+
+def texts(n=6, seed=3):
+    ids = torch.randint(3, 50, (n, 7), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": t, "labels": t[:, 0] % 3} for t in ids.split(2)]
+
+
+def student(method=None, name="bert", **kwargs):
+    head = {"train": ("head",), **kwargs} if name == "bert" else kwargs
+    return pk.attach(make(name).model, method or pk.LoRA(rank=2, dropout=0.25), **head)
+
+
+def values(model, name="default"):
+    return {f"{path}.{k}": v.clone() for path, t in tuners(model, name) for k, v in t.state_dict().items()}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def fitted(teacher, batches=None, model=None, **options):
+    model = student() if model is None else model
+    log = pk.fit(model, texts() if batches is None else batches, teacher=teacher, epochs=2, progress=False, **options)
+    return model, [{key: value for key, value in row.items() if key != "seconds"} for row in log]
+
+
+def test_the_loss_is_the_formula():
+    wise, model = teacher_of("mlp"), pk.attach(make("mlp").model, pk.LoRA(rank=2), ("first",))
+    x, labels = signs()[0]
+    with torch.no_grad():
+        t, s = wise.eval()(x), model(x)
+    log = pk.fit(model, [(x, labels)], loss_fn=cross_entropy, teacher=pk.Distillation(wise, 3.0, 0.7), progress=False)
+    p, q = (t / 3).softmax(-1), (s / 3).softmax(-1)
+    divergence = (p * (p / q).log()).sum(-1).mean()
+    expected = 0.7 * 9 * divergence + 0.3 * cross_entropy(s, labels)
+    assert log[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_weight_0_is_plain_training():
+    plain, log = fitted(None)
+    taught, same = fitted(pk.Distillation(teacher_of(), weight=0))
+    assert log == same
+    assert_equal(values(plain), values(taught))
+
+
+def test_weight_1_reads_no_labels():
+    batches, teacher = texts(), teacher_of()
+    model, _ = fitted(pk.Distillation(teacher, weight=1), batches)
+    for other in (
+        [{**batch, "labels": (batch["labels"] + 1) % 3} for batch in batches],
+        [{"input_ids": batch["input_ids"]} for batch in batches],
+    ):
+        again, _ = fitted(pk.Distillation(teacher, weight=1), other)
+        assert_equal(values(again), values(model))
+
+
+def test_the_teacher_and_the_random_numbers_are_left_alone(tmp_path):
+    teacher = teacher_of()
+    before = {k: t.clone() for k, t in teacher.state_dict().items()}
+    wants = [p.requires_grad for p in teacher.parameters()]
+    seen = []
+    teacher.register_forward_hook(lambda m, args, out: seen.append((m.training, out.logits.requires_grad)))
+    states = []
+    for one in (None, pk.Distillation(teacher)):
+        model, _ = fitted(one, checkpoint=tmp_path / str(one is None))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states), "the teacher has drawn random numbers"
+    assert_equal(dict(teacher.state_dict()), before)
+    assert [p.requires_grad for p in teacher.parameters()] == wants and all(
+        p.grad is None for p in teacher.parameters()
+    )
+    assert seen == [(False, False)] * 6
+    for file in ("adapter_model.safetensors", "training.safetensors"):
+        saved = [set(load_file(tmp_path / side / file)) for side in ("True", "False")]
+        assert saved[0] == saved[1], "the teacher is in the checkpoint"
+
+
+def test_the_student_becomes_the_teacher():
+    torch.manual_seed(1)
+    teacher, batches = teacher_of(), texts(24)
+    model = student(pk.FullTuning(), train=())
+
+    def apart():
+        with torch.no_grad():
+            pairs = [(model.eval()(b["input_ids"]).logits, teacher.eval()(b["input_ids"]).logits) for b in batches]
+        return sum(distillation(s, t, 1.0).item() for s, t in pairs)
+
+    before = apart()
+    pk.fit(model, batches, teacher=pk.Distillation(teacher, 1.0, 1.0), epochs=20, lr=3e-3, progress=False)
+    assert apart() < 0.2 * before
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_language_models(name):
+    """Positions of padding do not count; a decoder's inputs come from the labels."""
+    ids = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(3))
+    teacher, found = teacher_of(name), []
+    for filler in (1, 2):
+        padded = ids.clone()
+        padded[1, 4:] = filler
+        labels = ids.clone()
+        labels[1, 4:] = -100
+        batch = {"input_ids": padded, "attention_mask": (labels != -100).long(), "labels": labels}
+        model, _ = fitted(pk.Distillation(teacher), [batch], student(name=name))
+        found.append(values(model))
+    assert_equal(*found)
+
+
+def test_pairs_and_methods_with_terms():
+    wise, batches = make("mlp").model, signs()
+    model = make("mlp").model
+    pk.attach(model, Toy(term=0.1, penalty=0.1), ("first", "second"), train=("out",))
+    pk.fit(model, batches, loss_fn=cross_entropy, teacher=pk.Distillation(wise), progress=False)
+    (x, target), fresh = batches[0], make("mlp").model
+    pk.attach(fresh, Toy(), ("first",))
+    log = pk.fit(fresh, [(x, target)], loss_fn=cross_entropy, teacher=pk.Distillation(wise, 2.0, 0.5), progress=False)
+    shifted = pk.attach(make("mlp").model, Toy(), ("first",))(x)
+    expected = 0.5 * distillation(shifted, wise(x), 2.0) + 0.5 * cross_entropy(shifted, target)
+    assert log[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_an_adapter_of_the_same_model_teaches():
+    """As a model of its own with that adapter would."""
+    (batch,) = texts(2)
+    wise = pk.attach(make("bert").model, pk.LoRA(rank=4, dropout=0.5), train=("head",), seed=5)
+    with torch.no_grad():
+        for _, t in tuners(wise, "default"):
+            for p in t.parameters():
+                p.add_(0.2)
+    first, log = fitted(pk.Distillation(wise), [batch])
+    model = student()
+    pk.attach(model, pk.LoRA(rank=4, dropout=0.5), train=("head",), seed=5, name="wise")
+    with torch.no_grad():
+        for _, t in tuners(model, "wise"):
+            for p in t.parameters():
+                p.add_(0.2)
+    with pytest.raises(ValueError, match="'wise' is to be trained, so it cannot teach"):
+        fitted(pk.Distillation("wise"), [batch], model)
+    pk.set_active(model, "default")
+    kept = values(model, "wise")
+    second, same = fitted(pk.Distillation("wise"), [batch], model)
+    assert log == same and pk.active(model) == ["default"]
+    assert_equal(values(first), values(second))
+    assert_equal(values(model, "wise"), kept)
+
+
+def test_the_teacher_keeps_its_dtype_under_autocast():
+    seen = []
+    teacher = teacher_of().to(torch.float16)
+    teacher.register_forward_hook(lambda m, args, out: seen.append(out.logits.dtype))
+    net, wise = make("mlp").model, make("mlp").model.double()
+    fitted(pk.Distillation(teacher), precision="bf16")
+    pk.attach(net, pk.LoRA(rank=2), ("first",))
+    pk.fit(net, signs(), loss_fn=cross_entropy, teacher=pk.Distillation(wise), precision="bf16", progress=False)
+    assert set(seen) == {torch.float16}, "float inputs are in the teacher's dtype, the student's autocast is not its"
+
+
+def test_a_resume_ends_bit_equal_and_knows_its_teacher(tmp_path):
+    teacher = teacher_of()
+
+    class Broken(list):
+        def __iter__(self):
+            yield from self[:2]
+            raise KeyboardInterrupt
+
+    def run(place, batches, one):
+        return fitted(one, batches, checkpoint=tmp_path / place, checkpoint_every=1, resume=True)
+
+    whole, log = run("whole", texts(), pk.Distillation(teacher))
+    with pytest.raises(KeyboardInterrupt):
+        run("run", Broken(texts()), pk.Distillation(teacher))
+    for other in (
+        None,
+        pk.Distillation(teacher_of(seed=8)),
+        pk.Distillation(teacher, 3.0),
+        pk.Distillation(teacher, 2.0, 1),
+    ):
+        with pytest.raises(ValueError, match="was written with teacher="):
+            run("run", texts(), other)
+    resumed, same = run("run", texts(), pk.Distillation(copy.deepcopy(teacher)))
+    assert log == same
+    assert_equal(values(whole), values(resumed))
+
+
+def test_digests_tell_teachers_apart():
+    a = {"w": torch.randn(3, 4).T, "n": torch.tensor(3), "b": torch.zeros(2, dtype=torch.bfloat16), "extra": None}
+    assert digest(a) == digest({key: None if t is None else t.clone() for key, t in a.items()})
+    for key, t in (("w", a["w"] + 1e-6), ("w", a["w"].T), ("n", torch.tensor(4)), ("b", torch.zeros(2).half())):
+        assert digest({**a, key: t}) != digest(a)
+
+
+def test_a_teacher_that_does_not_fit_is_one_line():
+    with pytest.raises(ValueError, match="teacher is a int; expected a model"):
+        pk.Distillation(3)
+    with pytest.raises(ValueError, match="weight = 1.5"):
+        pk.Distillation("x", weight=1.5)
+    with pytest.raises(ValueError, match="temperature = 0"):
+        pk.Distillation("x", temperature=0)
+    assert repr(pk.Distillation("x")) == "Distillation('x', temperature=2.0, weight=0.5)"
+    model = student()
+    for one, message in (
+        (pk.Distillation(model), "the teacher is the student"),
+        (pk.Distillation("x"), "no adapter 'x'"),
+        (teacher_of(), "expected pk.Distillation"),
+        (pk.Distillation(with_classes(5)), r"teacher's logits are \(2, 5\), the student's \(2, 3\)"),
+        (pk.Distillation(teacher_of().bert), "without logits; expected a model with a head"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fitted(one, model=model)
+    net = pk.attach(torch.nn.Sequential(torch.nn.Linear(12, 1)), pk.LoRA(rank=1), ("0",))
+    with pytest.raises(ValueError, match="one class"):
+        teacher = pk.Distillation(torch.nn.Linear(12, 1))
+        pk.fit(net, signs(), loss_fn=lambda y, t: y.mean(), teacher=teacher, progress=False)
+
+
+def with_classes(classes):
+    """A teacher of as many classes."""
+    from transformers import BertForSequenceClassification
+
+    config = copy.deepcopy(make("bert").model.config)
+    config.num_labels = classes
+    return BertForSequenceClassification(config)

@@ -249,7 +249,10 @@ def test_gradient_checkpointing_repeats_the_draw(key, family):
 # method -> field -> another value than that of `tiny`
 _LORA = {"rank": 3, "alpha": 3.0, "dropout": 0.7, "rslora": True, "rank_pattern": {"q": 1}, "alpha_pattern": {"v": 5.0}}
 _COMPACTER = {"n": 4, "reduction_factor": 4, "rank": 0, "activation": "tanh", "norms": False}
+_BOTTLENECK = {"reduction_factor": 4, "size": 3, "activation": "tanh", "init": "bert", "dropout": 0.5}
 OTHER_VALUES = {
+    "adapterdrop": {**_BOTTLENECK, "drop": 0, "random": True},
+    "adapterl": _BOTTLENECK,
     "bylayer": {"members": [pk.at("q", pk.LoRA(rank=2), layers=0)]},
     "compacter": _COMPACTER,
     "compacterpp": _COMPACTER,
@@ -269,6 +272,7 @@ OTHER_VALUES = {
     "gated": {"inner": pk.LoRA(rank=3)},
     "union": {"members": [pk.LoRA(rank=1)]},
     "dora": _LORA,
+    "houlsby": {**_BOTTLENECK, "norms": False},
     "ia3": {"feedforward": ("v", "down")},
     "krona": {"factor": 2, "scale": 3.0, "init": "nearest"},
     "krona_res": {"factor": 2, "scale": 3.0, "residual": False},
@@ -310,6 +314,8 @@ OTHER_VALUES = {
         "scores_lr": 0.5,
         "freeze": True,
     },
+    "parallel": {**_BOTTLENECK, "scale": 3.0, "learned": True},
+    "pfeiffer": _BOTTLENECK,
     "qlora": {
         **_LORA,
         "kind": "int8",

@@ -319,6 +319,10 @@ class Base:
         """In this call: "residual", what the model adds to the sublayer's output; "entry", the input of the span."""
         return seen(self.site.key(what)) if self.below is None else self.below.seen(what)
 
+    def beside(self, module: nn.Module, *args: Any) -> Any:
+        """module(*args), of another module of the model: its own tuners see the rows of this call and their route."""
+        return module(*args) if self.below is None else self.below.beside(module, *args)
+
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """(weight, bias) of everything below, as if it were merged."""
         if self.tuner is None or self.below is None:

@@ -1,6 +1,8 @@
 """One file per method: a `Method` dataclass and its `Tuner`. Importing this package fills the registry."""
 
 from ..engine.method import methods
+from .adapterdrop import AdapterDrop
+from .adapterl import AdapterL
 from .bitfit import BitFit
 from .compacter import Compacter, CompacterPP
 from .diffpruning import DiffPruning
@@ -9,6 +11,7 @@ from .far import FAR
 from .fishmask import FishMask
 from .full import FullTuning, Head
 from .gated import Gated
+from .houlsby import Houlsby
 from .ia3 import IA3
 from .krona import KronA, KronARes
 from .layertype import LayerType
@@ -18,6 +21,8 @@ from .lora import LoRA
 from .ltsft import LTSFT
 from .magnitude import MagnitudePruning
 from .movement import MovementPruning
+from .parallel import ParallelAdapter
+from .pfeiffer import Pfeiffer
 from .qlora import QLoRA
 from .random import RandomMask
 from .said import SAID
@@ -32,6 +37,8 @@ __all__ = [
     "LTSFT",
     "SAID",
     "SVD",
+    "AdapterDrop",
+    "AdapterL",
     "BitFit",
     "ByLayer",
     "Compacter",
@@ -42,6 +49,7 @@ __all__ = [
     "FullTuning",
     "Gated",
     "Head",
+    "Houlsby",
     "KronA",
     "KronARes",
     "LayerType",
@@ -50,6 +58,8 @@ __all__ = [
     "LoRA",
     "MagnitudePruning",
     "MovementPruning",
+    "ParallelAdapter",
+    "Pfeiffer",
     "QLoRA",
     "RandomMask",
     "StructuredPruning",
