@@ -3,11 +3,11 @@
     w = M * w0      M keeps the largest scores z
 
     random      z from N(0, 1)
-    erk         as random, of a weight [a, b] the part e (a + b) / (a b), at most 1    Evci et al. 2020, arXiv:1911.11134
+    erk         as random, of a weight [a, b] the part e (a + b) / (a b), at most 1. Evci et al. 2020, arXiv:1911.11134
     magnitude   z = |w|
-    snip        z = |w g|           g = dL/dw                                          Lee et al. 2019, arXiv:1810.02340
-    grasp       z = w (H g)         H the Hessian of L in the weights of all adapters  Wang et al. 2020, arXiv:2002.07376
-    synflow     z = |w dR/dw|       R = the sum of |Wu| |Wd| 1 of each adapter         Tanaka et al. 2020, arXiv:2006.05467
+    snip        z = |w g|        g = dL/dw. Lee et al. 2019, arXiv:1810.02340
+    grasp       z = w (H g)      H the Hessian of L in the weights of all adapters. Wang et al. 2020, arXiv:2002.07376
+    synflow     z = |w dR/dw|    R the sum of |Wu| |Wd| 1 of each adapter. Tanaka et al. 2020, arXiv:2006.05467
 
 e is what makes the parts together keep_ratio; adapters of one size all get keep_ratio. synflow prunes in rounds, after
 the n-th of which keep_ratio^(n / rounds) is left; the other scores do not change from round to round, or are those of
@@ -22,7 +22,6 @@ from itertools import accumulate, pairwise
 from math import prod
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from ..engine.method import Method, Part, Stats, Tuner, fields
@@ -43,7 +42,7 @@ class SparseAdapter(
     Bottlenecked,
     roles=("down",),
     lr=1e-3,
-    tiny={"reduction_factor": 2, "placement": "houlsby"},
+    tiny={"reduction_factor": 2, "placement": "houlsby", "activation": "gelu"},
     kinds=("linear", "span", "module"),
 ):
     """Adapters of which only the best numbers exist. He et al. 2022, arXiv:2210.04284.
@@ -136,7 +135,9 @@ class SparseAdapter(
         own = [cast(SparseAdapterTuner, tuner) for tuner, _ in measured]
 
         def scores(tuner: SparseAdapterTuner) -> list[Tensor]:
-            products = [w.values.detach() * of for w, of in zip(tuner.projections, found[id(tuner)].values(), strict=True)]
+            products = [
+                w.values.detach() * of for w, of in zip(tuner.projections, found[id(tuner)].values(), strict=True)
+            ]
             return products if self.curvature else [p.abs() for p in products]
 
         self.prune(own, scores)
@@ -173,14 +174,15 @@ class SparseAdapter(
 def erk(shapes: Sequence[Sequence[int]], keep_ratio: float) -> list[float]:
     """The part of each weight [a, b] to keep: e (a + b) / (a b), at most 1, together keep_ratio of all numbers."""
     parts = [1.0] * len(shapes)
-    open_ = range(len(shapes))
-    while open_:
-        whole = sum(prod(shapes[i]) for i in range(len(shapes)) if i not in open_)
-        e = (keep_ratio * sum(map(prod, shapes)) - whole) / sum(sum(shapes[i]) for i in open_)
-        found = {i: e * sum(shapes[i]) / prod(shapes[i]) for i in open_}
-        if max(found.values()) <= 1:
-            return [found.get(i, 1.0) for i in range(len(shapes))]
-        open_ = [i for i in open_ if found[i] <= 1]
+    sparse = list(range(len(shapes)))
+    while sparse:
+        whole = sum(prod(shapes[i]) for i in range(len(shapes)) if i not in sparse)
+        e = (keep_ratio * sum(map(prod, shapes)) - whole) / sum(sum(shapes[i]) for i in sparse)
+        for i in sparse:
+            parts[i] = min(1.0, e * sum(shapes[i]) / prod(shapes[i]))
+        if not any(parts[i] == 1.0 for i in sparse):
+            break
+        sparse = [i for i in sparse if parts[i] < 1.0]
     return parts
 
 
@@ -228,15 +230,16 @@ class SparseAdapterTuner(Tuner, method=SparseAdapter):
 
     def __init__(self, cfg: SparseAdapter, site: Site):
         super().__init__(cfg, site)
-        self.inner: Any = cfg.inner.tuner(cfg.inner, site)
-        self.inner.adapter = SparseBottleneck(self.inner.adapter)
+        self.inner = cfg.inner.tuner(cfg.inner, site)
+        self.inner.adapter = SparseBottleneck(cast(Bottleneck, self.inner.adapter))
         self.fresh = self.inner.fresh
         shapes = [w.shape for w in self.projections] if cfg.score in ("random", "erk") else []
         self.drawn = [site.param(*shape, init=lambda t, made: t.normal_(generator=made)).detach() for shape in shapes]
 
     @property
     def projections(self) -> tuple[Projection, Projection]:
-        return self.inner.adapter.down, self.inner.adapter.up
+        adapter = cast(SparseBottleneck, self.inner.adapter)
+        return adapter.down, adapter.up
 
     def forward(self, base: Base, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.inner(base, x, *args, **kwargs)
