@@ -199,7 +199,7 @@ TIED_HEADS = ("gpt2", "t5", "opt", "gemma", "falcon", "bloom", "bart", "whisper"
 
 # A gate depends on the input, and a nonlinearity (Compacter's own, or beside KronARes) leaves no weight.
 UNMERGEABLE = {"compacter", "compacterpp", "gated", "krona_res"}
-UNMERGEABLE |= {"adapterdrop", "adapterl", "houlsby", "parallel", "pfeiffer"}
+UNMERGEABLE |= {"adamix", "adapterdrop", "adapterl", "houlsby", "parallel", "pfeiffer", "sparseadapter"}
 
 
 # The plain MLP has no layers, and its residual is not known.

@@ -47,11 +47,13 @@ class Phase:
 class Stats:
     """What `pk.calibrate` measured of the tensors that a tuner watches, in fp32 and in their shapes.
 
-    samples: rows seen.   grad: name -> mean of the gradient over the rows.
+    samples: rows seen.   grad: name -> g, the mean of the gradient over the rows.
+    curved: where `Method.curvature` asks, name -> H g, H the Hessian of the mean loss in all that the method watches.
     """
 
     samples: int
     grad: dict[str, Tensor]
+    curved: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 class Method:
@@ -122,6 +124,11 @@ class Method:
     def expand(self, part: Part) -> list[Part]:
         """What attaching this method as `part` comes to; a recipe has several parts."""
         return [part]
+
+    @property
+    def curvature(self) -> bool:
+        """Whether `pk.calibrate` is to measure Stats.curved, by a second pass over the batches."""
+        return False
 
     def with_ranks(self, ranks: dict[str, int]) -> Method:
         """A low-rank method with these ranks, by Site.address; written where the tuner has `factors`."""

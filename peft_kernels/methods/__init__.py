@@ -1,6 +1,7 @@
 """One file per method: a `Method` dataclass and its `Tuner`. Importing this package fills the registry."""
 
 from ..engine.method import methods
+from .adamix import AdaMix
 from .adapterdrop import AdapterDrop
 from .adapterl import AdapterL
 from .bitfit import BitFit
@@ -26,6 +27,7 @@ from .pfeiffer import Pfeiffer
 from .qlora import QLoRA
 from .random import RandomMask
 from .said import SAID
+from .sparseadapter import SparseAdapter
 from .structured import StructuredPruning
 from .svd import SVD
 from .toplayers import TopLayers
@@ -37,6 +39,7 @@ __all__ = [
     "LTSFT",
     "SAID",
     "SVD",
+    "AdaMix",
     "AdapterDrop",
     "AdapterL",
     "BitFit",
@@ -62,6 +65,7 @@ __all__ = [
     "Pfeiffer",
     "QLoRA",
     "RandomMask",
+    "SparseAdapter",
     "StructuredPruning",
     "TopLayers",
     "Union",
