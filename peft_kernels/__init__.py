@@ -23,6 +23,7 @@ from .mask import Mask
 from .methods import (
     FAR,
     IA3,
+    LST,
     LTSFT,
     SAID,
     SVD,
@@ -59,6 +60,7 @@ from .shrink import shrink
 __all__ = [
     "FAR",
     "IA3",
+    "LST",
     "LTSFT",
     "SAID",
     "SVD",

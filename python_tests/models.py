@@ -196,9 +196,9 @@ METHODS = pk.methods()
 
 TIED_HEADS = ("gpt2", "t5", "opt", "gemma", "falcon", "bloom", "bart", "whisper")  # to the embedding
 
-
+LAYERED = {"bylayer", "lst"}  # they need a model of layers, which the plain MLP is not
 # A gate depends on the input, and a nonlinearity (Compacter's own, or beside KronARes) leaves no weight.
-UNMERGEABLE = {"compacter", "compacterpp", "gated", "krona_res"}
+UNMERGEABLE = {"compacter", "compacterpp", "gated", "krona_res", "lst"}
 
 
 def mergeable(key, family):
@@ -220,7 +220,7 @@ def over(families):
         return () if family in ("mlp", FAMILIES[1 + i % 4], FAMILIES[1 + (i + 1) % 4]) else pytest.mark.slow
 
     fitting = [(i, k, f) for (i, k), f in itertools.product(enumerate(METHODS), families)]
-    fitting = [(i, k, f) for i, k, f in fitting if (k, f) != ("bylayer", "mlp")]  # which has no layers
+    fitting = [(i, k, f) for i, k, f in fitting if k not in LAYERED or f != "mlp"]
     return [pytest.param(k, f, id=f"{k}-{f}", marks=marks(i, f)) for i, k, f in fitting]
 
 
