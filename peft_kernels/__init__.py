@@ -24,6 +24,7 @@ from .mask import Mask
 from .methods import (
     FAR,
     IA3,
+    LST,
     LTSFT,
     SAID,
     SVD,
@@ -67,6 +68,7 @@ from .shrink import shrink
 __all__ = [
     "FAR",
     "IA3",
+    "LST",
     "LTSFT",
     "SAID",
     "SVD",

@@ -300,6 +300,7 @@ OTHER_VALUES = {
         "alpha_pattern": {"v": 5.0},
     },
     "lora": _LORA,
+    "lst": {"reduction": 4, "drop": 0, "keep": (0,), "temperature": 1.0, "init": "random"},
     "ltsft": {"keep_ratio": 0.4, "pattern": "1:4", "prime": 0.3, "l1": 100.0},
     "magnitude": {
         "keep_ratio": 0.4,

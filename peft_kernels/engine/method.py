@@ -262,6 +262,14 @@ def overlaid(changes: Iterable[dict[Any, Changes]]) -> dict[Any, Changes]:
     return out
 
 
+class Source(NamedTuple):
+    """A module whose first input, or whose output, a tuner elsewhere sees as base.seen(what)."""
+
+    what: str
+    module: nn.Module
+    output: bool = False
+
+
 class Tuner(nn.Module):
     """The trainable part of a method at one site. Write at least one of `fold` and `forward`.
 
@@ -307,6 +315,10 @@ class Tuner(nn.Module):
         every tuner on its rows; a method with a batched kernel overrides it and reads `route.expanded(rows)`.
         """
         return by_rows(base, tuners, route, args, kwargs)
+
+    def sources(self, site: Site) -> list[Source]:
+        """What forward reads by base.seen of modules that run inside its site; asked for once, by attach."""
+        return []
 
     @property
     def mergeable(self) -> bool:

@@ -19,6 +19,7 @@ from .layertype import LayerType
 from .lets import LeTS
 from .lokr import LoKr
 from .lora import LoRA
+from .lst import LST
 from .ltsft import LTSFT
 from .magnitude import MagnitudePruning
 from .movement import MovementPruning
@@ -36,6 +37,7 @@ from .union import ByLayer, Union
 __all__ = [
     "FAR",
     "IA3",
+    "LST",
     "LTSFT",
     "SAID",
     "SVD",
