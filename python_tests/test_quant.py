@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from models import NO_MLP, METHODS, calibrated, close, entered, make, mergeable, perturb, targets_of
+from models import METHODS, NO_MLP, calibrated, close, entered, make, mergeable, perturb, targets_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
