@@ -432,9 +432,9 @@ def _fold(f: Tensor, ln_w: Tensor | None, ln_b: Tensor | None, splits: int, widt
     """S and T [2, splits, R] of each `width` columns of f [R, C]."""
     r, c = f.shape
     fold = torch.empty((2, splits, r), dtype=torch.float32, device=f.device)
-    bc = tile(width, 16, 1024)
-    bottleneck_fold_kernel[(triton.cdiv(r, 4), splits)](
-        f, ln_w, ln_b, fold, c, r, *f.stride(), width, BC=bc, BR=4, num_warps=4
+    bc = tile(width, 64, 1024)
+    bottleneck_fold_kernel[(triton.cdiv(r, 4096 // bc), splits)](
+        f, ln_w, ln_b, fold, c, r, *f.stride(), width, BC=bc, BR=4096 // bc, num_warps=4
     )
     return fold
 
