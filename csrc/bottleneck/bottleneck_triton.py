@@ -402,26 +402,26 @@ def why_not(*args) -> str:
     return next((f"no kernel for {t.dtype}" for t in tensors if t.dtype not in _DTYPES), "")
 
 
-def _large(x: Tensor, wd: Tensor) -> str:
-    """Why torch's GEMMs are faster, or ""."""
+def _unfit(x: Tensor, wd: Tensor, wu: Tensor) -> str:
+    """Why torch's GEMMs serve this better, or ""."""
     (m, k), (most, product) = wd.shape, _GEMM
     if x.dtype == wd.dtype and (m >= most or k * m > product):
         return f"wd is [{m}, {k}]; two GEMMs should be faster from m = {most} or {product} numbers on"
-    return ""
+    return "" if wd.numel() and wu.numel() else "the bottleneck or one of its sides has no width"
 
 
-def why_not_bottleneck(x, ln_w, ln_b, wd, *args) -> str:
-    return why_not(x, ln_w, ln_b, wd, *args) or _large(x, wd)
+def why_not_bottleneck(x, ln_w, ln_b, wd, bd, wu, *args) -> str:
+    return why_not(x, ln_w, ln_b, wd, bd, wu, *args) or _unfit(x, wd, wu)
 
 
-def why_not_bottleneck_add(residual, x, ln_w, ln_b, wd, *args) -> str:
-    return why_not(residual, x, ln_w, ln_b, wd, *args) or _large(x, wd)
+def why_not_bottleneck_add(residual, *args) -> str:
+    return why_not(residual) or why_not_bottleneck(*args)
 
 
-def why_not_bottleneck_backward(g, x, ln_w, ln_b, wd, bd, wu, bu, gate, z, *args) -> str:
-    if z is None:
-        return "the kernel needs z"
-    return why_not(g, x, ln_w, ln_b, wd, bd, wu, bu, gate, z) or _large(x, wd)
+def why_not_bottleneck_backward(g, x, ln_w, ln_b, wd, bd, wu, bu, gate, z, stats, act, scale, eps, *args) -> str:
+    if z is None or (eps is not None and stats is None):
+        return "z and stats are those of the reference's own recomputation"
+    return why_not(g, ln_w, ln_b, bd, bu, gate, z) or why_not_bottleneck(x, None, None, wd, None, wu)
 
 
 def _whole(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -432,9 +432,9 @@ def _fold(f: Tensor, ln_w: Tensor | None, ln_b: Tensor | None, splits: int, widt
     """S and T [2, splits, R] of each `width` columns of f [R, C]."""
     r, c = f.shape
     fold = torch.empty((2, splits, r), dtype=torch.float32, device=f.device)
-    bc = tile(width, 16, 1024)
-    bottleneck_fold_kernel[(triton.cdiv(r, 4), splits)](
-        f, ln_w, ln_b, fold, c, r, *f.stride(), width, BC=bc, BR=4, num_warps=4
+    bc = tile(width, 64, 1024)
+    bottleneck_fold_kernel[(triton.cdiv(r, 4096 // bc), splits)](
+        f, ln_w, ln_b, fold, c, r, *f.stride(), width, BC=bc, BR=4096 // bc, num_warps=4
     )
     return fold
 
