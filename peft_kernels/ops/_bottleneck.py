@@ -72,7 +72,7 @@ def backward_samples(activations, reference, dtype, device):
     for number, (name, (_, *args), g) in enumerate(_layouts(activations, dtype, device)):
         _, z, stats = reference(*args)
         exists = tuple(t is not None for t in args[:8])
-        lead = g, *args[:8], z, stats if stats.numel() else None, *args[8:]
+        lead = g, *args[:8], z, None if args[10] is None else stats, *args[8:]
         yield Sample(name, (*lead, number % 3 != 0, exists))
         if name in ("odd", "wide"):
             for keep in (0, 1, 3, 5):  # dx, an LN weight, Wd, Wu alone
