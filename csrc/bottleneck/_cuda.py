@@ -13,10 +13,10 @@ _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _ROWS, _WEIGHT = 64, 1 << 22  # bottleneck_most_rows and bottleneck_most_weight of bottleneck.cuh
 
 
-def why_not(y, x, wd, wu, *others) -> str:
-    """y is the residual or g, others what else is computed with or None."""
+def why_not(y, x, ln_w, ln_b, wd, bd, wu, bu, gate) -> str:
+    """y: the residual, or g."""
     rows = x.shape[:-1].numel()
-    for t in (y, x, wd, wu, *others):
+    for t in (y, x, ln_w, ln_b, wd, bd, wu, bu, gate):
         if t is not None and t.dtype not in _DTYPES:
             return f"no kernel for {t.dtype}"
     if y.dtype != x.dtype or wd.dtype not in (x.dtype, torch.float32):
@@ -25,15 +25,7 @@ def why_not(y, x, wd, wu, *others) -> str:
         return f"x has {rows} rows; the kernels are for up to {_ROWS}"
     if max(wd.numel(), wu.numel()) > _WEIGHT:
         return f"wd or wu has more than {_WEIGHT} elements; the kernels are for smaller ones"
-    if rows and not (wd.numel() and wu.numel()):
-        return "wd or wu has no elements"
-    return ""
-
-
-def why_not_backward(g, x, ln_w, ln_b, wd, bd, wu, bu, gate, z, stats, eps) -> str:
-    if x.numel() and (z is None or (stats is None and eps is not None)):
-        return "z or stats of the forward is not given"
-    return why_not(g, x, wd, wu, ln_w, ln_b, bd, bu, gate, z, stats)
+    return "" if wd.numel() and wu.numel() else "wd or wu has no elements"
 
 
 def _rows(t):

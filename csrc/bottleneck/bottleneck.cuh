@@ -13,12 +13,6 @@ namespace pk {
 constexpr int bottleneck_most_rows = 64;
 constexpr int64_t bottleneck_most_weight = 4 << 20;  // elements of wd, and of wu
 
-// Element (i, j) lies at i * row + j * column.
-struct BottleneckWeight {
-  const void* data;
-  int64_t row, column;
-};
-
 // data may be null: ones or zeros, whatever changes nothing.
 struct BottleneckVector {
   const void* data;
@@ -26,15 +20,15 @@ struct BottleneckVector {
 };
 
 struct BottleneckShape {
-  Dtype type, weights;  // of x, and of wd and wu: the same, or f32
+  Dtype type;  // of x
   int rows, in, mid, out;
   const void* x;  // [rows, in]
   bool ln;
   float eps;
   BottleneckVector ln_w, ln_b, bd, bu;
-  BottleneckWeight wd, wu;  // [mid, in], [out, mid]
-  const float* gate;        // [rows] or null
-  int act;                  // its place in ACTIVATIONS of the contract
+  Strided wd, wu;     // [mid, in], [out, mid], of one type: x's, or f32
+  const float* gate;  // [rows] or null
+  int act;            // its place in ACTIVATIONS of the contract
   float scale;
   const int64_t* rng;  // (seed, offset), on the device
   uint32_t threshold;  // of 65536; 0 keeps everything

@@ -14,10 +14,10 @@ struct Args {
   BottleneckForward f;
   BottleneckFactor down, up;
   bool x_wide, y_wide;
-  int ld;                         // of a, in shared memory or in the workspace
-  int chunk;                      // columns of x for a block of the cluster
-  int group_warps, tile_warps;    // see down_block and up_block
-  int64_t line_bytes, wu_stride;  // of wu: a tile of 64 columns, and from one to the next; 0 if they are scattered
+  int ld;                       // of a, in shared memory or in the workspace
+  int chunk;                    // columns of x for a block of the cluster
+  int group_warps, tile_warps;  // see down_block and up_block
+  int64_t tile_bytes;           // of 64 columns of y in wu; 0 if they are scattered
 };
 
 // z and the activation of a sum of products.
@@ -77,9 +77,9 @@ __global__ void __launch_bounds__(bottleneck_threads) bottleneck_cluster_kernel(
 
   // wu is on its way to the cache of the device while everything else is computed.
   const int tiles = (s.out + 63) / 64;
-  for (int at = block; args.wu_stride > 0 && at < tiles; at += cluster) {
-    const int64_t end = static_cast<int64_t>(s.out) * s.mid * sizeof(F), first = at * args.wu_stride;
-    for (int64_t i = first + 128 * threadIdx.x; i < first + args.line_bytes && i < end; i += 128 * bottleneck_threads)
+  for (int at = block; args.tile_bytes > 0 && at < tiles; at += cluster) {
+    const int64_t end = static_cast<int64_t>(s.out) * s.mid * sizeof(F), first = at * args.tile_bytes;
+    for (int64_t i = first + 128 * threadIdx.x; i < first + args.tile_bytes && i < end; i += 128 * bottleneck_threads)
       prefetch(static_cast<const char*>(s.wu.data) + i);
   }
 
@@ -205,7 +205,7 @@ auto switch_cluster(const BottleneckShape& s, Call&& call) {
 int pitch_of(const BottleneckShape& s) { return pieces(s.mid, 4) * 4 + 4; }  // against bank conflicts
 
 bool in_one_launch(const BottleneckShape& s) {
-  const int64_t bytes = static_cast<int64_t>(s.mid) * (s.in + s.out) * (s.weights == Dtype::f32 ? 4 : 2);
+  const int64_t bytes = static_cast<int64_t>(s.mid) * (s.in + s.out) * bytes_of(s.wd.type);
   if (bytes > most_cluster_bytes || s.mid > 512) return false;
   return switch_cluster(s, [](auto kernel) { return can_cluster(kernel); });
 }
@@ -228,8 +228,7 @@ cudaError_t bottleneck_cuda(const BottleneckForward& f, cudaStream_t stream) {
   if (f.a == nullptr) {
     args.chunk = pieces(pieces(s.in, cluster), 32) * 32;
     args.group_warps = side_by_side(groups), args.tile_warps = side_by_side(pieces(tiles, cluster));
-    if (s.wu.column == 1 && s.wu.row == s.mid)
-      args.wu_stride = args.line_bytes = static_cast<int64_t>(64) * s.mid * (s.weights == Dtype::f32 ? 4 : 2);
+    if (s.wu.next == 1 && s.wu.row == s.mid) args.tile_bytes = static_cast<int64_t>(64) * s.mid * bytes_of(s.wd.type);
     const size_t shared = (2 * 16 * args.ld + bottleneck_staged + 64) * sizeof(float);
     return switch_cluster(s, [&](auto kernel) {
       return launch_cluster(kernel, cluster, dim3(row_tiles * cluster), dim3(bottleneck_threads), shared, stream, args);

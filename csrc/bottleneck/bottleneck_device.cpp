@@ -38,14 +38,15 @@ BottleneckShape shape_of(const Tensor& x, const Optional& ln_w, const Optional& 
   check_same_device(wd, x, "x and the weights");
   check_same_device(wu, x, "x and the weights");
   BottleneckShape s = {};
-  s.type = dtype_of(x, "x"), s.weights = dtype_of(wd, "wd");
+  s.type = dtype_of(x, "x");
   s.rows = static_cast<int>(x.size(0)), s.in = static_cast<int>(x.size(1));
   s.mid = static_cast<int>(wd.size(0)), s.out = static_cast<int>(wu.size(0));
   s.x = x.data_ptr();
   s.ln = ln, s.eps = static_cast<float>(eps);
   s.ln_w = vector_of(ln_w, s.in, x, "ln_w"), s.ln_b = vector_of(ln_b, s.in, x, "ln_b");
   s.bd = vector_of(bd, s.mid, x, "bd"), s.bu = vector_of(bu, s.out, x, "bu");
-  s.wd = {wd.data_ptr(), wd.stride(0), wd.stride(1)}, s.wu = {wu.data_ptr(), wu.stride(0), wu.stride(1)};
+  s.wd = {wd.data_ptr(), dtype_of(wd, "wd"), wd.stride(0), wd.stride(1)};
+  s.wu = {wu.data_ptr(), dtype_of(wu, "wu"), wu.stride(0), wu.stride(1)};
   if (gate) {
     PK_CHECK(gate->scalar_type() == ScalarType::Float, "gate must be float32");
     s.gate = static_cast<const float*>(vector_of(gate, s.rows, x, "gate").data);
@@ -80,7 +81,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& y, const Tensor& residual, cons
   const DeviceGuard guard(x.get_device_index());
   Tensor z = new_empty(x, {f.s.rows, f.s.mid}, wd.scalar_type());
   Tensor stats = ln ? new_empty(x, {2, f.s.rows}, ScalarType::Float) : new_empty(x, {0}, ScalarType::Float);
-  f.residual = residual.data_ptr(), f.y = y.data_ptr(), f.z = z.data_ptr(), f.z_type = f.s.weights;
+  f.residual = residual.data_ptr(), f.y = y.data_ptr(), f.z = z.data_ptr(), f.z_type = f.s.wd.type;
   if (ln) f.stats = static_cast<float*>(stats.data_ptr());
   const int64_t kept = bottleneck_kept(f.s);
   const Tensor a = new_empty(x, {kept}, ScalarType::Float);

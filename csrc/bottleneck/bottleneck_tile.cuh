@@ -415,24 +415,25 @@ struct BottleneckFactor {
   }
 };
 
-inline BottleneckFactor factor_of(const void* data, Dtype type, int64_t rank_stride, int64_t column_stride, int ranks,
+inline int64_t bytes_of(Dtype type) { return type == Dtype::f32 ? 4 : 2; }
+
+inline BottleneckFactor factor_of(const Strided& w, int64_t rank_stride, int64_t column_stride, int ranks,
                                   int columns) {
-  const int64_t size = type == Dtype::f32 ? 4 : 2;
   Along along = Along::neither;
-  if (column_stride == 1 && rank_stride % 8 == 0 && columns % 8 == 0 && aligned16(data))
+  if (column_stride == 1 && rank_stride % 8 == 0 && columns % 8 == 0 && aligned16(w.data))
     along = Along::columns;
   else if (rank_stride == 1 && column_stride % 4 == 0 && ranks % 4 == 0 &&
-           reinterpret_cast<uintptr_t>(data) % (4 * size) == 0)
+           reinterpret_cast<uintptr_t>(w.data) % (4 * bytes_of(w.type)) == 0)
     along = Along::ranks;
-  return {data, rank_stride, column_stride, ranks, columns, along};
+  return {w.data, rank_stride, column_stride, ranks, columns, along};
 }
 
 inline BottleneckFactor down_factor(const BottleneckShape& s) {
-  return factor_of(s.wd.data, s.weights, s.wd.row, s.wd.column, s.mid, s.in);
+  return factor_of(s.wd, s.wd.row, s.wd.next, s.mid, s.in);
 }
 
 inline BottleneckFactor up_factor(const BottleneckShape& s) {
-  return factor_of(s.wu.data, s.weights, s.wu.column, s.wu.row, s.mid, s.out);
+  return factor_of(s.wu, s.wu.next, s.wu.row, s.mid, s.out);
 }
 
 // Rows of n elements that may be read eight at a time.
@@ -451,11 +452,12 @@ inline int side_by_side(int items) {
 // f(X{}, F{}) for the types of x and of the weights.
 template <class Call>
 auto switch_bottleneck(const BottleneckShape& s, Call&& call) {
-  return switch_dtype(s.type, [&](auto x) { return s.weights == s.type ? call(x, x) : call(x, float{}); });
+  return switch_dtype(s.type, [&](auto x) { return s.wd.type == s.type ? call(x, x) : call(x, float{}); });
 }
 
 inline cudaError_t bottleneck_refused(const BottleneckShape& s) {
-  const bool fits = s.rows <= bottleneck_most_rows && (s.weights == s.type || s.weights == Dtype::f32) &&
+  const bool fits = s.rows <= bottleneck_most_rows && s.wu.type == s.wd.type &&
+                    (s.wd.type == s.type || s.wd.type == Dtype::f32) &&
                     static_cast<int64_t>(s.mid) * s.in <= bottleneck_most_weight &&
                     static_cast<int64_t>(s.mid) * s.out <= bottleneck_most_weight;
   return fits ? cudaSuccess : cudaErrorInvalidValue;
