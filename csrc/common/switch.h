@@ -15,6 +15,13 @@ struct f16 {
   uint16_t bits;
 };
 
+// A matrix in memory: element (i, j) lies at i * row + j * next.
+struct Strided {
+  const void* data;
+  Dtype type;
+  int64_t row, next;
+};
+
 // Calls f(T{}) with T one of float, bf16, f16. Use: switch_dtype(type, [&](auto t) { using T = decltype(t); ... });
 template <class F>
 inline __attribute__((always_inline)) auto switch_dtype(Dtype type, F&& f) {

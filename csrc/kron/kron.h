@@ -23,12 +23,7 @@ struct KronOut {
   Dtype type;
 };
 
-// Element (i, j) lies at i * row + j * next.
-struct KronFactor {
-  const void* data;
-  Dtype type;
-  int64_t row, next;
-};
+using KronFactor = Strided;
 
 }  // namespace pk
 

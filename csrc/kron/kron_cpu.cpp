@@ -1,42 +1,15 @@
 // x (A kron B) on the CPU: both products of a few tokens while what lies between them is in the cache. README.md has
 // the why.
-#include "kron/kron_product.h"
+#include "common/product.h"
+#include "kron/kron.h"
 
 namespace pk::PK_ISA {
 namespace {
 
-constexpr int64_t kTile = 1 << 16;   // floats of the operands of a few tokens: a quarter of the second-level cache
-constexpr int64_t kParts = 32;       // pieces of the tokens with sums of their own
-constexpr int64_t kGrain = 1 << 20;  // multiply-adds that pay for waking a thread
-
-int64_t grain(int64_t work_of_one) { return blocks(kGrain, work_of_one + 1); }
+constexpr int64_t kTile = 1 << 16;  // floats of the operands of a few tokens: a quarter of the second-level cache
+constexpr int64_t kParts = 32;      // pieces of the tokens with sums of their own
 
 // -- factors --------------------------------------------------------------------------------------------------------
-
-KronFactor transposed(KronFactor f) { return {f.data, f.type, f.next, f.row}; }
-
-// B [depth, n] for the right of a product. Where few rows are multiplied with it, it is read where it lies.
-class Packed {
- public:
-  Packed(KronFactor f, int64_t depth, int64_t n, int64_t rows)
-      : in_place_(rows < 2 * W && f.type == Dtype::f32 && f.next == 1 && n % W == 0),
-        room_(in_place_ ? 0 : depth * padded(n)) {
-    right = {in_place_ ? static_cast<const float*>(f.data) : room_.p, in_place_ ? f.row : 0, depth};
-    if (in_place_) return;
-    const Panels panels(n);
-    parallel_for(0, panels.count, grain(4 * depth * W), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t j = panels.begin(i) * W, ld = panels.begin(i + 1) * W - j;
-        unpack(room_.p + j * depth, ld, f, j, depth, at_most(n - j, ld));
-      }
-    });
-  }
-  Right right;
-
- private:
-  const bool in_place_;
-  const Buffer room_;
-};
 
 // scale * A [p, q], for the left of a product.
 class Left {

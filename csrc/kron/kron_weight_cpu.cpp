@@ -1,19 +1,19 @@
 // Weights that are Kronecker products, on the CPU: written or read once, a row or a band of rows at a time.
-#include "kron/kron_product.h"
+#include "common/product.h"
+#include "kron/kron.h"
 
 namespace pk::PK_ISA {
 namespace {
 
-constexpr int64_t kGrain = 1 << 16;  // elements of the weight that pay for waking a thread
+constexpr int64_t kWorth = 1 << 16;  // elements of the weight that pay for waking a thread
 constexpr int N = 4;                 // terms, and columns of a, of a tile of dots
-
-int64_t grain(int64_t elements) { return blocks(kGrain, elements + 1); }
 
 // Rows of n of a contiguous tensor as fp32, padded to whole vectors with zeros.
 class Rows {
  public:
   Rows(KronIn src, int64_t rows, int64_t n) : ld(padded(n)), room_(rows * ld) {
-    parallel_for(0, rows, grain(n), [&](int64_t begin, int64_t end) { fetch(room_.p, ld, src, begin, begin, end, n); });
+    parallel_for(0, rows, grain(n, kWorth),
+                 [&](int64_t begin, int64_t end) { fetch(room_.p, ld, src, begin, begin, end, n); });
   }
   static void fetch(float* dst, int64_t ld, KronIn src, int64_t first, int64_t begin, int64_t end, int64_t n) {
     switch_dtype(src.type, [&](auto element) {
@@ -43,7 +43,7 @@ void kron_sum_weight(const KronShape& shape, KronIn a, KronIn b, float scale, Kr
   const int64_t n = shape.m, p = shape.p, q = shape.q, r = shape.r, s = shape.s;
   const Rows left(a, n * p, q), right(b, n * r, s);
   const bool direct = h.type == Dtype::f32;
-  parallel_for(0, p * r, grain(q * s * n), [&](int64_t begin, int64_t end) {
+  parallel_for(0, p * r, grain(q * s * n, kWorth), [&](int64_t begin, int64_t end) {
     const Buffer line(direct ? 0 : q * right.ld), scaled(n * left.ld);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t i = row / r, k = row % r;
@@ -63,7 +63,7 @@ void kron_sum_weight_backward(const KronShape& shape, KronIn g, KronIn a, KronIn
   const int64_t n = shape.m, p = shape.p, q = shape.q, r = shape.r, s = shape.s;
   const Rows left(a, n * p, q), right(b, n * r, s);
   const int64_t ld = right.ld;
-  parallel_for(0, db.data ? r : 0, grain(p * q * s * n), [&](int64_t begin, int64_t end) {
+  parallel_for(0, db.data ? r : 0, grain(p * q * s * n, kWorth), [&](int64_t begin, int64_t end) {
     const Buffer row(q * ld), sum(n * ld);
     for (int64_t k = begin; k < end; ++k) {
       for (int64_t i = 0; i < p; ++i) {
@@ -77,7 +77,7 @@ void kron_sum_weight_backward(const KronShape& shape, KronIn g, KronIn a, KronIn
     }
   });
   // Of da, a tile of sums of N terms and N columns at a time.
-  parallel_for(0, da.data ? p : 0, grain(q * r * s * n), [&](int64_t begin, int64_t end) {
+  parallel_for(0, da.data ? p : 0, grain(q * r * s * n, kWorth), [&](int64_t begin, int64_t end) {
     const Buffer row(q * ld), sums(blocks(n, N) * N * blocks(q, N) * N * W);
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t k = 0; k < r; ++k) {
@@ -118,7 +118,7 @@ void kron_add(const KronShape& shape, KronOut w, int64_t ldw, KronFactor a, Kron
   const Buffer left(p * lda), right(r * ldb);
   unpack(left.p, lda, a, 0, p, q);
   unpack(right.p, ldb, b, 0, r, s);
-  parallel_for(0, p * r, grain(q * s), [&](int64_t begin, int64_t end) {
+  parallel_for(0, p * r, grain(q * s, kWorth), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const float* const line = right.p + row % r * ldb;
       for (int64_t j = 0; j < q; ++j) {

@@ -4,27 +4,13 @@
 #include <vector>
 
 #include "common/philox.h"
+#include "common/vecmath.h"
 
 namespace pk::PK_ISA {
 namespace {
 
 constexpr int64_t kBlock = 1 << 12;  // elements of one partial sum and of one task
 constexpr float kLeft = -1.5f, kRight = 1.5f, kMargin = 1e-4f;
-
-// exp(x) to about two units in the last place, 0 below -87 and 1e38 beyond 87; NaN stays.
-PK_INLINE vec exponential(vec x) {
-  const vec most = splat(87.0f);
-  x = x > most ? most : x;
-  x = x < -most ? -most : x;
-  const vec round = splat(0x1.8p23f), n = x * 1.44269504f + round - round;
-  vec r = fma(n, splat(-0.693359375f), x);
-  r = fma(n, splat(2.12194440e-4f), r);
-  vec p = splat(1.9875691500e-4f);
-  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    p = fma(p, r, splat(c));
-  p = fma(p, r * r, r) + 1.0f;
-  return p * bit_cast<vec>((__builtin_convertvector(n, ivec) + 127) << 23);
-}
 
 // The words of 4 * kLanes elements in their order, from those of their counters.
 PK_INLINE void in_order(wide left, wide right, uvec (&out)[2]) {

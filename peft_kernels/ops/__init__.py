@@ -1,6 +1,7 @@
 """The ops: fused, differentiable, each with a plain torch reference. `explain()` tells which backend serves a call."""
 
 from ._op import BackendError, all_ops, backend
+from .bottleneck import bottleneck, bottleneck_
 from .fastfood import fastfood
 from .fastfood_state import fastfood_norm, fastfood_state
 from .fisher import fisher_accum_, fisher_linear_
@@ -26,6 +27,8 @@ __all__ = [
     "BackendError",
     "all_ops",
     "backend",
+    "bottleneck",
+    "bottleneck_",
     "dequantize_absmax",
     "dequantize_nf4",
     "dynamic_map",

@@ -1,4 +1,4 @@
-// Small products as both stages need them: tiles in registers, over operands that lie in the cache.
+// Products of fp32 matrices as kron and bottleneck need them: tiles in registers, over operands that lie in the cache.
 #pragma once
 
 #include <cstdlib>
@@ -6,18 +6,19 @@
 #include <utility>
 
 #include "common/cpu.h"
-#include "kron/kron.h"
 
 namespace pk::PK_ISA {
 namespace {
 
 constexpr int64_t kDepth = 128;         // numbers summed in registers: more would round worse, and not stay in L1
+constexpr int64_t kGrain = 1 << 20;     // multiply-adds that pay for waking a thread
 constexpr int kMost = W == 16 ? 4 : 3;  // vectors across of a tile
 
 PK_INLINE int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
 PK_INLINE int64_t at_least(int64_t x, int64_t limit) { return x > limit ? x : limit; }
 PK_INLINE int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
 PK_INLINE int64_t padded(int64_t n) { return blocks(n, W) * W; }
+inline int64_t grain(int64_t work_of_one, int64_t worth = kGrain) { return blocks(worth, work_of_one + 1); }
 
 class Buffer {
  public:
@@ -191,7 +192,7 @@ void transpose(float* dst, int64_t ldd, const T* src, int64_t lds, int64_t rows,
 }
 
 // A piece of a factor as fp32 rows ld apart, which are padded to whole vectors with zeros.
-inline void unpack(float* dst, int64_t ld, KronFactor f, int64_t first, int64_t rows, int64_t cols) {
+inline void unpack(float* dst, int64_t ld, Strided f, int64_t first, int64_t rows, int64_t cols) {
   switch_dtype(f.type, [&](auto element) {
     const auto* src = static_cast<const decltype(element)*>(f.data) + first * f.next;
     if (f.next == 1) {
@@ -204,6 +205,34 @@ inline void unpack(float* dst, int64_t ld, KronFactor f, int64_t first, int64_t 
     }
   });
 }
+
+PK_INLINE Strided transposed(Strided f) { return {f.data, f.type, f.next, f.row}; }
+
+// B [depth, n] for the right of a product, and below it the row `last` [n], if given. Where few rows are multiplied
+// with it, it is read where it lies.
+class Packed {
+ public:
+  Packed(Strided f, int64_t depth, int64_t n, int64_t rows, const float* last = nullptr)
+      : in_place_(rows < 2 * W && !last && f.type == Dtype::f32 && f.next == 1 && n % W == 0),
+        room_(in_place_ ? 0 : (depth + (last != nullptr)) * padded(n)) {
+    const int64_t all = depth + (last != nullptr);
+    right = {in_place_ ? static_cast<const float*>(f.data) : room_.p, in_place_ ? f.row : 0, all};
+    if (in_place_) return;
+    const Panels panels(n);
+    parallel_for(0, panels.count, grain(4 * depth * W), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t j = panels.begin(i) * W, ld = panels.begin(i + 1) * W - j, cols = at_most(n - j, ld);
+        unpack(room_.p + j * all, ld, f, j, depth, cols);
+        if (last) widen_row(room_.p + j * all + depth * ld, last + j, cols);
+      }
+    });
+  }
+  Right right;
+
+ private:
+  const bool in_place_;
+  const Buffer room_;
+};
 
 }  // namespace
 }  // namespace pk::PK_ISA

@@ -1,0 +1,78 @@
+"""Bottleneck adapters on the C++ launchers of the ops library."""
+
+from __future__ import annotations
+
+import torch
+
+from ..common.library import unavailable as unavailable
+
+VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
+ON_CUDA: frozenset[str] = frozenset()  # the ops with CUDA launchers; all have CPU ones
+
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_ops = torch.ops._peft_kernels
+
+
+def why_not_bottleneck(x, ln_w, ln_b, wd, bd, wu, bu, gate, act, scale, eps, p, rng) -> str:
+    for t in (x, ln_w, ln_b, wd, bd, wu, bu, gate):
+        if t is not None and t.dtype not in _DTYPES:
+            return f"no kernel for {t.dtype}"
+    return "" if wd.numel() and wu.numel() else "the bottleneck or one of its sides has no width"
+
+
+def why_not_bottleneck_add(residual, x, *args) -> str:
+    return why_not_bottleneck(x, *args) or ("" if residual.dtype in _DTYPES else f"no kernel for {residual.dtype}")
+
+
+def why_not_bottleneck_backward(g, *args) -> str:
+    if args[8] is None or (args[12] is not None and args[9] is None):
+        return "z and stats are those of the reference's own recomputation"
+    return why_not_bottleneck(*args[:8], *args[10:15]) or ("" if g.dtype in _DTYPES else f"no kernel for {g.dtype}")
+
+
+def _weights(ln_w, ln_b, wd, bd, wu, bu, gate):
+    """Contiguous; vectors as float32."""
+    ln_w, ln_b, bd, bu, gate = (None if t is None else t.float().contiguous() for t in (ln_w, ln_b, bd, bu, gate))
+    return ln_w, ln_b, wd.contiguous(), bd, wu.contiguous(), bu, gate
+
+
+def bottleneck(x, *args):
+    x = x.contiguous()
+    return _into(x.new_empty(x.shape), x, x, *args)
+
+
+def bottleneck_add(residual, x, *args):
+    return _into(residual.new_empty(residual.shape), residual.contiguous(), x.contiguous(), *args)
+
+
+def bottleneck_add_(residual, x, *args):
+    if not residual.is_contiguous():
+        return bottleneck_add(residual, x, *args)
+    return _into(residual, residual, x.contiguous(), *args)
+
+
+def _into(y, residual, x, *args):
+    weights, constants = args[:7], args[7:]
+    rows, wide = x.numel() // x.shape[-1], torch.promote_types(x.dtype, torch.float32)
+    z = x.new_empty(rows, len(weights[2]), dtype=torch.promote_types(x.dtype, weights[2].dtype))
+    stats = None if constants[2] is None else x.new_empty(2, rows, dtype=wide)
+    _ops.bottleneck_.default(y, z, stats, residual, x, *_weights(*weights), *constants)
+    return y, z, x.new_empty(0, dtype=wide) if stats is None else stats
+
+
+def bottleneck_backward(g, x, *args):
+    weights, (z, stats), constants, own_residual, needs = args[:7], args[7:9], args[9:14], args[14], args[15]
+    inputs = (x, *weights)
+    make = torch.empty if x.numel() else torch.zeros
+    exact = (0, 3, 5)  # dx, dwd and dwu are rounded by the kernel, vectors come as float32
+    grads = [
+        make(t.shape, dtype=t.dtype if i in exact else torch.float32, device=t.device) if need else None
+        for i, (t, need) in enumerate(zip(inputs, needs, strict=True))
+    ]
+    if x.numel():
+        dx, dln_w, dln_b, dwd, dbd, dwu, dbu, dgate = grads
+        _ops.bottleneck_backward_.default(
+            *(dx, dwd, dwu, dln_w, dln_b, dbd, dbu, dgate),
+            *(g.contiguous(), x.contiguous(), *_weights(*weights), z.contiguous(), stats, *constants, own_residual),
+        )
+    return tuple(x.new_empty(0) if d is None else d.to(t.dtype) for d, t in zip(grads, inputs, strict=True))
