@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from ..engine.method import Method, Part, Stats, Tuner, fields
 from ..engine.site import Base, Site
-from ._bits import Bits
 from ._bottleneck import Bottleneck, Bottlenecked
-from ._select import FREE, best, kept
+from ._select import FREE, best, erk, kept
+from ._sparse_bottleneck import Projection, SparseBottleneck
 from .houlsby import Houlsby
 from .parallel import ParallelAdapter
 from .pfeiffer import Pfeiffer
@@ -131,16 +131,13 @@ class SparseAdapter(
             self.prune(own, SparseAdapterTuner.scores)
 
     def calibrate(self, measured: list[tuple[Tuner, Stats]], beside: int) -> None:
-        found = {id(tuner): stats.curved if self.curvature else stats.grad for tuner, stats in measured}
-        own = [cast(SparseAdapterTuner, tuner) for tuner, _ in measured]
-
-        def scores(tuner: SparseAdapterTuner) -> list[Tensor]:
-            products = [
-                w.values.detach() * of for w, of in zip(tuner.projections, found[id(tuner)].values(), strict=True)
-            ]
-            return products if self.curvature else [p.abs() for p in products]
-
-        self.prune(own, scores)
+        found: dict[Tuner, list[Tensor]] = {}
+        for tuner, stats in measured:
+            slopes = (stats.curved if self.curvature else stats.grad).values()
+            weights = cast(SparseAdapterTuner, tuner).projections
+            products = [w.values.detach() * slope for w, slope in zip(weights, slopes, strict=True)]
+            found[tuner] = products if self.curvature else [p.abs() for p in products]
+        self.prune(cast("list[SparseAdapterTuner]", [*found]), found.__getitem__)
 
     def prune(self, tuners: list[SparseAdapterTuner], scores: Callable[[SparseAdapterTuner], list[Tensor]]) -> None:
         """Keeps the numbers of the highest scores, and forgets the others."""
@@ -171,59 +168,6 @@ class SparseAdapter(
         return [kept(n, part, FREE) for n, part in zip(sizes, parts, strict=True)]
 
 
-def erk(shapes: Sequence[Sequence[int]], keep_ratio: float) -> list[float]:
-    """The part of each weight [a, b] to keep: e (a + b) / (a b), at most 1, together keep_ratio of all numbers."""
-    parts = [1.0] * len(shapes)
-    sparse = list(range(len(shapes)))
-    while sparse:
-        whole = sum(prod(shapes[i]) for i in range(len(shapes)) if i not in sparse)
-        e = (keep_ratio * sum(map(prod, shapes)) - whole) / sum(sum(shapes[i]) for i in sparse)
-        for i in sparse:
-            parts[i] = min(1.0, e * sum(shapes[i]) / prod(shapes[i]))
-        if not any(parts[i] == 1.0 for i in sparse):
-            break
-        sparse = [i for i in sparse if parts[i] < 1.0]
-    return parts
-
-
-class Projection(Bits, nn.Module):
-    """A weight of which a mask keeps some numbers.
-
-    values is the weight until the mask is chosen and [kept], in ascending order of position, from then on.
-    """
-
-    def __init__(self, weight: nn.Parameter):
-        super().__init__()
-        self.values = weight
-        self.keep_all((weight.shape[0], weight.shape[1]), weight.device)
-
-    @property
-    def chosen(self) -> bool:
-        return self.values.dim() == 1
-
-    def forward(self) -> Tensor:
-        return self.dense(self.values)
-
-    def extra_repr(self) -> str:
-        return f"{self.shape[1]}, {self.shape[0]}, {self.values.numel():,} kept"
-
-
-class SparseBottleneck(Bottleneck):
-    """A bottleneck, made of a dense one, that keeps some of its two weights."""
-
-    def __init__(self, plain: Bottleneck):
-        nn.Module.__init__(self)
-        self.down, self.up = Projection(plain.down_weight), Projection(plain.up_weight)
-        self.down_bias, self.up_bias = plain.down_bias, plain.up_bias
-        self.activation, self.dropout = plain.activation, plain.dropout
-
-    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.down(), self.down_bias, self.up(), self.up_bias
-
-    def extra_repr(self) -> str:
-        return self.activation
-
-
 class SparseAdapterTuner(Tuner, method=SparseAdapter):
     cfg: SparseAdapter
     drawn: list[Tensor]  # scores that were drawn, until they have chosen
@@ -248,13 +192,9 @@ class SparseAdapterTuner(Tuner, method=SparseAdapter):
         """Of the two weights, where no data is needed for them."""
         if self.drawn:
             return self.drawn
-        down, up = (w.values.detach().abs() for w in self.projections)
-        if self.cfg.score == "magnitude":
-            return [down, up]
-        masks = [w.mask for w in self.projections]
-        down, up = down * masks[0], up * masks[1]
-        flows = down * up.sum(0)[:, None], up * down.sum(1)
-        return [flow.masked_fill(~mask, -1.0) for flow, mask in zip(flows, masks, strict=True)]
+        if self.cfg.score == "synflow":
+            return cast(SparseBottleneck, self.inner.adapter).flows()
+        return [w.values.detach().abs() for w in self.projections]
 
     def watched(self, site: Site) -> dict[str, Tensor]:
         if not self.cfg.measured or any(w.chosen for w in self.projections):

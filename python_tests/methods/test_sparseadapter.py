@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import peft_kernels as pk
 from peft_kernels.engine.attach import tuners
-from peft_kernels.methods.sparseadapter import SparseAdapterTuner, erk
+from peft_kernels.methods._select import erk
+from peft_kernels.methods.sparseadapter import SparseAdapterTuner
 
 PARALLEL = ("first>second",)
 
