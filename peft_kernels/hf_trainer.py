@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from .engine.attach import all_adapters, is_attached, state_of
 from .engine.checkpoint import below, set_weights, weights
+from .engine.distil import Distillation
 from .engine.life import (
     advance,
     all_tuners,
@@ -37,14 +38,19 @@ class Callback(TrainerCallback):
     Checkpoints hold the adapter as `pk.save` writes it, and the same tensors under their names in the model's state
     dict in model.safetensors, from which Trainer resumes and loads the best model; the base is not copied. The same
     goes for trainer.save_model(), and for model.save_pretrained() as long as an adapter is attached and not merged.
-    Tuner.step, Tuner.penalty and Method.loss work as in `pk.fit`, the latter two added to the model's own loss;
-    learning rates are those of Trainer's arguments.
+    Tuner.step, Tuner.penalty and Method.loss work as in `pk.fit`, the latter two added to the model's own loss, and so
+    does a teacher, Callback(teacher=pk.Distillation(model)); learning rates are those of Trainer's arguments.
     ValueError if the model is no transformers model or has no adapter. RuntimeError, when training begins, for methods
     of several phases or learning rates, which need `pk.fit`, and for terms of the loss in several processes.
     """
 
     _hook: Any = None
     _inside = False
+
+    def __init__(self, teacher: Distillation | None = None):
+        if teacher is not None and not isinstance(teacher, Distillation):
+            raise ValueError(f"teacher is a {type(teacher).__name__}; expected pk.Distillation(teacher)")
+        self.teacher = teacher if teacher is not None and teacher.weight else None
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not isinstance(model, PreTrainedModel):
@@ -68,7 +74,10 @@ class Callback(TrainerCallback):
             raise RuntimeError("the method has learning rates of its own for some of its numbers; train it with pk.fit")
         self._scheduled = scheduled(model, names)
         self._terms, self._penalised = method_terms(model), has_penalty(model)
-        if (self._terms or self._penalised) and args.world_size > 1:
+        if self.teacher is not None:
+            self.teacher.check(model)
+        adding = self._terms or self._penalised or self.teacher
+        if adding and args.world_size > 1:
             raise RuntimeError("terms of the loss are added in one process only; train with one, or with pk.fit")
         before, loaded = _trainable(model), {}
         if state.global_step:  # a resume: Trainer has loaded its checkpoint by now
@@ -80,7 +89,7 @@ class Callback(TrainerCallback):
             set_weights(model, names, loaded, None)
         if _trainable(model) != before:
             raise RuntimeError("a phase changes what is trained after Trainer has made its optimizer; use pk.fit")
-        if self._terms or self._penalised:
+        if adding:
             self._remove_hook()  # of a training that an exception ended
             self._hook = model.register_forward_hook(self._add_terms, with_kwargs=True)
 
@@ -107,7 +116,7 @@ class Callback(TrainerCallback):
             self._hook = None
 
     def _add_terms(self, model: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
-        """A forward hook: Method.loss and penalties into outputs.loss, in training and not in a second pass."""
+        """A forward hook: what a teacher, Method.loss and penalties add to outputs.loss, in training's first passes."""
         if self._inside or not model.training or not torch.is_grad_enabled():
             return None
         if getattr(outputs, "loss", None) is None:
@@ -119,6 +128,9 @@ class Callback(TrainerCallback):
         share = 1 if batch.pop("num_items_in_batch", None) is None else 1 / self._batches
         self._inside = True
         try:
+            if self.teacher is not None:
+                taught = self.teacher.term(model, batch, outputs)
+                outputs["loss"] = self.teacher.mixed(outputs["loss"], share * taught)
             term = self._terms and self._terms(model, batch, outputs)
         finally:
             self._inside = False

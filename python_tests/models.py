@@ -196,9 +196,12 @@ METHODS = pk.methods()
 
 TIED_HEADS = ("gpt2", "t5", "opt", "gemma", "falcon", "bloom", "bart", "whisper")  # to the embedding
 
+# A gate depends on the input, and a nonlinearity (an adapter's own, or beside KronARes) leaves no weight.
+UNMERGEABLE = {"compacter", "compacterpp", "gated", "krona_res", "lst"}
+UNMERGEABLE |= {"adamix", "adapterdrop", "adapterl", "houlsby", "parallel", "pfeiffer", "sparseadapter"}
 
-# A gate depends on the input, and a nonlinearity (Compacter's own, or beside KronARes) leaves no weight.
-UNMERGEABLE = {"compacter", "compacterpp", "gated", "krona_res"}
+# The plain MLP has no layers, and its residual is not known.
+NO_MLP = {"adapterdrop", "bylayer", "lst", "pfeiffer"}
 
 
 def mergeable(key, family):
@@ -210,6 +213,7 @@ def targets_of(key, family):
     if family != "mlp" or key == "full":
         return None
     own = {"head": ("out",), "bitfit": ("first", "ln"), "layertype": ("first", "ln"), "krona_res": ("first>second",)}
+    own["parallel"] = own["krona_res"]
     return own.get(key, ("first", "second"))
 
 
@@ -220,7 +224,7 @@ def over(families):
         return () if family in ("mlp", FAMILIES[1 + i % 4], FAMILIES[1 + (i + 1) % 4]) else pytest.mark.slow
 
     fitting = [(i, k, f) for (i, k), f in itertools.product(enumerate(METHODS), families)]
-    fitting = [(i, k, f) for i, k, f in fitting if (k, f) != ("bylayer", "mlp")]  # which has no layers
+    fitting = [(i, k, f) for i, k, f in fitting if f != "mlp" or k not in NO_MLP]
     return [pytest.param(k, f, id=f"{k}-{f}", marks=marks(i, f)) for i, k, f in fitting]
 
 

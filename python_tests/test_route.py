@@ -127,6 +127,21 @@ def test_one_graph_under_changing_routes(key, other):
     assert counter.frame_count == 1
 
 
+def test_a_tuner_that_calls_another_tuned_module():
+    """Pfeiffer's adapter runs its sublayer's LayerNorm a second time: on its own rows, with their tuners."""
+    case = make("bert")
+    for seed, name in enumerate("ab"):
+        method = pk.Union(pk.Pfeiffer(reduction_factor=2), pk.LayerType(types=("norm",)))
+        pk.attach(case.model, method, name=name, seed=seed)
+        perturb(case.model, name)
+    single = {name: alone(case, name).detach() for name in ("a", "b", None)}
+    for names in ROUTES:
+        with pk.route(case.model, names):
+            out = case.call(case.model)
+        for i, name in enumerate(names):
+            close(out[i], single[name][i])
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_threads_do_not_mix(compiled):
     """Eight at once, each with another adapter in every step, in eager mode and in one graph."""

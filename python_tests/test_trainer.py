@@ -26,7 +26,7 @@ def adapted(method=None, **kwargs):
     return pk.attach(make("bert").model, method or pk.LoRA(rank=2, dropout=0.25), **kwargs)
 
 
-def trainer(model, out, callbacks=(), **kwargs):
+def trainer(model, out, callbacks=(), teacher=None, **kwargs):
     options = {
         "per_device_train_batch_size": 2,
         "num_train_epochs": 2,
@@ -44,7 +44,7 @@ def trainer(model, out, callbacks=(), **kwargs):
         args=args,
         train_dataset=rows(),
         eval_dataset=rows(4, seed=4),
-        callbacks=[pk.hf.Callback(), *callbacks],
+        callbacks=[pk.hf.Callback(teacher), *callbacks],
     )
 
 
@@ -89,8 +89,9 @@ def test_checkpoints_hold_the_adapter_alone(tmp_path):
         (pk.LoRA(rank=2), {"gradient_accumulation_steps": 2, "save_steps": 1}),
         (Toy(penalty=0.1, term=0.1), {}),
         (pk.FullTuning(), {}),
+        (pk.LoRA(rank=2), {"teacher": pk.Distillation(make("bert").model)}),
     ],
-    ids=["lora", "accumulated", "toy", "full"],
+    ids=["lora", "accumulated", "toy", "full", "taught"],
 )
 def test_a_resume_ends_bit_equal(method, options, tmp_path, caplog):
     head = {"train": ()} if isinstance(method, pk.FullTuning) else {}
@@ -105,11 +106,65 @@ def test_a_resume_ends_bit_equal(method, options, tmp_path, caplog):
     assert "unexpected keys" not in caplog.text
 
 
+@pytest.mark.parametrize("split", [1, 3], ids=["whole", "accumulated"])
+def test_a_teacher_is_a_part_of_the_loss(split, tmp_path):
+    wise = make("bert").model.train()
+    with torch.no_grad():
+        wise.classifier.weight.add_(torch.randn(wise.classifier.weight.shape))
+
+    def loss(teacher):
+        model = adapted(pk.LoRA(rank=2))
+        for m in model.modules():
+            if isinstance(m, torch.nn.Dropout):
+                m.p = 0.0
+        options = {"per_device_train_batch_size": 6 // split, "gradient_accumulation_steps": split, "max_steps": 1}
+        run = trainer(model, tmp_path, teacher=teacher, logging_strategy="steps", logging_steps=1, **options)
+        run.train()
+        assert run.evaluate()["eval_loss"] == pytest.approx(model(**_batch(4, seed=4)).loss.item(), abs=1e-5)
+        return run.state.log_history[0]["loss"]
+
+    teacher, fresh = pk.Distillation(wise, 3.0, 0.75), make("bert").model
+    term = teacher.term(fresh, _batch(), fresh(**_batch())).item()
+    assert not wise.training and term > 0.01
+    assert loss(teacher) == pytest.approx(0.75 * term + 0.25 * loss(None), abs=1e-4)
+
+
+def _batch(n=6, seed=3):
+    return {key: torch.stack([torch.as_tensor(row[key]) for row in rows(n, seed)]) for key in rows()[0]}
+
+
+def test_a_teacher_of_weight_1_reads_no_labels_and_one_of_0_is_none(tmp_path):
+    wise = make("bert").model
+    with torch.no_grad():
+        wise.classifier.weight.add_(1)
+    found = []
+    for name, weight, shift in (("plain", 0, 0), ("one", 1, 0), ("other", 1, 1)):
+        run = trainer(adapted(), tmp_path / name, teacher=pk.Distillation(wise, weight=weight))
+        run.train_dataset = [{**row, "labels": (row["labels"] + shift) % 3} for row in rows()]
+        run.train()
+        found.append(values(run.model))
+    without = trainer(adapted(), tmp_path / "without")
+    without.train()
+    assert_equal(values(without.model), found[0])
+    assert_equal(found[1], found[2])
+
+
+def test_an_adapter_of_the_model_teaches(tmp_path):
+    model = adapted()
+    pk.attach(model, pk.LoRA(rank=1), train=("head",), name="wise")
+    pk.set_active(model, "default")
+    kept = values(model, "wise")
+    trainer(model, tmp_path, teacher=pk.Distillation("wise")).train()
+    assert pk.active(model) == ["default"]
+    assert_equal(values(model, "wise"), kept)
+    with pytest.raises(ValueError, match=r"expected pk.Distillation"):
+        pk.hf.Callback("wise")
+
+
 def test_a_mask_is_chosen_once_and_resumed_from_the_checkpoint(tmp_path):
     def masked(calibrate=True):
         model = adapted(pk.FishMask(keep_ratio=0.3))
-        batch = {key: torch.stack([torch.as_tensor(row[key]) for row in rows()]) for key in rows()[0]}
-        return pk.calibrate(model, [batch], progress=False) if calibrate else model
+        return pk.calibrate(model, [_batch()], progress=False) if calibrate else model
 
     with pytest.raises(RuntimeError, match="FishMask has no mask yet"):
         trainer(masked(calibrate=False), tmp_path / "none").train()

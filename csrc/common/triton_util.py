@@ -67,17 +67,17 @@ def _bf16_parts(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, acc, EXACT: tl.constexpr):
+def dot(a, b, acc, EXACT: tl.constexpr, PARTS: tl.constexpr = False):
     """acc + a b in fp32 for any mix of fp32, bf16 and fp16; EXACT says that the result is stored in fp32.
 
     Equal dtypes multiply as they are: 16-bit ones on tensor cores, fp32 by fp32 FMA (never TF32). Otherwise, and for
     fp32 when a 16-bit result could not show the difference, operands are cut into bf16 parts (fp16 parts would overflow
     beyond 65504), and tensor cores multiply all pairs of parts but the smallest. What is left out is about 2^-24 of a
-    product if EXACT and 2^-16 if not.
+    product if EXACT and 2^-16 if not. PARTS: fp32 by fp32 is multiplied in parts also if EXACT, on tensor cores.
     """
     if INTERPRET:
         return tl.dot(cast(a, tl.float32), cast(b, tl.float32), acc, input_precision="ieee")
-    elif a.dtype == b.dtype and (EXACT or a.dtype != tl.float32):
+    elif a.dtype == b.dtype and (a.dtype != tl.float32 or (EXACT and not PARTS)):
         return tl.dot(a, b, acc, input_precision="ieee")
     else:
         a_parts = _bf16_parts(a, EXACT)

@@ -50,18 +50,32 @@ def check(batch: Any, loss_fn: LossFn | None) -> None:
         raise ValueError(f"a batch is a {kind}; expected a pair (inputs, target) for loss_fn")
 
 
+def answered(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Any:
+    """What the model makes of a batch."""
+    check(batch, loss_fn)
+    return model(**batch) if loss_fn is None else model(batch[0])
+
+
 def task_loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> tuple[Tensor, Any]:
     """(loss, the model's outputs): model(**batch).loss, or loss_fn(model(inputs), target) of a pair."""
-    check(batch, loss_fn)
+    outputs = answered(model, batch, loss_fn)
     if loss_fn is not None:
-        inputs, target = batch
-        outputs = model(inputs)
-        return loss_fn(outputs, target), outputs
-    outputs = model(**batch)
+        return loss_fn(outputs, batch[1]), outputs
     loss = getattr(outputs, "loss", None)
     if loss is None:
         raise ValueError("model(**batch) returned no loss; put labels into the batch or pass loss_fn")
     return loss, outputs
+
+
+def logits_of(outputs: Any) -> Tensor | None:
+    """What a model returned, or its `logits`; None where it has none."""
+    logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    return logits if isinstance(logits, Tensor) else None
+
+
+def labels_of(batch: Any) -> Any:
+    """The labels of a dict, None without; of a pair the target."""
+    return batch.get("labels") if isinstance(batch, Mapping) else batch[1]
 
 
 def finite(loss: Tensor, where: str, fix: str) -> float:

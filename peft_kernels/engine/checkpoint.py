@@ -44,6 +44,7 @@ class Settings:
     monitor: str
     batches: int  # per epoch
     method: dict[str, Any]  # by adapter
+    teacher: dict[str, Any] | None = None
 
     def check(self, written: dict[str, Any], directory: Path | None) -> None:
         for field, value in json.loads(json.dumps(dataclasses.asdict(self))).items():

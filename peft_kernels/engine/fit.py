@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import checkpoint as files
 from .attach import state_of, tuners
 from .batches import LossFn, finite, length, task_loss, to
+from .distil import Distillation
 from .life import (
     Entry,
     advance,
@@ -74,6 +75,7 @@ def fit(
     weight_decay: float = 0.0,
     clip: float = 1.0,
     loss_fn: LossFn | None = None,
+    teacher: Distillation | None = None,
     seed: int = 0,
     progress: bool = True,
     on_epoch: OnEpoch | None = None,
@@ -91,6 +93,7 @@ def fit(
         loss_fn(model(inputs), target). `batches.set_epoch(epoch)` is called if it exists; without `len(batches)` one
         epoch is run to count.
     lr: None takes each method's own; heads keep theirs.   warmup: fraction of all steps.   clip: gradient norm.
+    teacher: pk.Distillation(model): what it predicts is a part of the loss.
     on_epoch(epoch, model) -> dict: merged into the epoch's row of the log.
     accumulate: batches per optimizer step, which takes the mean of their losses.
     precision: "bf16" or "fp16" runs the forward under autocast; adapters stay in their own dtype. fp16 needs CUDA.
@@ -124,13 +127,30 @@ def fit(
         raise ValueError(f"patience watches {monitor!r}; give an on_epoch that returns it, or monitor='loss'")
     if checkpoint is None and (resume or checkpoint_every):
         raise ValueError("resume and checkpoint_every need checkpoint=, the directory to use")
+    if teacher is not None:
+        if not isinstance(teacher, Distillation):
+            raise ValueError(f"teacher is a {type(teacher).__name__}; expected pk.Distillation(teacher)")
+        teacher.check(model)
     per_epoch = length(batches)
     adapters = {n: described(state_of(model).adapters[n]) for n in names}
-    settings = files.Settings(
-        epochs, lr, warmup, weight_decay, clip, seed, accumulate, precision, patience, monitor, per_epoch, adapters
-    )
     directory = None if checkpoint is None else Path(checkpoint)
-    run = _Run(model, batches, settings, loss_fn, on_epoch, directory, checkpoint_every)
+    taught = None if teacher is None or directory is None else teacher.described(model)
+    settings = files.Settings(
+        epochs,
+        lr,
+        warmup,
+        weight_decay,
+        clip,
+        seed,
+        accumulate,
+        precision,
+        patience,
+        monitor,
+        per_epoch,
+        adapters,
+        taught,
+    )
+    run = _Run(model, batches, settings, loss_fn, teacher, on_epoch, directory, checkpoint_every)
     saved = None if directory is None else files.read(directory)
     if saved is not None and not resume:
         raise FileExistsError(f"{directory} holds a checkpoint; pass resume=True to go on or choose another directory")
@@ -159,12 +179,14 @@ class _Run:
         batches: Iterable,
         settings: files.Settings,
         loss_fn: LossFn | None,
+        teacher: Distillation | None,
         on_epoch: OnEpoch | None,
         directory: Path | None,
         every: int | None,
     ):
         self.model, self.batches, self.settings = model, batches, settings
-        self.loss_fn, self.on_epoch, self.directory, self.every = loss_fn, on_epoch, directory, every
+        self.loss_fn, self.teacher, self.on_epoch = loss_fn, teacher, on_epoch
+        self.directory, self.every = directory, every
         self.names = list(settings.method)
         self.device = next(p for n in self.names for _, t in tuners(model, n) for p in t.parameters()).device
         if settings.precision == "fp16" and self.device.type != "cuda":
@@ -314,7 +336,10 @@ class _Run:
 
     def _loss(self, batch: Any) -> Tensor:
         with self._autocast():
-            loss, outputs = task_loss(self.model, batch, self.loss_fn)
+            if self.teacher is None:
+                loss, outputs = task_loss(self.model, batch, self.loss_fn)
+            else:
+                loss, outputs = self.teacher.taught(self.model, batch, self.loss_fn)
             term = self.terms and self.terms(self.model, batch, outputs)
         if term is not None:
             loss = loss + term

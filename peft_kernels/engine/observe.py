@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batches import LossFn, finite, rows, split, task_loss
+from .batches import LossFn, finite, labels_of, logits_of, rows, split, task_loss
 from .method import Tuner
 from .site import Site
 
@@ -34,9 +34,8 @@ def observe(model: nn.Module, batch: Any, loss_fn: LossFn | None, observers: Obs
     n = rows(batch)
     with _recorded(model, observers, n) as seen:
         outputs = task_loss(model, batch, loss_fn)[1]
-        logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
-        labels = batch[1] if loss_fn is not None else batch.get("labels")
-        passes = _classified(logits, labels, n, loss_fn, expected)
+        logits = logits_of(outputs)
+        passes = _classified(logits, labels_of(batch), n, loss_fn, expected)
         if passes is not None and seen.by_rows:
             seen.show(passes)
             return
@@ -53,9 +52,11 @@ def observe(model: nn.Module, batch: Any, loss_fn: LossFn | None, observers: Obs
             seen.show(iter([_Pass(loss, None)]))
 
 
-def _classified(logits: Any, labels: Any, n: int, loss_fn: LossFn | None, expected: bool) -> Iterator[_Pass] | None:
+def _classified(
+    logits: Tensor | None, labels: Any, n: int, loss_fn: LossFn | None, expected: bool
+) -> Iterator[_Pass] | None:
     """The passes of a classifier, or None for another model."""
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != n or logits.shape[1] < 2:
+    if logits is None or logits.dim() != 2 or len(logits) != n or logits.shape[1] < 2:
         return None
     if not expected:
         whole = isinstance(labels, Tensor) and labels.shape == (n,) and not labels.is_floating_point()

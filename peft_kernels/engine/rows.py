@@ -240,14 +240,17 @@ class RowBase:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not same((args, kwargs), self.call):  # the tuner changed the input: its rows are computed anew
-            with self.rows.alone() if self.rows else nullcontext():
-                return self.site.call(*args, **kwargs)
+            return self.beside(self.site.call, *args, **kwargs)
         y = self.shared()
         return y if self.rows is None else _take(y, self.rows.index, self.rows.of, of_output=True)
 
     def seen(self, what: str) -> Tensor:
         whole = self.shared.base.seen(what)
         return whole if self.rows is None else _take(whole, self.rows.index, self.rows.of)
+
+    def beside(self, module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.rows.alone() if self.rows else nullcontext():
+            return module(*args, **kwargs)
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         return self.site.weight, self.site.bias

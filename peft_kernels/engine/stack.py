@@ -32,6 +32,9 @@ class Known:
     def seen(self, what: str) -> Tensor:
         return self.base.seen(what)
 
+    def beside(self, module: nn.Module, *args: Any) -> Any:
+        return self.base.beside(module, *args)
+
     def effective(self) -> tuple[Tensor, Tensor | None]:
         return self.base.effective()
 
@@ -122,6 +125,9 @@ class _SpanBase:
     def seen(self, what: str) -> Tensor:
         return self.base.seen(what)
 
+    def beside(self, module: nn.Module, *args: Any) -> Any:
+        return self.base.beside(module, *args)
+
 
 class _PartBase:
     """The base of a tuner that sees some output rows of a fused linear: y was computed for all rows at once."""
@@ -140,6 +146,9 @@ class _PartBase:
 
     def seen(self, what: str) -> Tensor:
         return self.base.seen(what)
+
+    def beside(self, module: nn.Module, *args: Any) -> Any:
+        return self.base.beside(module, *args)
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.base.effective()

@@ -1,6 +1,9 @@
 """One file per method: a `Method` dataclass and its `Tuner`. Importing this package fills the registry."""
 
 from ..engine.method import methods
+from .adamix import AdaMix
+from .adapterdrop import AdapterDrop
+from .adapterl import AdapterL
 from .bitfit import BitFit
 from .compacter import Compacter, CompacterPP
 from .diffpruning import DiffPruning
@@ -9,18 +12,23 @@ from .far import FAR
 from .fishmask import FishMask
 from .full import FullTuning, Head
 from .gated import Gated
+from .houlsby import Houlsby
 from .ia3 import IA3
 from .krona import KronA, KronARes
 from .layertype import LayerType
 from .lets import LeTS
 from .lokr import LoKr
 from .lora import LoRA
+from .lst import LST
 from .ltsft import LTSFT
 from .magnitude import MagnitudePruning
 from .movement import MovementPruning
+from .parallel import ParallelAdapter
+from .pfeiffer import Pfeiffer
 from .qlora import QLoRA
 from .random import RandomMask
 from .said import SAID
+from .sparseadapter import SparseAdapter
 from .structured import StructuredPruning
 from .svd import SVD
 from .toplayers import TopLayers
@@ -29,9 +37,13 @@ from .union import ByLayer, Union
 __all__ = [
     "FAR",
     "IA3",
+    "LST",
     "LTSFT",
     "SAID",
     "SVD",
+    "AdaMix",
+    "AdapterDrop",
+    "AdapterL",
     "BitFit",
     "ByLayer",
     "Compacter",
@@ -42,6 +54,7 @@ __all__ = [
     "FullTuning",
     "Gated",
     "Head",
+    "Houlsby",
     "KronA",
     "KronARes",
     "LayerType",
@@ -50,8 +63,11 @@ __all__ = [
     "LoRA",
     "MagnitudePruning",
     "MovementPruning",
+    "ParallelAdapter",
+    "Pfeiffer",
     "QLoRA",
     "RandomMask",
+    "SparseAdapter",
     "StructuredPruning",
     "TopLayers",
     "Union",

@@ -3,22 +3,25 @@
     h + up(act(down(h)))       down: d -> m, up: m -> d, each a low-rank PHM layer (_phm.py) with the same A [n, n, n]
 
 after the attention and after the feed-forward layer, before their residual addition; Compacter++ after the latter only.
+One fused call does it all, with both weights built; where those take more than twice the operations of the thin
+products of _phm.py, which is at high widths and low reduction factors, these are what runs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
 from torch import Tensor
 
+from .. import ops
 from ..engine.method import Method, Part, Tuner
 from ..engine.site import Base, Site
 from ._bottleneck import bottleneck, check_activation
+from ._norms import with_norms
 from ._phm import PHM, check_division, normal
 from ._shared import SharedTuner, share
-from .layertype import LayerType
 
 _LR = 3e-3
 
@@ -48,9 +51,7 @@ class Compacter(Method, roles=("o", "down"), lr=_LR, tiny={"n": 2, "reduction_fa
             )
 
     def expand(self, part: Part) -> list[Part]:
-        cross = ("cross.o",) if part.targets in ((), self.roles) else ()
-        own = replace(part, exclude=(*cross, *part.exclude))
-        return [own, Part(_Norms(), ("*",), part.exclude, part.layers)] if self.norms else [own]
+        return with_norms(part, self.norms)
 
     def at(self, site: Site) -> Method:
         bottleneck = site.n_out // self.reduction_factor
@@ -91,16 +92,7 @@ class CompacterTuner(SharedTuner, method=Compacter):
     def forward(self, base: Base, x: Tensor) -> Tensor:
         h = base(x)
         a = self.lender.a.to(h.device)
-        return bottleneck(h, partial(self.down.call, a=a), partial(self.up.call, a=a), self.activation)
-
-
-class _Norms(LayerType):
-    """The LayerNorms of any model, at the rate of the adapters."""
-
-    lr = _LR
-
-    def select(self, sites: list[Site]) -> list[Site]:
-        norms = [site for site in sites if site.kind == "norm"]
-        if not norms:
-            raise ValueError("Compacter norms = True, but no target layer has a LayerNorm; pass norms=False")
-        return norms
+        if self.down.thinness < 0.5:
+            return bottleneck(h, partial(self.down.call, a=a), partial(self.up.call, a=a), self.activation)
+        down, up = self.down.weight(a), self.up.weight(a)
+        return ops.bottleneck(h, down, self.down.bias, up, self.up.bias, act=self.activation)

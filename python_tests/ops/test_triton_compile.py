@@ -136,6 +136,21 @@ def _kron(dtype, low, m, p, q, r, s):
     kron_triton.kron_add_(torch.empty(q * s, p * r, dtype=dtype), a.T, b.T, 1.0)
 
 
+def _bottleneck(dtype, low, m, k, r):
+    """With all there is, and without LayerNorm and gate."""
+    import torch
+
+    from peft_kernels.kernels.bottleneck import bottleneck_triton
+
+    x, wd, wu = (torch.empty(shape, dtype=d) for shape, d in (((m, k), dtype), ((r, k), low), ((k, r), low)))
+    ln, bd, rng = (torch.empty(k, dtype=low),) * 2, torch.empty(r, dtype=low), torch.tensor([1, 2])
+    for act, parts, gate, eps, p in ((1, ln, torch.empty(m), 1e-5, 0.1), (2, (None, None), None, None, 0.0)):
+        weights, constants = (*parts, wd, bd, wu, ln[0], gate), (act, 2.0, eps, p, rng if p else None)
+        _, z, stats = bottleneck_triton.bottleneck(x, *weights, *constants)
+        needs = [t is not None for t in (x, *weights)]
+        bottleneck_triton.bottleneck_backward(x, x, *weights, z, stats, *constants, True, needs)
+
+
 def _hadamard(dtype, low, rows, n, d, numel):
     """Rows of n, and Fastfood from d numbers to numel, forward and backward."""
     import torch
@@ -178,6 +193,14 @@ KRON = {
     "large": ("bfloat16", "float32", 512, 128, 96, 128, 128),
     "odd_decode": ("bfloat16", "float32", 1, 5, 7, 9, 3),
 }
+# x's dtype, that of the weights, rows, width, bottleneck
+BOTTLENECK = {
+    "bf16": ("bfloat16", "bfloat16", 16384, 1024, 64),
+    "fp32": ("float32", "float32", 512, 1024, 64),
+    "mixed": ("bfloat16", "float32", 2048, 1024, 48),
+    "wide_fp16": ("float16", "float16", 512, 1024, 200),
+    "odd_decode": ("bfloat16", "float32", 1, 101, 5),
+}
 # x's dtype, that of places, rows, their length, d, numbers that Fastfood makes
 HADAMARD = {
     "bf16": ("bfloat16", "int16", 8, 16384, 1000, 1 << 20),
@@ -190,11 +213,13 @@ SPARSE_EXACT = {"sparse_patch_kernel", "sparse_scatter_kernel", "sparse_swap_ker
 HADAMARD_KERNELS = {"hadamard_rows_kernel", "hadamard_bins_kernel"}
 NF4_PRODUCT, NF4_EXACT = {"nf4_product_kernel"}, {"nf4_quantize_kernel", "nf4_dequantize_kernel"}
 KRON_KERNELS = {"kron_linear_kernel"}
+BOTTLENECK_LOOPS = {"bottleneck_down_kernel", "bottleneck_wgrad_kernel"}
 # what launches, on which cases; kernels of products, those with a loop long enough to pipeline, those with exact bits
 FAMILIES = {
     "lora": ((_lora, _lora_by_plan), LORA, LORA_KERNELS, LORA_KERNELS - {"lora_expand_kernel"}, set()),
     "nf4": ((_nf4,), NF4, NF4_PRODUCT, NF4_PRODUCT, NF4_EXACT),
     "kron": ((_kron,), KRON, KRON_KERNELS, KRON_KERNELS, set()),
+    "bottleneck": ((_bottleneck,), BOTTLENECK, BOTTLENECK_LOOPS | {"bottleneck_up_kernel"}, BOTTLENECK_LOOPS, set()),
     "sparse": ((_sparse,), SPARSE, SPARSE_PRODUCTS, SPARSE_PRODUCTS, SPARSE_EXACT),
     "hadamard": ((_hadamard,), HADAMARD, HADAMARD_KERNELS, set(), set()),
 }
@@ -243,11 +268,14 @@ def compile_cases(capability: int, family: str, *names: str) -> None:
         pytest.param("sparse", 80, ("bf16", "fp32_odd_decode"), id="sparse-80-quick"),
         pytest.param("kron", 80, ("bf16", "odd_decode"), id="kron-80-quick"),
         pytest.param("hadamard", 80, ("fp16_odd",), id="hadamard-80-quick"),
+        pytest.param("bottleneck", 80, ("odd_decode",), id="bottleneck-80-quick"),
         pytest.param("lora", 80, tuple(LORA), id="lora-80", marks=pytest.mark.slow),
         pytest.param("lora", 90, tuple(LORA), id="lora-90", marks=pytest.mark.slow),
         pytest.param("nf4", 90, tuple(NF4), id="nf4-90", marks=pytest.mark.slow),
         pytest.param("kron", 80, tuple(KRON), id="kron-80", marks=pytest.mark.slow),
         pytest.param("kron", 90, tuple(KRON), id="kron-90", marks=pytest.mark.slow),
+        pytest.param("bottleneck", 80, tuple(BOTTLENECK), id="bottleneck-80", marks=pytest.mark.slow),
+        pytest.param("bottleneck", 90, tuple(BOTTLENECK), id="bottleneck-90", marks=pytest.mark.slow),
         pytest.param("sparse", 80, tuple(SPARSE), id="sparse-80", marks=pytest.mark.slow),
         pytest.param("sparse", 90, tuple(SPARSE), id="sparse-90", marks=pytest.mark.slow),
         pytest.param("hadamard", 80, tuple(HADAMARD), id="hadamard-80", marks=pytest.mark.slow),
