@@ -193,12 +193,8 @@ def _checked(op, residual, x, wd, bd, wu, bu, act, scale, ln, gate, mask, expert
     if own.shape != y:
         raise ValueError(f"{op}: the residual is {tuple(own.shape)}; expected {y} from x and wu")
     ln_w, ln_b, eps = (None, None, None) if ln is None else (*ln[:2], float(ln[2]))
-    for name, t, size in (
-        ("bd", bd, len(wd)),
-        ("bu", bu, len(wu)),
-        ("ln", ln_w, y and x.shape[-1]),
-        ("ln", ln_b, x.shape[-1]),
-    ):
+    (m, k), n = wd.shape, len(wu)
+    for name, t, size in (("bd", bd, m), ("bu", bu, n), ("the weight of ln", ln_w, k), ("the bias of ln", ln_b, k)):
         if t is not None and t.shape != (size,):
             raise ValueError(f"{op}: {name} is {tuple(t.shape)}; expected [{size}]")
     if isinstance(scale, Tensor):
