@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from models import EVERY, Case, close, make, perturb
+from models import EVERY, FAMILIES, Case, close, make, perturb
 from torch import nn
 
 import peft_kernels as pk
@@ -211,8 +211,11 @@ def watched(case):
 # -- places -----------------------------------------------------------------------------------------------------------
 
 
+OTHERS = [pytest.param(f, marks=pytest.mark.slow) for f in EVERY if f not in FAMILIES]
+
+
 @every_method
-@pytest.mark.parametrize("family", [f for f in EVERY if f != "mlp"])
+@pytest.mark.parametrize("family", [*FAMILIES[1:], *OTHERS])
 @torch.no_grad()  # with gradients T5's attention takes another kernel while its bias is trained
 def test_zero_up_is_an_exact_identity_in_every_family(key, family):
     case = make(family)
