@@ -317,13 +317,14 @@ def _grid(args: argparse.Namespace) -> list[dict[str, str]]:
 
 def _job(args: argparse.Namespace, values: dict[str, str]) -> Any:
     """The train.Job of the arguments, with `values` in place of some fields of the method or of itself."""
+    from .engine.method import fields, method_of
     from .train import Job
 
-    hints = typing.get_type_hints(Job)
+    hints, own = typing.get_type_hints(Job), {f.name for f in fields(method_of(args.method))}
     words = {f.name: getattr(args, f.name) for f in dataclasses.fields(Job) if f.name != "method"}
     settings = list(args.set)
     for name, text in values.items():
-        if name not in SWEPT:
+        if name not in SWEPT or name in own:
             settings.append(f"{name}={text}")
             continue
         try:

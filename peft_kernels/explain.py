@@ -54,8 +54,10 @@ def _noted(model: nn.Module) -> Iterator[None]:
     """Within the `with`, tuners see one row of the inputs of other modules that a call of the model would note."""
     keys = []
     for path, module in base_modules(model):
+        site = Site(path, module)
+        if site.kind == "module":  # a block, whose input no tuner of a linear reads
+            continue
         for hook in [h for h in module._forward_pre_hooks.values() if isinstance(h, Tap)]:
-            site = Site(path, module)
             hook(module, (_row(site),), {})
             keys.append(hook.key)
     try:

@@ -485,6 +485,13 @@ def test_temperatures_can_be_swept(capsys, model_dir, data_file, wise, tmp_path,
     assert len({row["test"]["loss"] for row in summary["runs"]}) == 4
 
 
+def test_a_sweep_of_temperature_is_that_of_a_method_that_has_one():
+    words = ("tune", "--model", "m", "--data", "d.tsv", "--out", "o", "--teacher", "t", "--method")
+    for method, own, taught in (("lst", 0.5, None), ("lora", None, 0.5)):
+        job = cli._job(cli._parser().parse_args([*words, method]), {"temperature": "0.5"})
+        assert (getattr(job.method, "temperature", None), job.temperature) == (own, taught)
+
+
 def test_the_teacher_is_in_the_picture(wise, model_dir, data_file, tmp_path):
     job = train.Job(str(model_dir), str(data_file), pk.LoRA(), str(tmp_path / "out"), teacher=str(wise[0]))
     train.tune(job, progress=False)

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import peft_kernels as pk
-from peft_kernels.engine.attach import tuners
+from peft_kernels.engine.attach import all_adapters, tuners
 
 # -- stacks, names, flags ---------------------------------------------------------------------------------------------
 
@@ -231,6 +231,17 @@ def test_explain_names_op_and_backend():
     gpt2 = make("gpt2")
     pk.attach(gpt2.model, pk.LoRA(rank=2))
     assert {r["op"] for r in pk.explain(gpt2.model)} == {"lora_add"}  # rows of a fused linear: y exists already
+
+
+@pytest.mark.parametrize("key", pk.methods())
+def test_explain_takes_every_method(key):
+    case = attached(key, "bert")
+    assert {row["site"] for row in pk.explain(case.model)} == {site for site, _ in all_adapters(case.model)}
+
+
+def test_explain_names_the_op_of_adapters():
+    for key, ops in {"houlsby": {"bottleneck", "torch"}, "pfeiffer": {"bottleneck_add"}, "lst": {"torch"}}.items():
+        assert {row["op"] for row in pk.explain(attached(key, "bert").model)} == ops
 
 
 def test_graph_counts():
