@@ -12,8 +12,8 @@
 namespace pk::PK_ISA {
 namespace {
 
-constexpr int64_t kTile = 1 << 17;         // numbers of x or y of the rows that go together: half of the L2 cache
-constexpr int64_t kRows = 96;              // most of such rows, and the multiple of what the tiles of a product have
+constexpr int64_t kTile = 1 << 17;         // numbers of x or y of rows that go together: half of the second-level cache
+constexpr int64_t kRows = 48;              // most of such rows
 constexpr int64_t kSlab = 64;              // rows that a gradient of weights sums before it goes to the next ones
 constexpr int64_t kWidth = 4 * kMost * W;  // columns of weights that one task sums over all rows
 
@@ -33,6 +33,13 @@ void put(LoraOut dst, int64_t first, const float* src, int64_t n) {
     for (; i + W <= n; i += W) store(p + i, load(src + i));
     if (i < n) store_n(p + i, load(src + i), static_cast<int>(n - i));
   });
+}
+
+// Asks for n numbers that are needed a slab later: the hardware's own prefetching stops at the end of a piece of a row.
+void prefetch(LoraIn src, int64_t first, int64_t n) {
+  const int64_t size = src.type == Dtype::f32 ? 4 : 2;
+  const char* p = static_cast<const char*>(src.data) + first * size;
+  for (int64_t i = 0; i < n * size; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
 float dot(const float* a, const float* b, int64_t n) {
@@ -207,19 +214,23 @@ Rows rows_of(float* room, LoraIn src, int64_t first, int64_t count, int64_t n) {
   return {room, padded(n)};
 }
 
-// sums [r, cols] = left^T right over all rows, left [rows, r] ldl apart and right what fetch(dst, row, column, n)
-// gives.
-template <class Fetch>
-void sum_over_rows(float* sums, float* slab, const float* left, int64_t ldl, int64_t r, int64_t rows, int64_t cols,
-                   const Fetch& fetch) {
+// sums [r, cols] = left^T right over all rows: left [rows, r] has rows ldl apart, right are the columns from `col` on
+// of x [rows, n], or what change(row of right, its number, columns) makes of them.
+template <class Change>
+void sum_over_rows(float* sums, float* slab, const float* left, int64_t ldl, int64_t r, LoraIn x, int64_t rows,
+                   int64_t n, int64_t col, int64_t cols, const Change& change) {
   const Panels panels(cols);
   for (int64_t top = 0; top < rows; top += kSlab) {
     const int64_t count = at_most(rows - top, kSlab);
-    for (int64_t i = 0; i < count; ++i)
+    for (int64_t i = 0; i < count; ++i) {
+      prefetch(x, at_most(top + i + kSlab, rows - 1) * n + col, cols);
       for (int64_t panel = 0; panel < panels.count; ++panel) {
         const int64_t j = panels.begin(panel) * W, width = panels.begin(panel + 1) * W - j;
-        fetch(slab + j * count + i * width, top + i, j, at_most(cols - j, width));
+        float* const own = slab + j * count + i * width;
+        get(own, x, (top + i) * n + col + j, at_most(cols - j, width));
+        change(own, top + i, width);
       }
+    }
     multiply({sums, kWidth, top ? sums : nullptr, kWidth, left + top * ldl, 1, ldl}, r, {slab, 0, count}, padded(cols));
   }
 }
@@ -379,20 +390,19 @@ void bottleneck_backward(const Bottleneck& s, LoraIn g, LoraIn z, const float* s
     for (int64_t task = first; task < end; ++task) {
       if (task < down_tasks) {
         const int64_t col = task * kWidth, cols = at_most(k - col, kWidth);
-        sum_over_rows(sums.p, slab.p, us.p, lda, m, s.rows, cols,
-                      [&](float* dst, int64_t row, int64_t j, int64_t some) {
-                        get(dst, s.x, row * k + col + j, some);
+        sum_over_rows(sums.p, slab.p, us.p, lda, m, s.x, s.rows, k, col, cols,
+                      [&](float* x, int64_t row, int64_t width) {
                         if (!s.norm) return;
                         const float mean = means[row], rstd = rstds[row];
-                        for (int64_t i = 0; i < some; i += W) store(dst + i, (load(dst + i) - mean) * rstd);
+                        for (int64_t i = 0; i < width; i += W) store(x + i, (load(x + i) - mean) * rstd);
                       });
         finish_down(s, d, sums.p, dbd.p, col, cols);
         continue;
       }
       const int64_t col = (task - down_tasks) * kWidth, cols = at_most(n - col, kWidth);
       const int64_t skip = d.dwu.data ? 0 : m;  // the bias alone
-      sum_over_rows(sums.p + skip * kWidth, slab.p, all_as.p + skip, lda, m + 1 - skip, s.rows, cols,
-                    [&](float* dst, int64_t row, int64_t j, int64_t some) { get(dst, g, row * n + col + j, some); });
+      sum_over_rows(sums.p + skip * kWidth, slab.p, all_as.p + skip, lda, m + 1 - skip, g, s.rows, n, col, cols,
+                    [](float*, int64_t, int64_t) {});
       if (d.dbu) std::memcpy(d.dbu + col, sums.p + m * kWidth, cols * sizeof(float));
       if (!d.dwu.data) continue;
       transpose(turned.p, mp, sums.p, kWidth, m, cols);

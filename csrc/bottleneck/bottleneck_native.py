@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..common.library import unavailable as unavailable
@@ -10,14 +12,30 @@ VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct
 ON_CUDA: frozenset[str] = frozenset()  # the ops with CUDA launchers; all have CPU ones
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_FEW = 64  # rows up to which packing weights takes as long as multiplying with them
+_SMALL = 1 << 16  # numbers of weights that are packed in no time
+_WORK = 1 << 22  # multiply-adds of bfloat16 for which calling torch several times takes longer
 _ops = torch.ops._peft_kernels
+
+
+@functools.cache
+def _torch_multiplies(dtype) -> bool:
+    """Does torch have instructions for products of this dtype, which the kernels, who sum in fp32 ones, have not?"""
+    return dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
 
 
 def why_not_bottleneck(x, ln_w, ln_b, wd, bd, wu, bu, gate, act, scale, eps, p, rng) -> str:
     for t in (x, ln_w, ln_b, wd, bd, wu, bu, gate):
         if t is not None and t.dtype not in _DTYPES:
             return f"no kernel for {t.dtype}"
-    return "" if wd.numel() and wu.numel() else "the bottleneck or one of its sides has no width"
+    if not wd.numel() or not wu.numel():
+        return "the bottleneck or one of its sides has no width"
+    rows, size = x.shape[:-1].numel(), wd.numel() + wu.numel()
+    if rows < _FEW and size > _SMALL:
+        return f"torch's own products are faster with fewer than {_FEW} rows"
+    if eps is None and x.dtype == wd.dtype and _torch_multiplies(x.dtype) and rows * size > _WORK:
+        return "torch's own products of bfloat16 are faster on this CPU where there is no LayerNorm"
+    return ""
 
 
 def why_not_bottleneck_add(residual, x, *args) -> str:

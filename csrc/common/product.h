@@ -59,6 +59,14 @@ template <int R, int V>
 PK_INLINE void tile(const Product& p, const float* b, int64_t ldb, int64_t depth, int last) {
   vec sum[R][V] = {};
   const float* a = p.a;
+  // What the sums are added to and written to arrives while they are made.
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v += 64 / (4 * W)) {
+      if (p.from != p.c) __builtin_prefetch(p.from + i * p.ldf + v * W);
+      __builtin_prefetch(p.c + i * p.ldc + v * W, 1);
+    }
   do {
     vec right[V];
 #pragma GCC unroll 4

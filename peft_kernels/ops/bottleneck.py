@@ -71,7 +71,8 @@ def _add_reference(residual, x, ln_w, ln_b, wd, bd, wu, bu, gate, act, scale, ep
     _, h, stats = _hidden(x, ln_w, ln_b, eps, None, dtype)
     z = F.linear(h, wd.to(dtype), _bias(bd, dtype))
     up = F.linear(_philox.dropout(_ACTS[act][0](z), p, rng), wu.to(dtype), _bias(bu, dtype))
-    up = up * (scale if gate is None else gate[:, None] * scale)
+    if gate is not None or scale != 1:
+        up = up * (scale if gate is None else gate[:, None] * scale)
     return (residual + up.view(residual.shape)).to(residual.dtype), z, stats
 
 
@@ -88,18 +89,18 @@ def _backward_reference(g, x, ln_w, ln_b, wd, bd, wu, bu, gate, z, stats, act, s
     back = (rows @ wu.to(dtype)).to(z.dtype)  # [M, m]
     c = scale if gate is None else gate[:, None] * scale
     u = _ACTS[act][1](_philox.dropout(back * c, p, rng), z)
-    dh = (u.to(dtype) @ wd.to(dtype)).to(z.dtype) if any(needs[:3]) else None
+    dh = u.to(dtype) @ wd.to(dtype) if any(needs[:3]) else None
     dx = dln_w = dln_b = dwd = dbd = dwu = dbu = dgate = None
     if needs[0]:
         dx = dh
         if unit is not None:
-            d = dh if ln_w is None else dh * ln_w
+            d = dh.to(z.dtype) if ln_w is None else dh.to(z.dtype) * ln_w
             dx = (d - d.mean(-1, keepdim=True) - unit * (d * unit).mean(-1, keepdim=True)) * stats[1][:, None]
         dx = dx.view(x.shape) + g if own_residual else dx.view(x.shape)
     if needs[1]:
         dln_w = (dh * unit).sum(0)
     if needs[2]:
-        dln_b = dh.sum(0)
+        dln_b = dh.sum(0, dtype=z.dtype)
     if needs[3]:
         dwd = u.to(dtype).T @ h
     if needs[4]:
@@ -107,7 +108,7 @@ def _backward_reference(g, x, ln_w, ln_b, wd, bd, wu, bu, gate, z, stats, act, s
     if needs[5]:
         dwu = rows.T @ (a * c).to(dtype)
     if needs[6]:
-        dbu = (rows.to(z.dtype) * c).sum(0)
+        dbu = rows.sum(0, dtype=z.dtype) * c if gate is None else (rows.to(z.dtype) * c).sum(0)
     if needs[7]:
         dgate = ((a * back).sum(-1) + (0 if bu is None else rows.to(z.dtype) @ bu.to(z.dtype))) * scale
     likes = (x, ln_w, ln_b, wd, bd, wu, bu, gate)
@@ -193,12 +194,8 @@ def _checked(op, residual, x, wd, bd, wu, bu, act, scale, ln, gate, mask, expert
     if own.shape != y:
         raise ValueError(f"{op}: the residual is {tuple(own.shape)}; expected {y} from x and wu")
     ln_w, ln_b, eps = (None, None, None) if ln is None else (*ln[:2], float(ln[2]))
-    for name, t, size in (
-        ("bd", bd, len(wd)),
-        ("bu", bu, len(wu)),
-        ("ln", ln_w, y and x.shape[-1]),
-        ("ln", ln_b, x.shape[-1]),
-    ):
+    (m, k), n = wd.shape, len(wu)
+    for name, t, size in (("bd", bd, m), ("bu", bu, n), ("the weight of ln", ln_w, k), ("the bias of ln", ln_b, k)):
         if t is not None and t.shape != (size,):
             raise ValueError(f"{op}: {name} is {tuple(t.shape)}; expected [{size}]")
     if isinstance(scale, Tensor):
