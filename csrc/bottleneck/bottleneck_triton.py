@@ -466,8 +466,8 @@ def _up_(
     """y [M, N] = residual + scale * gate * (v f + bias), or with stats residual + LN'(v f); f [R, N], any strides."""
     (m, r), n = v.shape, y.shape[1]
     large = v.dtype == f.dtype != torch.float32 and m * n >= 1 << 22  # 512 programs
-    most = 32 if y.dtype == torch.float32 else 128 if large else 64
-    bm, bn, br = tile(m, 16, most), tile(n, 16, 64), tile(r, 16, 32)
+    most, deep = (32, 16) if y.dtype == torch.float32 else (128 if large else 64, 32)
+    bm, bn, br = tile(m, 16, most), tile(n, 16, 64), tile(r, 16, deep)
     bottleneck_up_kernel[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
         y, residual, v, f, bias, gate, x, ln_w, stats, sums, scale, m, n, r, *f.stride(),
         BM=bm, BN=bn, BR=br, LN=stats is not None, EXACT=y.dtype == torch.float32,
