@@ -30,7 +30,13 @@ RELATED = (
     "triton",
     "peft",
 )
-SWEPT = ("lr", "epochs", "batch_size")  # what --sweep can vary besides the fields of the method
+SWEPT = (
+    "lr",
+    "epochs",
+    "batch_size",
+    "temperature",
+    "teacher_weight",
+)  # what --sweep can vary besides the fields of the method
 
 
 class _Parser(argparse.ArgumentParser):
@@ -136,6 +142,9 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
         metavar="NAME=FILE",
         help="more rows, scored before and after tuning; repeatable",
     )
+    tune.add_argument("--teacher", metavar="PATH", help="learn from this model, or adapter of tune, beside the labels")
+    tune.add_argument("--temperature", type=float, metavar="T", help="of the teacher's predictions; default 2")
+    tune.add_argument("--teacher-weight", type=float, metavar="W", help="the teacher's part of the loss; default 0.5")
     tune.add_argument("--validation", type=float, metavar="FRACTION", help="training rows held out for choosing")
     tune.add_argument("--patience", type=int, metavar="EPOCHS", help="stop after so many without a lower loss there")
     tune.add_argument(

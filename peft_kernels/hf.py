@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engine.store import read_config
+from .engine.attach import state_of, tuners
+from .engine.store import CONFIG, read_config
+from .engine.store import load as load_adapter
 from .methods._peft import load as load
 from .methods._peft import save as save
 from .quant import KINDS, NF4Linear, footprint, quantize
@@ -118,22 +120,61 @@ def load_base(
     return load_model(source or like["source"], like, dtype)
 
 
+def load_adapted(adapter: str | os.PathLike, source: str | None = None, dtype: torch.dtype | None = None) -> Any:
+    """`load_base` with the adapter loaded; ValueError where neither holds a parameter, which would be a random one."""
+    model, new = load_base(adapter, source, dtype)
+    load_adapter(model, adapter)
+    (name,) = state_of(model).adapters
+    whole = [f"{path}." if path else "" for path, tuner in tuners(model, name) if tuner.opaque]
+    if unknown := sorted(key for key in new if not key.startswith(tuple(whole))):
+        raise ValueError(
+            f"neither {model.name_or_path} nor the adapter holds {unknown[0]} ({len(unknown)} such tensors); "
+            "name the model that the adapter was trained on with --model"
+        )
+    return model
+
+
+def load_trained(kind: str, source: str) -> tuple[Any, Any]:
+    """(model, tokenizer or None) that needs no training: of the directory of an adapter, or a model with its own head.
+
+    kind: as for `load_for`; ValueError for a model of another one.
+    """
+    transformers, source = need("transformers"), os.path.expanduser(source)
+    if (Path(source) / CONFIG).is_file():
+        model: Any = load_adapted(source)
+    else:
+        model, new = load_model(source)
+        if new:
+            raise ValueError(f"it has no {min(new)}; expected a model that was trained for its task")
+    expected = getattr(transformers, f"AutoModelFor{kind}")._model_mapping.get(type(model.config), ())
+    if not isinstance(model, expected):
+        raise ValueError(f"it is a {type(model).__name__}; expected a model for {kind}")
+    model.config.use_cache = False
+    return model, tokenizer_of(model.name_or_path)
+
+
 def save_model(model: Any, directory: Path) -> None:
     """Writes weights, config and generation config, and the tokenizer where the model's source has one."""
-    transformers, hub, source = need("transformers"), need("transformers.utils"), model.name_or_path
     if told := quantization_config(model):
         model.config.quantization_config = told
     with quiet():
         model.save_pretrained(directory)
+    if (tokenizer := tokenizer_of(model.name_or_path)) is not None:
+        pad = getattr(model.config, "pad_token_id", None)
+        if tokenizer.pad_token is None and pad is not None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+        tokenizer.save_pretrained(directory)
+
+
+def tokenizer_of(source: str) -> Any:
+    """The tokenizer of a model's files; None where they have none."""
+    transformers, hub = need("transformers"), need("transformers.utils")
     # Asked first, because AutoTokenizer makes an empty tokenizer up where there is no file.
     lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    if any(hub.cached_file(source, name, **lenient) for name in TOKENIZER_FILES):
-        with _loading(source, "the tokenizer"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            pad = getattr(model.config, "pad_token_id", None)
-            if tokenizer.pad_token is None and pad is not None:
-                tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-            tokenizer.save_pretrained(directory)
+    if not any(hub.cached_file(source, name, **lenient) for name in TOKENIZER_FILES):
+        return None
+    with _loading(source, "the tokenizer"):
+        return transformers.AutoTokenizer.from_pretrained(source)
 
 
 # -- quantised models -------------------------------------------------------------------------------------------------

@@ -72,6 +72,9 @@ def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         (f"{main.label}, {task.rival}", main.show(base[main.name]), facts),
         (f"{main.label}, tuned", main.show(test[main.name]), f"{gain}; {data['test']:,} held-out texts"),
     ]
+    if teacher := summary["teacher"]:
+        note = f"{Path(teacher['source']).name}; temperature {teacher['temperature']:g}, weight {teacher['weight']:g}"
+        rows.append((f"{main.label}, teacher", main.show(teacher["test"][main.name]), note))
     for m in others:
         rows.append((f"{m.label}, tuned", m.show(test[m.name]), f"{task.rival} {m.show(base[m.name])}"))
     if summary["validation"]:
@@ -101,6 +104,8 @@ def sweep_table(summary: dict[str, Any]) -> str:
         rows.append((*words, *figures, f"{run['trainable']:,}", f"{run['training_seconds']:.1f} s", note))
     before = {"test": summary["baseline"], **summary["eval_data"]}
     lines = [f"{main.label}, {name}, {_rival(summary, name)}: {main.show(f[main.name])}" for name, f in before.items()]
+    if teacher := summary["teacher"]:
+        lines.append(f"{main.label}, test, teacher: {main.show(teacher['test'][main.name])}")
     choice = (
         f"best: {summary['best']}, chosen on {summary['data']['validation']:,} validation texts"
         if summary["best"]
@@ -168,6 +173,10 @@ def draw(path: Path, log: list[dict[str, Any]], summary: dict[str, Any]) -> None
     rival = f"{task.rival}, held-out texts, {main.show(base)}"
     right.axhline(scale * base, color="0.4", linestyle="--", label=rival)
     shown = [base, *values]
+    if summary["teacher"]:
+        shown.append(theirs := summary["teacher"]["test"][main.name])
+        label = f"teacher, held-out texts, {main.show(theirs)}"
+        right.axhline(scale * theirs, color="C4", linestyle=":", label=label)
     if split == "validation":
         test = summary["test"][main.name]
         right.plot(numbers[-1:], [scale * test], "s", color="C2", label=f"{name}, held-out texts, {main.show(test)}")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from . import hf
-from .engine.attach import detach, state_of, tuners
+from .engine.attach import detach
 from .engine.merge import MergeReport, merge
-from .engine.store import WEIGHTS, load
+from .engine.store import WEIGHTS
 from .files import output, size
 from .quant import footprint
 from .shrink import shrink
@@ -42,9 +42,7 @@ def standalone(
     where model and adapter have no form as weights of the same class.
     """
     with output(out, force, REPORT) as directory:
-        model, new = hf.load_base(adapter, source, dtype)
-        load(model, adapter)
-        _refuse_unknown(model, new)
+        model = hf.load_adapted(adapter, source, dtype)
         tokens = hf.random_tokens(model)
         adapted, kind, base = _logits(model, tokens), type(model).__name__, model.name_or_path
         smaller = shrink(model) if small else None
@@ -79,17 +77,6 @@ def standalone(
         }
         (directory / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     return report
-
-
-def _refuse_unknown(model: Any, new: set[str]) -> None:
-    """Parameters that the model's files lack must come from the adapter, or the result would hold random numbers."""
-    (name,) = state_of(model).adapters
-    whole = [f"{path}." if path else "" for path, tuner in tuners(model, name) if tuner.opaque]
-    if unknown := sorted(key for key in new if not key.startswith(tuple(whole))):
-        raise ValueError(
-            f"neither {model.name_or_path} nor the adapter holds {unknown[0]} ({len(unknown)} such tensors); "
-            "name the model that the adapter was trained on with --model"
-        )
 
 
 @torch.inference_mode()

@@ -62,6 +62,7 @@ def sweep(job: Job, runs: Sequence[tuple[dict[str, str], Job]], *, progress: boo
             "data": setup.facts(job),
             "method": {"method": job.method.key},
             "baseline": setup.baseline,
+            "teacher": setup.teacher and setup.teacher.facts(),
             "eval_data": setup.before,
             "sweep": {field: list(dict.fromkeys(values[field] for values, _ in runs)) for field in runs[0][0]},
             "runs": rows,

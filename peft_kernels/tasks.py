@@ -80,6 +80,9 @@ class Task(ABC):
         """(model, tokenizer)"""
         return hf.load_for(self.kind, source, dropout, **self.settings())
 
+    def check_teacher(self, teacher: Any) -> None:  # noqa: B027  # a model of the kind will do
+        """ValueError if what the teacher predicts is not what the task asks for."""
+
     def trained(self, model: nn.Module) -> tuple[str, ...]:
         """Paths of the modules that are trained whole unless the user says otherwise."""
         return ()
@@ -182,6 +185,12 @@ class Classify(_Headed, key="classify"):
             "problem_type": "single_label_classification",
         }
 
+    def check_teacher(self, teacher):
+        theirs = [name for _, name in sorted((int(i), name) for i, name in teacher.config.id2label.items())]
+        unnamed = [f"LABEL_{i}" for i in range(len(self.classes))]  # transformers' words for classes without names
+        if theirs not in (self.classes, unnamed):
+            raise ValueError(f"it knows the classes {_some(theirs)}; expected {_some(self.classes)}")
+
     def labels(self, tokenizer, rows, ids, max_length):
         return [self.number[label] for _, label in rows]
 
@@ -234,6 +243,9 @@ class Regress(_Headed, key="regress"):
 
     def labels(self, tokenizer, rows, ids, max_length):
         return [label for _, label in rows]
+
+    def check_teacher(self, teacher):
+        raise ValueError("distillation compares probabilities, of classes or tokens; --task regress has none")
 
     def predicted(self, scores):
         return scores[:, 0]
@@ -325,6 +337,11 @@ class Seq2Seq(Task, key="seq2seq"):
 
         with hf.quiet():
             return [text.strip() for text in each(model, batches, compute)]
+
+
+def _some(classes: list[str]) -> str:
+    """The first of them, and how many there are."""
+    return ", ".join(classes[:4]) + (f", ... ({len(classes)})" if len(classes) > 4 else "")
 
 
 def _without_labels(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

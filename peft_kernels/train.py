@@ -28,6 +28,7 @@ from .files import output
 from .quant import footprint
 from .resume import Checkpoint, digest
 from .tasks import Task, tasks
+from .teacher import Teacher
 
 LOG, PICTURE, SUMMARY = "log.jsonl", "curves.png", "summary.json"
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -46,6 +47,9 @@ class Job:
     train: tuple[str, ...] | None = None  # modules trained whole; None: the task's own
     eval_data: tuple[tuple[str, str], ...] = ()  # (name, file), scored before and after
     validation: float | None = None  # the part of the training rows that is held out for choosing
+    teacher: str | None = None  # directory of a model or an adapter that knows the task
+    temperature: float | None = None  # of the teacher's and the student's predictions; None: that of Distillation
+    teacher_weight: float | None = None  # of the teacher in the loss; None: that of Distillation
     patience: int | None = None  # epochs without a lower validation loss before training stops
     epochs: int = 1
     batch_size: int = 32
@@ -77,6 +81,13 @@ class Job:
             raise ValueError(f"--model-dropout {self.model_dropout}; expected a probability below 1")
         if self.validation is not None and not 0 < self.validation < 1:
             raise ValueError(f"--validation {self.validation}; expected a fraction of the training rows, such as 0.1")
+        for name in ("temperature", "teacher_weight"):
+            if (value := getattr(self, name)) is not None and self.teacher is None:
+                raise ValueError(f"--{name.replace('_', '-')} {value:g} needs --teacher PATH")
+        if self.temperature is not None and not 0 < self.temperature < float("inf"):
+            raise ValueError(f"--temperature {self.temperature:g}; expected a positive number")
+        if self.teacher_weight is not None and not 0 <= self.teacher_weight <= 1:
+            raise ValueError(f"--teacher-weight {self.teacher_weight:g}; expected a number from 0 to 1")
         if self.patience is not None and self.validation is None:
             raise ValueError("--patience stops on the validation loss; add --validation FRACTION")
         if self.label_column is not None and not tasks()[self.task].labelled:
@@ -147,8 +158,10 @@ class Setup:
         for name, path in job.eval_data:
             self.rows[name] = read_test(path, columns, parse=kind.parse)
             self.task.check(path, self.rows[name])
+        self.teacher = None if job.teacher is None else Teacher(job.teacher, self.task)
         self.load(job)
-        self.length = _length(job, hf.max_length(self.model, self.tokenizer))
+        takers = [(job.model, self.model)] + ([(self.teacher.source, self.teacher.model)] if self.teacher else [])
+        self.length = _length(job, {name: hf.max_length(model, self.tokenizer) for name, model in takers})
         self.examples = {name: self.task.encode(self.tokenizer, rows, self.length) for name, rows in self.rows.items()}
         self.batch_size, self.seed = job.batch_size, job.seed
         self.baseline: dict[str, Any] = {}
@@ -161,13 +174,18 @@ class Setup:
         if job.checkpointing:
             hf.checkpoint_blocks(self.model)
         self.model.to(job.device or ("cuda" if job.on_cuda else "cpu"))
+        if self.teacher is not None:
+            self.teacher.join(self.model, self.tokenizer)
 
     def batches(self, name: str, batch_size: int | None = None) -> Batches:
         size = self.batch_size if batch_size is None else batch_size
         return Batches(self.rows[name], self.examples[name], self.tokenizer, size, self.seed)
 
     def try_on(self, job: Job) -> None:
-        """Attaches and detaches, so that a method that does not fit costs no waiting."""
+        """Attaches and detaches, so that a method or a teacher that does not fit costs no waiting."""
+        if self.teacher is not None:
+            batch = self.batches("train", 1).collate([0])
+            self.teacher.try_out(self.model, {key: t.to(device_of(self.model)) for key, t in batch.items()})
         detach(self.attach(job))
         self.renew(job)
 
@@ -188,6 +206,8 @@ class Setup:
         self.baseline = self.task.baseline(self.model, self.batches("train"), self.batches("test"), self.seed)
         self.baseline_seconds = time.perf_counter() - began
         self.before = self.figures(self.further)
+        if self.teacher is not None:
+            self.teacher.look(self.batches("test"))
         self.seconds = time.perf_counter() - self.began
 
     def facts(self, job: Job) -> dict[str, Any]:
@@ -224,9 +244,14 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
     wall, cpu = time.perf_counter(), time.process_time()
     if not checkpoint.resumed:
         calibrate(model, setup.batches("train", job.batch_size), progress=progress)
+    teacher = taught = None
+    if setup.teacher is not None:
+        teacher = setup.teacher.distillation(job.temperature, job.teacher_weight)
+        taught = setup.teacher.facts(teacher)
     log = fit(
         model,
         setup.batches("train", job.batch_size),
+        teacher=teacher,
         epochs=job.epochs,
         lr=job.lr,
         seed=job.seed,
@@ -266,6 +291,7 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
             "device": str(device_of(model)),
         },
         "baseline": setup.baseline,
+        "teacher": taught,
         "test": test,
         "validation": validation,
         "eval_data": {
@@ -313,10 +339,12 @@ def _base(model: nn.Module) -> dict[str, Any]:
     return {"bytes": found.bytes, "dense_bytes": found.dense_bytes, "packed": found.packed}
 
 
-def _length(job: Job, longest: int | None) -> int:
-    if job.max_length and longest and job.max_length > longest:
-        raise ValueError(f"--max-length {job.max_length}; {job.model} takes at most {longest} tokens")
-    return job.max_length or min(128, longest or 128)
+def _length(job: Job, longest: dict[str, int | None]) -> int:
+    """In tokens, of which each model takes at most so many."""
+    for model, most in longest.items():
+        if job.max_length and most and job.max_length > most:
+            raise ValueError(f"--max-length {job.max_length}; {model} takes at most {most} tokens")
+    return job.max_length or min(128, *(most or 128 for most in longest.values()))
 
 
 def merged_check(model: nn.Module, task: Task, test: Batches, adapted: Tensor) -> dict[str, Any]:

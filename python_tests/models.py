@@ -196,14 +196,12 @@ METHODS = pk.methods()
 
 TIED_HEADS = ("gpt2", "t5", "opt", "gemma", "falcon", "bloom", "bart", "whisper")  # to the embedding
 
-
-# A gate depends on the input, and a nonlinearity (Compacter's own, or beside KronARes) leaves no weight.
-UNMERGEABLE = {"compacter", "compacterpp", "gated", "krona_res"}
-UNMERGEABLE |= {"adapterdrop", "adapterl", "houlsby", "parallel", "pfeiffer"}
-
+# A gate depends on the input, and a nonlinearity (an adapter's own, or beside KronARes) leaves no weight.
+UNMERGEABLE = {"compacter", "compacterpp", "gated", "krona_res", "lst"}
+UNMERGEABLE |= {"adamix", "adapterdrop", "adapterl", "houlsby", "parallel", "pfeiffer", "sparseadapter"}
 
 # The plain MLP has no layers, and its residual is not known.
-NO_MLP = ("adapterdrop", "bylayer", "pfeiffer")
+NO_MLP = {"adapterdrop", "bylayer", "lst", "pfeiffer"}
 
 
 def mergeable(key, family):

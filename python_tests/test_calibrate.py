@@ -105,6 +105,38 @@ def test_a_view_of_a_parameter_gets_its_part_of_the_gradient():
             assert expected.abs().sum() > 0
 
 
+@pytest.mark.parametrize("family", ["mlp", "bert", "gpt2"])
+def test_a_method_may_ask_for_the_hessian_times_the_mean_gradient(family, monkeypatch):
+    """As of one batch of all rows, by differences of its gradient; also of rows of a fused matrix."""
+    monkeypatch.setattr(Watch, "curvature", True)
+    model, batches, loss_fn = watched(family, view=family == "gpt2")
+    pk.calibrate(model, iter(batches), loss_fn, progress=False)
+    found = [
+        (part, site.weight if family == "gpt2" else module.weight)
+        for tuner, module in _sites(model)
+        for site, part in ([(s, t) for s, _, t in tuner.parts()] if family == "gpt2" else [(None, tuner)])
+    ]
+    assert all(part.stats.curved.keys() == {"weight", "shift"} for part, _ in found)
+
+    def moved(step):
+        with torch.no_grad():
+            for part, weight in found:
+                for name, t in (("weight", weight), ("shift", part.shift)):
+                    t.add_(first[id(part)].grad[name].double(), alpha=step)
+
+    first = {id(part): part.stats for part, _ in found}
+    gradients = []
+    for step in (1e-3, -2e-3):
+        moved(step)
+        pk.calibrate(model, batches, loss_fn, progress=False)
+        gradients.append({id(part): part.stats.grad for part, _ in found})
+    for part, _ in found:
+        for name, ours in first[id(part)].curved.items():
+            slope = (gradients[0][id(part)][name] - gradients[1][id(part)][name]) / 2e-3
+            torch.testing.assert_close(ours, slope, rtol=1e-2, atol=1e-3 * float(slope.abs().max()) + 1e-6)
+            assert ours.dtype == torch.float32 and (family != "mlp" or ours.abs().sum() > 0)
+
+
 @pytest.mark.parametrize("stop", [None, RuntimeError, KeyboardInterrupt])
 def test_everything_is_left_as_it_was(stop):
     model, batches, loss_fn = watched("mlp")

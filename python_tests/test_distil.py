@@ -2,14 +2,17 @@
 
 import copy
 import math
+import shutil
 
 import pytest
 import torch
 from models import make
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from texts import WORDS, gpt2, interrupted, refused, run, same, save_tokenizer, stop_at, t5, toy, tune, write
 from toys import Toy, signs, toys  # noqa: F401  # a fixture
 
 import peft_kernels as pk
+from peft_kernels import cli, report, sweep, train
 from peft_kernels.engine.attach import tuners
 from peft_kernels.engine.distil import digest
 from peft_kernels.engine.losses import counted, distillation, symmetric_kl
@@ -328,6 +331,20 @@ def test_digests_tell_teachers_apart():
         assert digest({**a, key: t}) != digest(a)
 
 
+def test_a_head_that_an_adapter_replaces_is_no_part_of_the_teacher():
+    wise, again = student(), student()
+    said = pk.Distillation(wise).described(wise)
+    with torch.no_grad():
+        again.classifier.weight.add_(1)  # random, where the files of the base have no head
+    assert pk.Distillation(again).described(wise) == said
+    next(t for path, t in tuners(again, "default") if t.opaque).copy.weight.data.add_(1)
+    assert pk.Distillation(again).described(wise) != said
+    whole = [pk.attach(make("bert").model, pk.FullTuning()) for _ in range(2)]
+    whole[1].bert.embeddings.word_embeddings.weight.data.add_(1)
+    said = [pk.Distillation(model).described(wise) for model in whole]
+    assert said[0] == said[1]
+
+
 def test_a_teacher_that_does_not_fit_is_one_line():
     with pytest.raises(ValueError, match="teacher is a int; expected a model"):
         pk.Distillation(3)
@@ -359,3 +376,157 @@ def with_classes(classes):
     config = copy.deepcopy(make("bert").model.config)
     config.num_labels = classes
     return BertForSequenceClassification(config)
+
+
+# -- tune --teacher ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data") / "toy.tsv", toy())
+
+
+@pytest.fixture(scope="module")
+def wise(model_dir, data_file, tmp_path_factory):
+    """(the directory of a tuned adapter, that of the same as a model, its summary)"""
+    place = tmp_path_factory.mktemp("wise")
+    method = cli.method_from("lora", ["rank=8"])
+    job = train.Job(str(model_dir), str(data_file), method, str(place / "adapter"), epochs=12, batch_size=8, lr=1e-2)
+    summary = train.tune(job, progress=False)
+    assert cli.main(["merge", "--adapter", str(place / "adapter"), "--out", str(place / "model")]) == 0
+    return place / "adapter", place / "model", summary
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("form", ["adapter", "model"])
+def test_tune_learns_from_a_teacher(capsys, model_dir, data_file, wise, tmp_path, form):
+    """The teacher alone, whose wisdom reaches the student; what is written is the student's."""
+    directory = wise[form == "model"]
+    words = ("--teacher", directory, "--teacher-weight", 1, "--epochs", 12, "--batch-size", 8, "--lr", 1e-2)
+    summary = tune(capsys, model_dir, data_file, tmp_path / "out", *words)
+    assert summary["teacher"] == {
+        "source": str(directory),
+        "temperature": 2.0,
+        "weight": 1.0,
+        "test": pytest.approx(wise[2]["test"], abs=1e-4),
+    }
+    assert summary["teacher"]["test"]["accuracy"] > 0.8 and summary["test"]["accuracy"] > 0.8
+    line = next(line for line in report.table(summary).splitlines() if line.startswith("accuracy, teacher"))
+    assert f"{summary['teacher']['test']['accuracy']:.1%}  {form}; temperature 2, weight 1" in line
+    plain = tune(capsys, model_dir, data_file, tmp_path / "plain")
+    assert plain["teacher"] is None and "teacher" not in report.table(plain)
+    assert plain["counts"] == summary["counts"] and plain["adapter_bytes"] == summary["adapter_bytes"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == set(summary["files"])
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_teacher_of_weight_0_leaves_no_trace(capsys, model_dir, data_file, wise, tmp_path):
+    plain = tune(capsys, model_dir, data_file, tmp_path / "plain")
+    taught = tune(capsys, model_dir, data_file, tmp_path / "out", "--teacher", wise[0], "--teacher-weight", 0)
+    assert same(tmp_path / "plain", tmp_path / "out") and taught["epochs"] == plain["epochs"]
+
+
+def test_the_teacher_takes_no_second_base(model_dir, data_file, wise):
+    job = train.Job(str(model_dir), str(data_file), pk.LoRA(), "out", teacher=str(wise[0]))
+    setup = train.Setup(job)
+    own = {p.data_ptr() for p in setup.model.bert.encoder.parameters()}
+    theirs = {p.data_ptr() for name, p in setup.teacher.model.bert.encoder.named_parameters() if "peft" not in name}
+    assert own == theirs
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("task", "model"), [("lm", gpt2), ("seq2seq", t5)])
+def test_language_models_learn_from_a_teacher(capsys, data_file, tmp_path, task, model):
+    words = ("--task", task, "--max-length", 12)
+    source = model(tmp_path / "model")
+    tune(capsys, source, data_file, tmp_path / "wise", *words, "--lr", 1e-2)
+    summary = tune(capsys, source, data_file, tmp_path / "out", *words, "--teacher", tmp_path / "wise")
+    assert summary["teacher"]["test"]["loss"] < summary["baseline"].get("loss", 1e9)
+    line = refused(
+        capsys, tmp_path, *_words(source, data_file, tmp_path), *words, "--teacher", source, "--set", "rank=0"
+    )
+    assert "rank" in line, "a model as it came may teach"
+
+
+def _words(model, data, tmp_path):
+    return ("tune", "--model", model, "--data", data, "--method", "lora", "--out", tmp_path / "new")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_broken_run_goes_on_with_the_same_teacher_alone(capsys, model_dir, data_file, wise, tmp_path, monkeypatch):
+    def words(out, *more):
+        options = ("--method", "lora", "--epochs", 3, "--batch-size", 16, "--json", "--teacher", tmp_path / "wise")
+        return ("tune", "--model", model_dir, "--data", data_file, "--out", tmp_path / out, *options, *more)
+
+    shutil.copytree(wise[0], tmp_path / "wise")
+    assert run(capsys, *words("whole"))[0] == 0
+    stop_at(monkeypatch, 12)
+    interrupted(capsys, *words("out"))
+    line = refused(capsys, tmp_path, *words("out", "--resume", "--temperature", 3))
+    assert "temperature = null, this one has 3.0" in line
+    shutil.copytree(tmp_path / "wise", tmp_path / "kept")
+    shutil.rmtree(tmp_path / "wise")
+    tune(capsys, model_dir, data_file, tmp_path / "wise", "--seed", 3)
+    assert "was written with teacher=" in refused(capsys, tmp_path, *words("out", "--resume"))
+    shutil.rmtree(tmp_path / "wise")
+    shutil.move(tmp_path / "kept", tmp_path / "wise")
+    code, _, err = run(capsys, *words("out"), "--resume")
+    assert code == 0, err
+    assert same(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_temperatures_can_be_swept(capsys, model_dir, data_file, wise, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep.report, "draw_sweep", lambda path, summary: path.touch())
+    words = ("--sweep", "temperature=1,4", "--sweep", "teacher_weight=0.5,1", "--validation", 0.2)
+    summary = tune(capsys, model_dir, data_file, tmp_path / "out", "--teacher", wise[0], *words)
+    assert len(summary["runs"]) == 4 and summary["teacher"]["test"]["accuracy"] > 0.8
+    assert "accuracy, test, teacher: " in report.sweep_table(summary)
+    assert len({row["test"]["loss"] for row in summary["runs"]}) == 4
+
+
+def test_the_teacher_is_in_the_picture(wise, model_dir, data_file, tmp_path):
+    job = train.Job(str(model_dir), str(data_file), pk.LoRA(), str(tmp_path / "out"), teacher=str(wise[0]))
+    train.tune(job, progress=False)
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_teachers_are_one_line(capsys, model_dir, data_file, wise, tmp_path):
+    adapter, model, _ = wise
+    other = write(tmp_path / "other.tsv", [(text, {"animal": "beast", "food": "food"}[y]) for text, y in toy(60)])
+    more = write(tmp_path / "more.tsv", [(text, f"{y}{i % 2}") for i, (text, y) in enumerate(toy(60))])
+    numbers = write(tmp_path / "numbers.tsv", [(text, str(len(text))) for text, _ in toy(60)])
+    foreign, decoder = tmp_path / "foreign", gpt2(tmp_path / "gpt2", pad_token="[PAD]")
+    shutil.copytree(model, foreign)
+    shutil.copytree(model, headless := tmp_path / "headless")
+    kept = {key: t for key, t in load_file(model / "model.safetensors").items() if key != "classifier.weight"}
+    save_file(kept, headless / "model.safetensors", metadata={"format": "pt"})
+    WORDS.reverse()
+    save_tokenizer(foreign)
+    WORDS.reverse()
+    for data, words, says in (
+        (data_file, ("--teacher", tmp_path / "absent"), "no model directory"),
+        (data_file, ("--teacher", model_dir), "it is a BertModel; expected a model for SequenceClassification"),
+        (data_file, ("--teacher", headless), "it has no classifier.weight"),
+        (data_file, ("--teacher", decoder), "expected a model for SequenceClassification"),
+        (data_file, ("--teacher", foreign), "need one vocabulary"),
+        (other, ("--teacher", adapter), "knows the classes animal, food; expected beast, food"),
+        (more, ("--teacher", model), "knows the classes animal, food; expected animal0, animal1, food0, food1"),
+        (numbers, ("--teacher", model, "--task", "regress"), "--task regress has none"),
+        (data_file, ("--temperature", 3), "--temperature 3 needs --teacher PATH"),
+        (data_file, ("--teacher-weight", 0.1), "--teacher-weight 0.1 needs --teacher PATH"),
+        (data_file, ("--teacher", adapter, "--teacher-weight", 2), "expected a number from 0 to 1"),
+        (data_file, ("--teacher", adapter, "--temperature", 0), "--temperature 0; expected a positive number"),
+    ):
+        assert says in refused(capsys, tmp_path, *_words(model_dir, data, tmp_path), *words)
+
+
+def test_vocabularies_that_differ_are_one_line(capsys, data_file, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    source, wide = gpt2(tmp_path / "gpt2", pad_token="[PAD]"), tmp_path / "wide"
+    config = GPT2Config(vocab_size=len(WORDS) + 8, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    GPT2LMHeadModel(config).save_pretrained(wide)
+    words = (*_words(source, data_file, tmp_path), "--task", "lm", "--teacher", wide)
+    assert "vocabulary in both" in refused(capsys, tmp_path, *words)
+    assert f"{wide} takes at most 16 tokens" in refused(capsys, tmp_path, *words, "--max-length", 20)

@@ -28,7 +28,17 @@ FLOORS = {
     },
     **{"hf_trainer": 3, "hf": 4, "bank": 4, "mask": 4, "ranks": 4, "shrink": 4, "data": 4, "resume": 4},
     **{"standalone": 5, "convert": 5, "batches": 5},
-    **{"bench": 5, "probe": 6, "tasks": 7, "report": 8, "train": 9, "sweep": 10, "cli": 11, "__main__": 12},
+    **{
+        "bench": 5,
+        "probe": 6,
+        "tasks": 7,
+        "report": 8,
+        "teacher": 8,
+        "train": 9,
+        "sweep": 10,
+        "cli": 11,
+        "__main__": 12,
+    },
 }
 EXTERNAL = {
     "kernels": {"torch", "triton"},

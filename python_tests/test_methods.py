@@ -251,6 +251,14 @@ _LORA = {"rank": 3, "alpha": 3.0, "dropout": 0.7, "rslora": True, "rank_pattern"
 _COMPACTER = {"n": 4, "reduction_factor": 4, "rank": 0, "activation": "tanh", "norms": False}
 _BOTTLENECK = {"reduction_factor": 4, "size": 3, "activation": "tanh", "init": "bert", "dropout": 0.5}
 OTHER_VALUES = {
+    "adamix": {
+        **_BOTTLENECK,
+        "experts": 2,
+        "share_up": False,
+        "share_down": True,
+        "consistency": 1e6,
+        "average": False,
+    },
     "adapterdrop": {**_BOTTLENECK, "drop": 0, "random": True},
     "adapterl": _BOTTLENECK,
     "bylayer": {"members": [pk.at("q", pk.LoRA(rank=2), layers=0)]},
@@ -292,6 +300,7 @@ OTHER_VALUES = {
         "alpha_pattern": {"v": 5.0},
     },
     "lora": _LORA,
+    "lst": {"reduction": 4, "drop": 0, "keep": (0,), "temperature": 1.0, "init": "random"},
     "ltsft": {"keep_ratio": 0.4, "pattern": "1:4", "prime": 0.3, "l1": 100.0},
     "magnitude": {
         "keep_ratio": 0.4,
@@ -326,12 +335,26 @@ OTHER_VALUES = {
     },
     "random": {"keep_ratio": 0.4, "pattern": "1:4"},
     "said": {"d": 500, "structure_aware": False, "compat_grad_scale": True},
+    "sparseadapter": {
+        **_BOTTLENECK,
+        "init": "normal",
+        "placement": "pfeiffer",
+        "keep_ratio": 0.3,
+        "score": "grasp",
+        "scope": "tensor",
+        "rounds": 1,
+        "samples": 1,
+    },
     "structured": {"neurons": 0.25, "heads": 1.0, "score": "gradient", "scope": "global"},
     "svd": {"rank": 3, "energy": 0.5, "form": "kron", "factor": 2},
     "toplayers": {"n": 2},
 }
 # (method, field) -> other fields with which alone it is read
 BESIDE = {
+    ("adamix", "consistency"): {"init": "bert"},
+    ("adamix", "reduction_factor"): {"size": 0},
+    ("adamix", "share_down"): {"share_up": False},
+    ("sparseadapter", "rounds"): {"score": "synflow"},
     ("diffpruning", "l0"): {"penalty": 10.0},
     ("lokr", "rank_dropout_scale"): {"rank_dropout": 0.5},
     ("magnitude", "warm_up"): {"schedule": "cubic"},

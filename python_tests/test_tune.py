@@ -88,6 +88,7 @@ def test_prints_json_or_one_table(capsys, model_dir, data_file, tmp_path):
 
 
 OF_OTHERS = {
+    "adapterdrop": "drop=1",  # the model has two layers
     "compacter": "reduction_factor=4",  # the model is narrow
     "compacterpp": "reduction_factor=4",
     "qlora": "rank=8",  # no layer of the model takes the default

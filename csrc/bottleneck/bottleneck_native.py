@@ -7,9 +7,10 @@ import functools
 import torch
 
 from ..common.library import unavailable as unavailable
+from . import _cuda
 
 VERIFIED_ON: frozenset[str] = frozenset()  # compute capabilities with a correct run under benchmarks/results
-ON_CUDA: frozenset[str] = frozenset()  # the ops with CUDA launchers; all have CPU ones
+ON_CUDA = _cuda.OPS  # the ops with CUDA launchers; all have CPU ones
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _FEW = 64  # rows up to which packing weights takes as long as multiplying with them
@@ -24,7 +25,14 @@ def _torch_multiplies(dtype) -> bool:
     return dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
 
 
+def _of_cuda(t):
+    """Whether the launchers are CUDA's: on a GPU, or in their emulation."""
+    return t.is_cuda or _ops is not torch.ops._peft_kernels
+
+
 def why_not_bottleneck(x, ln_w, ln_b, wd, bd, wu, bu, gate, act, scale, eps, p, rng) -> str:
+    if _of_cuda(x):
+        return _cuda.why_not(x, x, ln_w, ln_b, wd, bd, wu, bu, gate)
     for t in (x, ln_w, ln_b, wd, bd, wu, bu, gate):
         if t is not None and t.dtype not in _DTYPES:
             return f"no kernel for {t.dtype}"
@@ -39,12 +47,16 @@ def why_not_bottleneck(x, ln_w, ln_b, wd, bd, wu, bu, gate, act, scale, eps, p, 
 
 
 def why_not_bottleneck_add(residual, x, *args) -> str:
+    if _of_cuda(x):
+        return _cuda.why_not(residual, x, *args[:7])
     return why_not_bottleneck(x, *args) or ("" if residual.dtype in _DTYPES else f"no kernel for {residual.dtype}")
 
 
 def why_not_bottleneck_backward(g, *args) -> str:
     if args[8] is None or (args[12] is not None and args[9] is None):
         return "z and stats are those of the reference's own recomputation"
+    if _of_cuda(g):
+        return _cuda.why_not(g, *args[:8])
     return why_not_bottleneck(*args[:8], *args[10:15]) or ("" if g.dtype in _DTYPES else f"no kernel for {g.dtype}")
 
 
@@ -70,6 +82,8 @@ def bottleneck_add_(residual, x, *args):
 
 
 def _into(y, residual, x, *args):
+    if _of_cuda(x):
+        return _cuda.forward(_ops, y, residual, x, *args)
     weights, constants = args[:7], args[7:]
     rows, wide = x.numel() // x.shape[-1], torch.promote_types(x.dtype, torch.float32)
     z = x.new_empty(rows, len(weights[2]), dtype=torch.promote_types(x.dtype, weights[2].dtype))
@@ -79,6 +93,8 @@ def _into(y, residual, x, *args):
 
 
 def bottleneck_backward(g, x, *args):
+    if _of_cuda(g):
+        return _cuda.backward(_ops, g, x, *args)
     weights, (z, stats), constants, own_residual, needs = args[:7], args[7:9], args[9:14], args[14], args[15]
     inputs = (x, *weights)
     make = torch.empty if x.numel() else torch.zeros

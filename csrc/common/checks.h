@@ -15,6 +15,10 @@
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #define PK_CHECK STD_TORCH_CHECK
 
 // Where the glue registers its ops, and for which tensors the launchers of .cu files are.
@@ -59,6 +63,19 @@ inline void check_same_shape(const Tensor& a, const Tensor& b, const char* names
   PK_CHECK(same, names, " must have the same shape");
 }
 
+// Memory that the allocator has just mapped costs a page fault every 4 KiB, which can take longer than the kernel that
+// fills it. Large tensors ask for huge pages, as torch does under THP_MEM_ALLOC_ENABLE=1; it is no error if there are
+// none.
+inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 4096;
+  if (bytes < int64_t{4} << 20) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // Uninitialised and contiguous, on the device of `like`. The C shim costs a third of a call through the dispatcher.
 inline Tensor new_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
   std::vector<int64_t> strides(sizes.size());
@@ -70,7 +87,9 @@ inline Tensor new_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArra
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       sizes.size(), sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
       device_type, like.get_device_index(), &out));
-  return Tensor(out);
+  const Tensor made(out);
+  if (stride > 1 << 20 && !made.is_cuda()) prefer_huge_pages(made.data_ptr(), made.numel() * made.element_size());
+  return made;
 }
 
 #ifdef PK_EMULATE

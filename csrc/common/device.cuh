@@ -78,6 +78,9 @@ __device__ inline void async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// Asks for the line of 128 bytes around an address to come into the L2 cache.
+__device__ inline void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
 // Adds to a counter, of a block or of the device, to which other threads add as well: whole numbers, whose sum does not
 // depend on the order.
 __device__ inline void count(uint32_t* counter, uint32_t n) { atomicAdd(counter, n); }

@@ -115,6 +115,8 @@ void async_wait() {
     }
 }
 
+inline void prefetch(const void*) {}
+
 // Threads run in turn.
 inline void count(uint32_t* counter, uint32_t n) { *counter += n; }
 inline void count(uint64_t* counter, uint64_t n) { *counter += n; }

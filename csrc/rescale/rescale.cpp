@@ -50,6 +50,9 @@ Tensor rescale(const Tensor& x, const Tensor& l) {
   return y;
 }
 
+// x *= l
+void rescale_(const Tensor& x, const Tensor& l) { forward(x, l, x, check(x, l)); }
+
 // dx = g * l, dl = sum over rows of g * x; what is not needed has 0 elements
 std::tuple<Tensor, Tensor> rescale_backward(const Tensor& g, const Tensor& x, const Tensor& l, bool need_dx,
                                             bool need_dl) {
@@ -86,12 +89,14 @@ std::tuple<Tensor, Tensor> rescale_backward(const Tensor& g, const Tensor& x, co
 
 STABLE_TORCH_LIBRARY_FRAGMENT(PK_OPS, m) {
   m.def("rescale(Tensor x, Tensor l) -> Tensor");
+  m.def("rescale_(Tensor(a!) x, Tensor l) -> ()");
   m.def("rescale_backward(Tensor g, Tensor x, Tensor l, bool need_dx, bool need_dl) -> (Tensor dx, Tensor dl)");
 }
 
 #ifndef PK_EMULATE
 STABLE_TORCH_LIBRARY_IMPL(PK_OPS, CPU, m) {
   m.impl("rescale", TORCH_BOX(&pk::rescale));
+  m.impl("rescale_", TORCH_BOX(&pk::rescale_));
   m.impl("rescale_backward", TORCH_BOX(&pk::rescale_backward));
 }
 #endif
@@ -99,6 +104,7 @@ STABLE_TORCH_LIBRARY_IMPL(PK_OPS, CPU, m) {
 #ifdef PK_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(PK_OPS, PK_CUDA_KEY, m) {
   m.impl("rescale", TORCH_BOX(&pk::rescale));
+  m.impl("rescale_", TORCH_BOX(&pk::rescale_));
   m.impl("rescale_backward", TORCH_BOX(&pk::rescale_backward));
 }
 #endif

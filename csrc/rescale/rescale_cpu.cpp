@@ -29,36 +29,37 @@ void scale_row(const T* x, const float* l, T* y, int64_t n) {
 }
 
 // Columns [begin, end) of `rows` rows that lie n apart: sum[c] = sum over rows of g * x, and dx = g * l if wanted.
-// Four rows at a time, so that sum and l are read and written once for four rows of g and x.
-template <class T, bool with_dx>
+// `group` rows at a time, for which sum and l are read and written once.
+template <class T, bool with_dx, int group>
 void sum_rows(const T* g, const T* x, const float* l, T* dx, float* sum, int64_t rows, int64_t n, int64_t begin,
               int64_t end) {
   std::fill(sum + begin, sum + end, 0.0f);
   for (int64_t row = 0; row < rows;) {
-    const int64_t group = rows - row >= 4 ? 4 : 1;
     const T *gr = g + row * n, *xr = x + row * n;
     T* dxr = with_dx ? dx + row * n : nullptr;
-    int64_t c = begin;
-    const auto step = [&](auto count, int lanes) {
-      constexpr int k = decltype(count)::value;
+    const auto step = [&](auto count, int64_t c, int lanes) {
       const bool whole = lanes == W;
       const vec lv = with_dx ? (whole ? load(l + c) : load_n(l + c, lanes)) : vec{};
-      vec total = {};
-      for (int r = 0; r < k; ++r) {
+      vec total = whole ? load(sum + c) : load_n(sum + c, lanes);
+      for (int r = 0; r < decltype(count)::value; ++r) {
         const int64_t at = r * n + c;
         const vec gv = whole ? load(gr + at) : load_n(gr + at, lanes);
         const vec xv = whole ? load(xr + at) : load_n(xr + at, lanes);
         total = fma(gv, xv, total);
         if (with_dx) whole ? store(dxr + at, gv * lv) : store_n(dxr + at, gv * lv, lanes);
       }
-      whole ? store(sum + c, load(sum + c) + total) : store_n(sum + c, load_n(sum + c, lanes) + total, lanes);
+      whole ? store(sum + c, total) : store_n(sum + c, total, lanes);
     };
     const auto all = [&](auto count) {
-      for (; c + W <= end; c += W) step(count, W);
-      if (c < end) step(count, end - c);
+      int64_t c = begin;
+      for (; c + W <= end; c += W) step(count, c, W);
+      if (c < end) step(count, c, end - c);
+      row += count;
     };
-    group == 4 ? all(std::integral_constant<int, 4>{}) : all(std::integral_constant<int, 1>{});
-    row += group;
+    if (rows - row >= group)
+      all(std::integral_constant<int, group>{});
+    else
+      all(std::integral_constant<int, 1>{});
   }
 }
 
@@ -87,18 +88,24 @@ void rescale_bwd(Dtype x_type, const void* g, const void* x, Dtype l_type, const
                  int64_t rows, int64_t n) {
   const int64_t block = std::max<int64_t>(64, (rows + 1023) / 1024);
   const int64_t blocks = std::max<int64_t>(1, (rows + block - 1) / block);  // no rows: one empty block of zeros
-  const int64_t strip = std::clamp<int64_t>(n, 1, 2048), strips = (n + strip - 1) / strip;
+  // Whole rows where there are blocks enough for threads.
+  const int64_t strip = std::max<int64_t>(1, blocks < 32 ? std::min<int64_t>(n, 2048) : n);
+  const int64_t strips = (n + strip - 1) / strip;
   const std::unique_ptr<float[]> sums(new float[blocks * n]);
   const auto wide = widened(l_type, l, n);
   switch_dtype(x_type, [&](auto t) {
     using T = decltype(t);
+    // A row of less than a page is read at the rate of memory only if the next one follows.
+    constexpr int64_t page = 4096;
+    const bool one = n * static_cast<int64_t>(sizeof(T)) <= page;
+    const auto sum = dx ? (one ? sum_rows<T, true, 1> : sum_rows<T, true, 4>)
+                        : (one ? sum_rows<T, false, 1> : sum_rows<T, false, 4>);
     const int64_t grain = std::max<int64_t>(1, grain_elements / (block * strip));
     parallel_for(0, blocks * strips, grain, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / strips, first = task % strips * strip, row = b * block;
         const T *gb = static_cast<const T*>(g) + row * n, *xb = static_cast<const T*>(x) + row * n;
         T* dxb = dx ? static_cast<T*>(dx) + row * n : nullptr;
-        const auto sum = dx ? sum_rows<T, true> : sum_rows<T, false>;
         sum(gb, xb, wide.get(), dxb, sums.get() + b * n, std::min(block, rows - row), n, first,
             std::min(first + strip, n));
       }

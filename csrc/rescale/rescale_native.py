@@ -12,6 +12,7 @@ ON_CUDA = frozenset(("rescale", "rescale_backward"))  # the ops with CUDA launch
 
 _ops = torch.ops._peft_kernels
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_MAPPED = 1 << 23  # numbers in fp32 from which malloc maps the memory of a result anew each time (32 MiB)
 
 
 def why_not_rescale(x, l) -> str:
@@ -22,10 +23,22 @@ def why_not_rescale(x, l) -> str:
     return ""
 
 
+def _of_torch(x, l):
+    """Is there nothing to gain over torch's own product?"""
+    return x.dtype == l.dtype == torch.float32
+
+
 def rescale(x, l):
-    if x.dtype == l.dtype:
-        return x.contiguous() * l  # one dtype: torch's own product is as fast
+    if _of_torch(x, l) and x.numel() < _MAPPED:
+        return x.contiguous() * l
     return _ops.rescale.default(x.contiguous(), l.contiguous())
+
+
+def rescale_(x, l):
+    if _of_torch(x, l) or not x.is_contiguous():
+        return x.mul_(l)
+    _ops.rescale_.default(x, l.contiguous())
+    return x
 
 
 def why_not_rescale_backward(g, x, l, needs) -> str:

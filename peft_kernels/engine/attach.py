@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .method import Method, Part, Tuner, method_of, numbers, words
+from .method import Method, Part, Source, Tuner, method_of, numbers, words
 from .packed import Packed
 from .roles import resolve
 from .rows import Key, routing
@@ -119,8 +119,8 @@ def attach(
 ) -> nn.Module:
     """Attaches `method` to the model in place and returns the model.
 
-    targets: roles (q k v o up gate down attn ffn norm embed block head model) or globs over module paths, "@path" for
-        exactly one module and "role@path" for one with its role; default the method's own roles.
+    targets: roles (q k v o up gate down attn ffn norm embed block stack head model) or globs over module paths, "@path"
+        for exactly one module and "role@path" for one with its role; default the method's own roles.
     exclude: the same, left out.   layers: layer numbers, negative from the end.
     name: several adapters may be attached; they stack in the order of attachment.
     train: roles or globs of modules trained whole, such as ("head",). They too become separate tensors.
@@ -168,7 +168,7 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
     made = [(level, site, cfg.tuner(cfg, site)) for level, cfg, site in chosen]
     for level, _, tuner in made:
         tuner.part = level
-    sources = [(site, what, source) for _, site, tuner in made for what, source in _sources(tuner, site)]
+    sources = [(site, source) for _, site, tuner in made for source in _sources(tuner, site)]
     built = _by_module(made)
     with torch.no_grad():
         for level, (part, _) in enumerate(adapter.expanded()):
@@ -181,8 +181,8 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
         p.requires_grad_(False)
     for site, tuner in built:
         _swap(site).tuners[name] = tuner.train(site.module.training)
-    for site, what, source in sources:
-        tap(source, site.key(what))
+    for site, (what, source, output) in sources:
+        tap(source, site.key(what), output)
         top = adapters_of(site.module).tuners[name]  # type: ignore[union-attr]  # swapped above
         top.taps = (*top.taps, site.key(what))
     state.adapters[name] = adapter
@@ -258,14 +258,15 @@ def _by_module(built: list[tuple[int, Site, Tuner]]) -> list[tuple[Site, Tuner]]
     return out
 
 
-def _sources(tuner: Tuner, site: Site) -> list[tuple[str, nn.Module]]:
-    """What a tuner here, or one inside it, must see of other modules: (name, module whose input it is)."""
-    sources = [("entry", site.entry)] if site.entry is not None else []
-    if any(isinstance(t, Tuner) and t.needs_residual for t in tuner.modules()):
+def _sources(tuner: Tuner, site: Site) -> list[Source]:
+    """What a tuner here, or one inside it, must see of other modules."""
+    sources = [Source("entry", site.entry)] if site.entry is not None else []
+    inner = [t for t in tuner.modules() if isinstance(t, Tuner)]
+    if any(t.needs_residual for t in inner):
         if site.residual is None:
             raise ValueError(f"{tuner.cfg.key} needs the residual at {site.name}, which is not known there; use a role")
-        sources.append(("residual", site.residual))
-    return sources
+        sources.append(Source("residual", site.residual))
+    return [*sources, *(source for t in inner for source in t.sources(site))]
 
 
 def _guard(model: nn.Module, chosen: list[tuple[int, Method, Site]]) -> None:

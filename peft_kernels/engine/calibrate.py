@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attach import all_adapters, state_of
 from .batches import LossFn, check, finite, rows, task_loss, to
@@ -30,8 +31,9 @@ def calibrate(
 ) -> nn.Module:
     """Measures the gradients that active tuners watch or observe, hands them over, and returns the model.
 
-    batches: as for `pk.fit`; each is taken once, none if nothing is watched. The batch size is the leading dimension of
-        the labels; rows weigh the same, so the loss should be a mean over them.
+    batches: as for `pk.fit`; each is taken once, none if nothing is watched, and kept where a method asks for second
+        derivatives. The batch size is the leading dimension of the labels; rows weigh the same, so the loss should be a
+        mean over them.
     steps: how many batches at most; None: all, or as many as the methods ask for (`Method.samples` rows).
     Runs in eval mode, with gradients even inside no_grad. Modes, requires_grad and .grad are afterwards, and after an
     error, as they were.
@@ -49,7 +51,8 @@ def calibrate(
     if not watchers and not observing:
         return model
     params = list({id(p): p for w in watchers for p in w.params}.values())
-    device, seen = device_of(model), 0
+    curved = [group for group in groups if group.method.curvature and any(w.watched for w in group.watchers)]
+    device, seen, taken = device_of(model), 0, []
     asked = [group.method.samples for group in groups if group.asks]
     enough = max(asked) if steps is None and all(asked) else float("inf")
     total = min((n for n in (steps, getattr(batches, "__len__", lambda: None)()) if n is not None), default=None)
@@ -64,11 +67,15 @@ def calibrate(
                 finite(loss, f"row {seen + 1}", "check the batch and the weights")
                 grads = torch.autograd.grad(loss, params, allow_unused=True)
                 for watcher in watchers:
-                    watcher.add(dict(zip(map(id, params), grads, strict=True)), n)
+                    watcher.add(dict(zip(map(id, params), grads, strict=True)), n, watcher.grad)
+            if curved:
+                taken.append((batch, n))
             seen += n
             bar.update()
             if seen >= enough:
                 break
+        for group in curved:
+            group.curve(model, taken, loss_fn, seen)
     if not seen:
         raise ValueError("batches is empty; expected at least one batch")
     with torch.no_grad():
@@ -87,6 +94,22 @@ class _Group:
         self.observers = [(site, tuner) for site, tuner in own if type(tuner).observe is not Tuner.observe]
         self.asks = bool(self.observers) or any(w.watched for w in self.watchers)
 
+    def curve(self, model: nn.Module, batches: list[tuple[Any, int]], loss_fn: LossFn | None, seen: int) -> None:
+        """A second pass: how the gradients of what is watched change along their mean over all batches."""
+        params = list({id(p): p for w in self.watchers for p in w.params}.values())
+        for watcher in self.watchers:
+            watcher.curved = {name: torch.zeros_like(g) for name, g in watcher.grad.items()}
+        for batch, n in batches:
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+                loss, _ = task_loss(model, batch, loss_fn)
+                grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+                found = dict(zip(map(id, params), grads, strict=True))
+                along = [(g * w.grad[name] / seen).sum() for w in self.watchers for name, g in w.parts(found)]
+                bent = [a for a in along if a.requires_grad]
+                changes = torch.autograd.grad(bent, params, allow_unused=True) if bent else [None] * len(params)
+            for watcher in self.watchers:
+                watcher.add(dict(zip(map(id, params), changes, strict=True)), n, watcher.curved)
+
 
 class _Watcher:
     """A tuner, what it watches, and the sums so far."""
@@ -102,19 +125,26 @@ class _Watcher:
                     "watch the parameter itself, such as site.module.weight"
                 )
         self.grad = {name: torch.zeros_like(t, dtype=torch.float32) for name, t in self.watched.items()}
+        self.curved: dict[str, Tensor] = {}
 
-    def add(self, grads: dict[int, Tensor | None], n: int) -> None:
-        """The mean gradient of n rows by id of the parameter; None where the loss does not depend on it."""
+    def parts(self, grads: Mapping[int, Tensor | None]) -> Iterator[tuple[str, Tensor]]:
+        """Of gradients by id of the parameter, None where the loss does not depend on it: those of what is watched."""
         for (name, t), p in zip(self.watched.items(), self.params, strict=True):
             if (g := grads[id(p)]) is None:
                 continue
             if t is not p:
                 offset = t.storage_offset() - p.storage_offset()
                 g = torch.empty_like(p).copy_(g).as_strided(t.shape, t.stride(), offset)
-            self.grad[name].add_(g, alpha=n)
+            yield name, g
+
+    def add(self, grads: Mapping[int, Tensor | None], n: int, sums: dict[str, Tensor]) -> None:
+        """Adds the mean gradient of n rows to `sums`, the watcher's `grad` or `curved`."""
+        for name, g in self.parts(grads):
+            sums[name].add_(g, alpha=n)
 
     def stats(self, samples: int) -> Stats:
-        return Stats(samples, {name: g / samples for name, g in self.grad.items()})
+        means = ({name: g / samples for name, g in sums.items()} for sums in (self.grad, self.curved))
+        return Stats(samples, *means)
 
 
 def _active(model: nn.Module) -> Iterator[tuple[Method, list[tuple[Site, Tuner]], int]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import active, names_of, set_active
+from .attach import active, is_attached, names_of, set_active, tuners
 from .batches import LossFn, answered, logits_of, mapped, task_loss
 from .life import trained
 from .losses import counted, distillation
@@ -59,7 +59,7 @@ class Distillation:
         if isinstance(self.teacher, str):
             kind, values = f"adapter {self.teacher}", tensors(student, self.teacher)
         else:
-            kind, values = type(self.teacher).__name__, self.teacher.state_dict()
+            kind, values = type(self.teacher).__name__, _in_use(self.teacher)
         return {"teacher": kind, "weights": digest(values), "temperature": self.temperature, "weight": self.weight}
 
     def taught(self, student: nn.Module, batch: Any, loss_fn: LossFn | None) -> tuple[Tensor, Any]:
@@ -120,6 +120,17 @@ class Distillation:
             yield set_active(student, self.teacher).eval()
         finally:
             set_active(student, before).train(training)
+
+
+def _in_use(model: nn.Module) -> dict[str, Any]:
+    """The state dict without what an adapter trained whole takes the place of, such as a head never trained."""
+    values = model.state_dict()
+    for name in active(model) if is_attached(model) else ():
+        for path, tuner in tuners(model, name):
+            own = f"{path}." if path else ""
+            if tuner.opaque:
+                values = {k: t for k, t in values.items() if not k.startswith(own) or k.startswith(f"{own}peft.")}
+    return values
 
 
 def digest(values: Mapping[str, Any]) -> str:

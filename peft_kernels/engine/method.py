@@ -47,11 +47,13 @@ class Phase:
 class Stats:
     """What `pk.calibrate` measured of the tensors that a tuner watches, in fp32 and in their shapes.
 
-    samples: rows seen.   grad: name -> mean of the gradient over the rows.
+    samples: rows seen.   grad: name -> g, the mean of the gradient over the rows.
+    curved: where `Method.curvature` asks, name -> H g, H the Hessian of the mean loss in all that the method watches.
     """
 
     samples: int
     grad: dict[str, Tensor]
+    curved: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 class Method:
@@ -122,6 +124,11 @@ class Method:
     def expand(self, part: Part) -> list[Part]:
         """What attaching this method as `part` comes to; a recipe has several parts."""
         return [part]
+
+    @property
+    def curvature(self) -> bool:
+        """Whether `pk.calibrate` is to measure Stats.curved, by a second pass over the batches."""
+        return False
 
     def with_ranks(self, ranks: dict[str, int]) -> Method:
         """A low-rank method with these ranks, by Site.address; written where the tuner has `factors`."""
@@ -255,6 +262,14 @@ def overlaid(changes: Iterable[dict[Any, Changes]]) -> dict[Any, Changes]:
     return out
 
 
+class Source(NamedTuple):
+    """A module whose first input, or whose output, a tuner elsewhere sees as base.seen(what)."""
+
+    what: str
+    module: nn.Module
+    output: bool = False
+
+
 class Tuner(nn.Module):
     """The trainable part of a method at one site. Write at least one of `fold` and `forward`.
 
@@ -300,6 +315,10 @@ class Tuner(nn.Module):
         every tuner on its rows; a method with a batched kernel overrides it and reads `route.expanded(rows)`.
         """
         return by_rows(base, tuners, route, args, kwargs)
+
+    def sources(self, site: Site) -> list[Source]:
+        """What forward reads by base.seen of modules that run inside its site; asked for once, by attach."""
+        return []
 
     @property
     def mergeable(self) -> bool:

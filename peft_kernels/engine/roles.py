@@ -3,6 +3,8 @@
 A pattern is matched against the end of a module's path; `#` stands for a number. `path[q]` is one block of output rows
 of a fused linear, `entry>exit` the span between two linears where a family has no module of its own for it.
 
+`stack` is no pattern of the table: it is each module that holds a list of blocks, such as an encoder.
+
 A target is a role, a glob or an address (`Site.address`): `@path` is exactly one module, `role@path`
 the same with its role, for a fused linear the rows of that role.
 """
@@ -33,6 +35,7 @@ ROLES: tuple[str, ...] = (
     "norm",
     "embed",
     "block",
+    "stack",
     "head",
     "model",
 )
@@ -325,6 +328,13 @@ def _model_type(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "model_type", None) or ""
 
 
+def roles_of(config: Any, path: str) -> list[str]:
+    """The roles of the table that a module at `path` has in a model with this config: a fused linear has several."""
+    row = FAMILIES.get(getattr(config, "model_type", ""))
+    patterns = ((role, p.partition("[")[0]) for role, own in row.roles.items() for p in own) if row else ()
+    return [role for role, pattern in patterns if ">" not in pattern and _match(pattern, path)]
+
+
 def layer_of(path: str) -> int | None:
     """The layer a module belongs to: the first number in its path."""
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
@@ -388,7 +398,7 @@ def picked(model: nn.Module, patterns: Iterable[str]) -> set[str]:
     modules, row = dict(base_modules(model)), family(model)
     tops: set[str] = set()
     for pattern in patterns:
-        if pattern in ROLES and pattern != "model" and (row is None or pattern not in row.roles):
+        if pattern in ROLES and pattern != "model" and not _listed(row, pattern):
             continue
         found = {key[0] for key, _ in _picks(model, modules, pattern)}
         if not found and pattern not in ROLES:
@@ -409,6 +419,10 @@ def _picks(model: nn.Module, modules: dict[str, nn.Module], target: str) -> Iter
         yield from ((key, role) for key, _ in _picks(model, modules, role) if key[0] == place)
     elif target == "model":
         yield ("", None, None), "model"
+    elif target == "stack" and (family(model) or not any(matches(path, target) for path in modules if path)):
+        blocks = (path for (path, _, _), _ in _picks(model, modules, "block"))
+        for path in dict.fromkeys(".".join(block.split(".")[:-2]) for block in blocks):
+            yield (path, None, None), target
     elif target in ROLES and (family(model) or not any(matches(path, target) for path in modules if path)):
         for pattern in _patterns(model, target):
             for path in modules:
@@ -426,6 +440,11 @@ def _picks(model: nn.Module, modules: dict[str, nn.Module], target: str) -> Iter
             if path and matches(path, target) and not any(_match(h, p) for p in _prefixes(path) for h in heads):
                 key = (path, None, None)
                 yield key, _role(model, modules, key)
+
+
+def _listed(row: Family | None, role: str) -> bool:
+    """Whether a row of the table has a role; a stack is where its blocks are."""
+    return row is not None and ("block" if role == "stack" else role) in row.roles
 
 
 def _patterns(model: nn.Module, role: str) -> tuple[str, ...]:
@@ -474,7 +493,7 @@ def _has(model: nn.Module, modules: dict[str, nn.Module], target: str) -> bool:
     row = family(model)
     if row is None or target not in ROLES or target == "model":
         return True
-    return target in row.roles and next(_picks(model, modules, target), None) is not None
+    return _listed(row, target) and next(_picks(model, modules, target), None) is not None
 
 
 def _foreign(model: nn.Module, modules: dict[str, nn.Module], word: str) -> bool:
@@ -482,7 +501,7 @@ def _foreign(model: nn.Module, modules: dict[str, nn.Module], word: str) -> bool
     if word not in ROLES or word == "model":
         return False
     row = family(model)
-    return word not in row.roles if row else not any(matches(path, word) for path in modules if path)
+    return not _listed(row, word) if row else not any(matches(path, word) for path in modules if path)
 
 
 def _prefixes(path: str) -> list[str]:

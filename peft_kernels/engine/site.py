@@ -316,7 +316,8 @@ class Base:
         return self.tuner(self.below, *args, **kwargs)
 
     def seen(self, what: str) -> Tensor:
-        """In this call: "residual", what the model adds to the sublayer's output; "entry", the input of the span."""
+        """In this call: "residual", what the model adds to the sublayer's output; "entry", the input of the span; what
+        Tuner.sources names."""
         return seen(self.site.key(what)) if self.below is None else self.below.seen(what)
 
     def beside(self, module: nn.Module, *args: Any) -> Any:

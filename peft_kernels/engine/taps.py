@@ -1,4 +1,4 @@
-"""Taps: a tuner sees the input of another module, the entry of its span or the place of the residual."""
+"""Taps: a tuner sees the input or output of another module: the entry of its span, the residual, hidden states."""
 
 from __future__ import annotations
 
@@ -22,27 +22,43 @@ class Tap:
         self.key = key
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        inputs = dict(_local.inputs or ())
-        inputs[self.key] = args[0] if args else next(iter(kwargs.values()))
-        _local.inputs = inputs
+        note(self.key, args[0] if args else next(iter(kwargs.values())))
 
 
-def tap(module: nn.Module, key: str) -> None:
-    """Installs a Tap; a second one with the same key is not needed."""
-    if not any(isinstance(hook, Tap) and hook.key == key for hook in module._forward_pre_hooks.values()):
+class OutputTap(Tap):
+    """A forward hook that notes the module's output, of a tuple the first."""
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:  # type: ignore[override]
+        note(self.key, output[0] if isinstance(output, tuple) else output)
+
+
+def note(key: str, value: Tensor) -> None:
+    """What `seen` returns from now on in this thread, until `forget`."""
+    _local.inputs = {**(_local.inputs or {}), key: value}
+
+
+def tap(module: nn.Module, key: str, output: bool = False) -> None:
+    """Installs a Tap, or of the output an OutputTap; a second one with the same key is not needed."""
+    hooks = module._forward_hooks if output else module._forward_pre_hooks
+    if any(isinstance(hook, Tap) and hook.key == key for hook in hooks.values()):
+        return
+    if output:
+        module.register_forward_hook(OutputTap(key))
+    else:
         module.register_forward_pre_hook(Tap(key), with_kwargs=True)
 
 
 def untap(module: nn.Module, keys: set[str]) -> None:
     """Removes the taps with these keys."""
-    for number, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, Tap) and hook.key in keys:
-            del module._forward_pre_hooks[number]
-            module._forward_pre_hooks_with_kwargs.pop(number, None)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number, hook in list(hooks.items()):
+            if isinstance(hook, Tap) and hook.key in keys:
+                del hooks[number]
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
 def seen(key: str) -> Tensor:
-    """The noted input; RuntimeError if its module has not run in this call."""
+    """What was noted; RuntimeError if its module has not run in this call."""
     inputs = _local.inputs
     if inputs is None or key not in inputs:
         raise RuntimeError(f"the {key} was not computed in this call; call the model, not the module alone")
@@ -50,7 +66,7 @@ def seen(key: str) -> Tensor:
 
 
 def forget(keys: tuple[str, ...]) -> None:
-    """Drops noted inputs, so that no activation outlives its call."""
+    """Drops what was noted, so that no activation outlives its call."""
     inputs = _local.inputs
     if inputs is not None:
         _local.inputs = {key: value for key, value in inputs.items() if key not in keys}

@@ -1,6 +1,7 @@
 """One file per method: a `Method` dataclass and its `Tuner`. Importing this package fills the registry."""
 
 from ..engine.method import methods
+from .adamix import AdaMix
 from .adapterdrop import AdapterDrop
 from .adapterl import AdapterL
 from .bitfit import BitFit
@@ -18,6 +19,7 @@ from .layertype import LayerType
 from .lets import LeTS
 from .lokr import LoKr
 from .lora import LoRA
+from .lst import LST
 from .ltsft import LTSFT
 from .magnitude import MagnitudePruning
 from .movement import MovementPruning
@@ -26,6 +28,7 @@ from .pfeiffer import Pfeiffer
 from .qlora import QLoRA
 from .random import RandomMask
 from .said import SAID
+from .sparseadapter import SparseAdapter
 from .structured import StructuredPruning
 from .svd import SVD
 from .toplayers import TopLayers
@@ -34,9 +37,11 @@ from .union import ByLayer, Union
 __all__ = [
     "FAR",
     "IA3",
+    "LST",
     "LTSFT",
     "SAID",
     "SVD",
+    "AdaMix",
     "AdapterDrop",
     "AdapterL",
     "BitFit",
@@ -62,6 +67,7 @@ __all__ = [
     "Pfeiffer",
     "QLoRA",
     "RandomMask",
+    "SparseAdapter",
     "StructuredPruning",
     "TopLayers",
     "Union",

@@ -98,19 +98,22 @@ class Bottleneck(nn.Module):
         self.up_bias = site.param(n_out)
         self.activation, self.dropout = cfg.activation, cfg.dropout
 
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(down-projection, its bias, up-projection, its bias) of a call."""
+        return self.down_weight, self.down_bias, self.up_weight, self.up_bias
+
     def forward(self, x: Tensor, residual: Tensor | None = None, *, fresh: bool = False, **how: Any) -> Tensor:
         """residual, by default x, + what the bottleneck makes of x.   x [..., n_in]   residual [..., n_out]
 
         fresh: residual may be written into.   how: scale, ln, gate, mask, expert of `ops.bottleneck`.
         """
-        weights = self.down_weight, self.down_bias, self.up_weight, self.up_bias
         how["act"] = self.activation
         if self.training and self.dropout:
             # From torch's generator, so that seeds, checkpointing and compile all see the draw.
             how |= {"p": self.dropout, "rng": torch.randint(-(2**62), 2**62, (2,), device=x.device)}
         if residual is not None and fresh:
-            return ops.bottleneck_(residual, x, *weights, **how)
-        return ops.bottleneck(x, *weights, residual=residual, **how)
+            return ops.bottleneck_(residual, x, *self.weights(), **how)
+        return ops.bottleneck(x, *self.weights(), residual=residual, **how)
 
     def extra_repr(self) -> str:
         m, n_in = self.down_weight.shape[-2:]

@@ -57,18 +57,23 @@ class PHM(nn.Module):
         else:
             self.b = make(n, rows, columns, init=_glorot)
         self.bias = make(out_features) if bias else None
+        # Operations of the two thin products over those of x W.
+        self.thinness = n * n * rank * (1 / in_features + 1 / out_features) if rank else float("inf")
+
+    def weight(self, a: Tensor) -> Tensor:
+        """W transposed, as linear layers keep it: [out, in], of a [n, n, n] on the same device."""
+        b = self.u @ self.v if self.rank else self.b
+        return ops.kron_sum_weight(a.to(b.dtype).transpose(1, 2), b.transpose(1, 2))
 
     def call(self, x: Tensor, a: Tensor) -> Tensor:
         """x [..., in], a [n, n, n] on x's device -> [..., out] in x's dtype."""
         bias, n = None if self.bias is None else self.bias.to(x.dtype), self.n
-        wide, inner = self.in_features * self.out_features, n * n * self.rank
-        if not self.rank or inner * (self.in_features + self.out_features) >= wide:
-            b = self.u @ self.v if self.rank else self.b
-            return F.linear(x, ops.kron_sum_weight(a.to(b.dtype), b).to(x.dtype).T, bias)
+        if self.thinness >= 1:
+            return F.linear(x, self.weight(a).to(x.dtype), bias)
         # P[(p, e), (q, i, r)] = A_i[p, q] u_i[e, r]
         p = a.permute(1, 2, 0)[:, None, :, :, None] * self.u.transpose(0, 1)[None, :, None]
         q = torch.block_diag(*[self.v.reshape(n * self.rank, -1)] * n)
-        return F.linear(x @ p.reshape(self.in_features, inner).to(x.dtype), q.to(x.dtype).T, bias)
+        return F.linear(x @ p.reshape(self.in_features, n * n * self.rank).to(x.dtype), q.to(x.dtype).T, bias)
 
     def extra_repr(self) -> str:
         rank = f", rank={self.rank}" if self.rank else ""

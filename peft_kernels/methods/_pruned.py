@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..engine.method import Changes, Method, Tuner
 from ..engine.site import Site
-from ._kept import Kept
+from ._bits import Bits, checked
 from ._select import FREE, Masked, best, kept, parsed
 
 
-class PrunedTuner(Tuner):
+class PrunedTuner(Bits, Tuner):
     """W' = M * (W + delta).
 
     bits uint8 [ceil(out * in / 8)] is M: position 8 i + j of the weight is bit j of byte i.
@@ -25,38 +25,17 @@ class PrunedTuner(Tuner):
     """
 
     site: Site
-    bits: Tensor
     delta: nn.Parameter | None
 
     def __init__(self, cfg: Method, site: Site, dense: bool):
         super().__init__(cfg, site)
         vars(self)["site"] = site  # its weight is read with delta; past nn.Module, which would take its module for ours
-        self.shape = (site.n_out, site.n_in)
-        self._kept = Kept()
-        self.delta = site.param(*self.shape) if dense else None
+        shape = (site.n_out, site.n_in)
+        self.delta = site.param(*shape) if dense else None
         device = site.param(0).device
         if site.weight.is_meta and device.type != "meta":
             raise ValueError(f"{site.name} is offloaded and {cfg.key} reads its weight; load the whole model")
-        self.register_buffer("bits", _packed(torch.ones(self.shape, dtype=torch.bool, device=device)))
-
-    @property
-    def mask(self) -> Tensor:
-        """M, [out, in] bool."""
-        with torch.inference_mode(False):  # a later call may keep it for its backward
-            return self._kept.once("mask", lambda: _unpacked(self.bits, self.shape), [self.bits])
-
-    @mask.setter
-    def mask(self, mask: Tensor) -> None:
-        self.bits.copy_(_packed(mask))
-
-    def at(self, positions: Tensor) -> Tensor:
-        """The mask that keeps these, flat."""
-        return torch.zeros_like(self.mask).view(-1).index_fill_(0, positions, True).view(self.shape)
-
-    @property
-    def kept(self) -> int:
-        """How many weights the mask keeps."""
-        return int(self.mask.sum())
+        self.keep_all(shape, device)
 
     @property
     def moving(self) -> bool:
@@ -68,49 +47,28 @@ class PrunedTuner(Tuner):
         weight = self.site.weight.detach()
         return (weight + self.delta.detach() if self.moving and self.delta is not None else weight).abs()
 
-    def _dense(self, delta: Tensor) -> Tensor:
-        return delta if delta.dim() == 2 else delta.new_zeros(self.shape).masked_scatter(self.mask, delta)
-
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.delta is not None:
-            weight = weight + self._dense(self.delta)
+            weight = weight + self.dense(self.delta)
         return torch.where(self.mask, weight, 0), bias
 
     def settle(self) -> None:
         """The mask is final: of the delta only what it keeps is held, trained and saved."""
-        if self.delta is not None and self.delta.dim() == 2:
-            self.delta = nn.Parameter(self.delta.detach()[self.mask], requires_grad=self.delta.requires_grad)
+        if self.delta is not None:
+            self.delta = self.settled(self.delta)
 
     def reshape(self, values: dict[str, Tensor]) -> None:
         bits, delta = values.get("bits"), values.get("delta")
         if bits is None or bits.shape != self.bits.shape or (delta is None) != (self.delta is None):
             return  # which is reported for all tensors
-        if bits.dtype != torch.uint8:
-            raise ValueError(f"bits is {bits.dtype}; expected uint8")
-        if delta is None or self.delta is None:
-            return
-        if delta.shape != self.shape and delta.shape != (kept := int(_unpacked(bits, self.shape).sum()),):
-            raise ValueError(f"delta is {tuple(delta.shape)}; expected {self.shape} or what the mask keeps, ({kept},)")
-        if delta.shape != self.delta.shape:
-            empty = self.delta.new_empty(delta.shape)
-            self.delta = nn.Parameter(empty, requires_grad=self.delta.requires_grad)
+        if delta is not None and self.delta is not None:
+            self.delta = self.fitting("delta", self.delta, bits, delta)
+        else:
+            checked(bits)
 
     def changes(self) -> Changes:
         kept = 0 if self.delta is not None or self.bits.is_meta else int(self.mask.sum())
         return Changes(weight=math.prod(self.shape) - kept, rank=min(self.shape))
-
-
-def _packed(mask: Tensor) -> Tensor:
-    """Bools of any shape -> uint8, eight in each; the last one filled up with zeros."""
-    flat = mask.flatten().to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-    return (flat << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
-
-
-def _unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """The inverse of _packed."""
-    single = bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
-    return single.flatten()[: math.prod(shape)].view(shape).bool()
 
 
 T = TypeVar("T", bound=PrunedTuner)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -51,6 +52,21 @@ def _best_of_neighbours(scores: Tensor, n: int, m: int) -> Tensor:
     groups = scores.reshape(-1, m)
     order = groups.sort(dim=1, descending=True, stable=True).indices[:, :n].sort(dim=1).values  # [groups, n]
     return (order + torch.arange(0, scores.numel(), m, device=scores.device)[:, None]).flatten()
+
+
+def erk(shapes: Sequence[Sequence[int]], keep_ratio: float) -> list[float]:
+    """The part of each weight [a, b] to keep: e (a + b) / (a b), at most 1, together keep_ratio of all numbers."""
+    parts = [1.0] * len(shapes)
+    sparse = list(range(len(shapes)))
+    while sparse:
+        whole = sum(prod(shapes[i]) for i in range(len(shapes)) if i not in sparse)
+        e = (keep_ratio * sum(map(prod, shapes)) - whole) / sum(sum(shapes[i]) for i in sparse)
+        for i in sparse:
+            parts[i] = min(1.0, e * sum(shapes[i]) / prod(shapes[i]))
+        if not any(parts[i] == 1.0 for i in sparse):
+            break
+        sparse = [i for i in sparse if parts[i] < 1.0]
+    return parts
 
 
 @dataclass(frozen=True)

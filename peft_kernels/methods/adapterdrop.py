@@ -68,8 +68,10 @@ class AdapterDrop(Pfeiffer, roles=("down",), lr=1e-3, tiny={"reduction_factor": 
         """
         part, *others = state_of(model).adapters[names_of(model, name)[0]].parts
         method, running = part.method, active(model)
-        if not isinstance(method, AdapterDrop) or not method.random and drop < method.drop:
-            raise ValueError(f"adapter {name!r} is {method}; expected AdapterDrop with drop of at most {drop}")
+        if not isinstance(method, AdapterDrop):
+            raise ValueError(f"adapter {name!r} is {type(method).__name__}; expected AdapterDrop")
+        if not method.random and drop < method.drop:
+            raise ValueError(f"adapter {name!r} has none in the lowest {method.drop} layers; give drop at least that")
         seed, values = state_of(model).adapters[name].seed, tensors(model, name)
         trainable = any(p.requires_grad for _, t in tuners(model, name) for p in t.parameters())
         smaller = replace(part, method=replace(method, drop=drop, random=False))

@@ -3,6 +3,8 @@
     h + up(act(down(h)))       down: d -> m, up: m -> d, each a low-rank PHM layer (_phm.py) with the same A [n, n, n]
 
 after the attention and after the feed-forward layer, before their residual addition; Compacter++ after the latter only.
+One fused call does it all, with both weights built; where those take more than twice the operations of the thin
+products of _phm.py, which is at high widths and low reduction factors, these are what runs.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import cast
 
 from torch import Tensor
 
+from .. import ops
 from ..engine.method import Method, Part, Tuner
 from ..engine.site import Base, Site
 from ._bottleneck import bottleneck, check_activation
@@ -89,4 +92,7 @@ class CompacterTuner(SharedTuner, method=Compacter):
     def forward(self, base: Base, x: Tensor) -> Tensor:
         h = base(x)
         a = self.lender.a.to(h.device)
-        return bottleneck(h, partial(self.down.call, a=a), partial(self.up.call, a=a), self.activation)
+        if self.down.thinness < 0.5:
+            return bottleneck(h, partial(self.down.call, a=a), partial(self.up.call, a=a), self.activation)
+        down, up = self.down.weight(a), self.up.weight(a)
+        return ops.bottleneck(h, down, self.down.bias, up, self.up.bias, act=self.activation)

@@ -61,7 +61,7 @@ class DoRATuner(LoRATuner, method=DoRA):
         else:
             y = super().forward(base, x)
             bias = None if bias is None else bias - bias * g  # the base adds it ahead of g
-        y = ops.rescale(y, g)
+        y = ops.rescale_(y, g)
         return y if bias is None else y.add_(bias)
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .. import ops
@@ -36,9 +37,23 @@ class IA3Tuner(Tuner, method=IA3):
         return weight * self.l[:, None], None if bias is None else bias * self.l
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
+        if self._scales_weight(base, x):
+            weight, bias = base.effective()
+            if self.on_input:
+                return base.site.apply(ops.rescale(weight, self.l), bias, x)
+            return base.site.apply(*self.fold(weight, bias), x)
         if self.on_input:
             return base(ops.rescale(x, self.l))
-        return ops.rescale(base(x), self.l)
+        rescale = ops.rescale_ if base.fresh else ops.rescale
+        return rescale(base(x), self.l)
+
+    def _scales_weight(self, base: Base, x: Tensor) -> bool:
+        """Is l W less work than l and the activation, as in a long prompt? Its gradient would be a product more."""
+        if torch.is_grad_enabled() or not base.innermost or x.device.type != "cpu":
+            return False
+        tokens, (n_out, n_in) = x.shape[:-1].numel(), self.shape
+        # Columns of a 16-bit W have a kernel beside an fp32 l, rows have none.
+        return tokens > n_out if self.on_input else tokens > n_in and base.site.dtype == self.l.dtype
 
     def changes(self) -> Changes:
         return Changes(self.shape[0] * self.shape[1], self.scaled_biases, min(self.shape))

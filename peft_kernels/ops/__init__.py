@@ -16,7 +16,7 @@ from .multi_lora import lora_plan, multi_lora_add, multi_lora_linear
 from .nf4 import dequantize_nf4, quantize_nf4
 from .nf4_absmax import dequantize_absmax, dynamic_map, quantize_absmax
 from .nf4_linear import nf4_linear, nf4_lora_linear
-from .rescale import rescale
+from .rescale import rescale, rescale_
 from .sparse import sddmm, sddmm_add_, sparse_add, sparse_add_, sparse_linear
 from .sparse_adamw import sparse_adamw_
 from .sparse_inplace import sparse_scatter_, sparse_swap_
@@ -57,6 +57,7 @@ __all__ = [
     "quantize_absmax",
     "quantize_nf4",
     "rescale",
+    "rescale_",
     "row_scatter_",
     "sddmm",
     "sddmm_add_",

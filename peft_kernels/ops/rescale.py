@@ -68,10 +68,15 @@ _backward = Op(
 )
 
 
+def _keep(args, out):
+    x, l = args
+    return (x if l.requires_grad else None, l), ()  # dx takes l alone
+
+
 def _gradient(tensors, constants, grads, needs):
     x, l = tensors
     wanted = (needs[0], needs[1])
-    dx, dl = _backward(grads[0], x, l, wanted)
+    dx, dl = _backward(grads[0], grads[0] if x is None else x, l, wanted)
     return dx if needs[0] else None, dl if needs[1] else None
 
 
@@ -82,8 +87,16 @@ _rescale = Op(
     reference=_reference,
     samples=_samples,
     cost=lambda x, l: Cost(x.numel(), 2 * x.numel() * x.element_size()),
-    gradient=Gradient(lambda args, out: (args, ()), _gradient),
+    gradient=Gradient(_keep, _gradient),
 )
+
+
+def _check(op: str, x: Tensor, l: Tensor) -> None:
+    if l.dim() != 1 or x.dim() == 0 or l.shape[0] != x.shape[-1]:
+        width = x.shape[-1] if x.dim() else "n"
+        raise ValueError(f"{op}: l is {tuple(l.shape)}; expected [{width}] from x {tuple(x.shape)}")
+    if l.device != x.device:
+        raise ValueError(f"{op}: x is on {x.device}, l on {l.device}; move them to one device")
 
 
 def rescale(x: Tensor, l: Tensor) -> Tensor:
@@ -92,9 +105,16 @@ def rescale(x: Tensor, l: Tensor) -> Tensor:
     x [..., n] fp32, bf16, fp16 or fp64   l [n] of x's dtype or wider. Differentiable in both.
     Raises ValueError on shapes or devices that do not fit. Liu et al. 2022, arXiv:2205.05638.
     """
-    if l.dim() != 1 or x.dim() == 0 or l.shape[0] != x.shape[-1]:
-        width = x.shape[-1] if x.dim() else "n"
-        raise ValueError(f"rescale: l is {tuple(l.shape)}; expected [{width}] from x {tuple(x.shape)}")
-    if l.device != x.device:
-        raise ValueError(f"rescale: x is on {x.device}, l on {l.device}; move them to one device")
+    _check("rescale", x, l)
     return _rescale(x, l)
+
+
+def rescale_(x: Tensor, l: Tensor) -> Tensor:
+    """`rescale` that may write into x, for a caller that owns x and goes on with the result alone.
+
+    Where l gets a gradient it does not: dl is a sum over x, which is therefore kept as it is.
+    """
+    _check("rescale_", x, l)
+    if torch.is_grad_enabled() and l.requires_grad:
+        return _rescale(x, l)
+    return _rescale.call_(x, l)

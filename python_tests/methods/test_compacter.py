@@ -181,13 +181,16 @@ def test_layers_and_exclude_hold_for_the_layernorms_too():
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_adapter_is_its_definition(activation):
-    """After the linear: h + up(act(down(h))), gradients included."""
+@pytest.mark.parametrize(("width", "n", "rank", "thin"), [(16, 4, 1, False), (16, 2, 0, False), (64, 2, 1, True)])
+def test_the_adapter_is_its_definition(activation, width, n, rank, thin):
+    """After the linear: h + up(act(down(h))), gradients included, by built weights and by thin products."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 16)).double()
-    pk.attach(model, pk.CompacterPP(n=4, reduction_factor=2, activation=activation, norms=False), ("0",))
+    model = nn.Sequential(nn.Linear(6, width)).double()
+    method = pk.CompacterPP(n=n, reduction_factor=2, rank=rank, activation=activation, norms=False)
+    pk.attach(model, method, ("0",))
     perturb(model)
     ((_, t),), x = tuners(model, "default"), torch.randn(5, 6, dtype=torch.float64)
+    assert (t.down.thinness < 0.5) is (t.up.thinness < 0.5) is thin
     acts = {
         "relu": torch.relu,
         "gelu": lambda z: z * 0.5 * (1 + torch.erf(z / math.sqrt(2))),
