@@ -466,11 +466,12 @@ def _up_(
     """y [M, N] = residual + scale * gate * (v f + bias), or with stats residual + LN'(v f); f [R, N], any strides."""
     (m, r), n = v.shape, y.shape[1]
     large = v.dtype == f.dtype != torch.float32 and m * n >= 1 << 22  # 512 programs
-    bm, bn, br = tile(m, 16, 128 if large else 64), tile(n, 16, 64), tile(r, 16, 32)
+    most, deep = (32, 16) if y.dtype == torch.float32 else (128 if large else 64, 32)
+    bm, bn, br = tile(m, 16, most), tile(n, 16, 64), tile(r, 16, deep)
     bottleneck_up_kernel[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
         y, residual, v, f, bias, gate, x, ln_w, stats, sums, scale, m, n, r, *f.stride(),
-        BM=bm, BN=bn, BR=br, LN=stats is not None, EXACT=y.dtype == torch.float32, num_warps=8 if bm > 64 else 4,
-        num_stages=2,
+        BM=bm, BN=bn, BR=br, LN=stats is not None, EXACT=y.dtype == torch.float32,
+        num_warps=8 if bm > 64 else 4, num_stages=2,
     )  # fmt: skip
 
 
@@ -512,7 +513,8 @@ def _weight(
         sums = None if du_sum is None else out.new_empty(splits, c), out.new_empty(splits, r)
     bottleneck_wgrad_kernel[(tiles, splits)](
         u, v, stats, gate, out, *sums, scale, m, c, r, *strides, chunk,
-        BM=bm, BC=bc, BR=br, LN=ln, EXACT=v.dtype == torch.float32, num_warps=4, num_stages=4,
+        BM=bm, BC=bc, BR=br, LN=ln, EXACT=v.dtype == torch.float32,
+        num_warps=8 if u.dtype == torch.float32 else 4, num_stages=4,
     )  # fmt: skip
     if out is not dw:
         wr, wc = (0, 0) if w is None else w.stride()

@@ -198,7 +198,7 @@ BOTTLENECK = {
     "bf16": ("bfloat16", "bfloat16", 16384, 1024, 64),
     "fp32": ("float32", "float32", 512, 1024, 64),
     "mixed": ("bfloat16", "float32", 2048, 1024, 48),
-    "wide_fp16": ("float16", "float16", 512, 1024, 200),
+    "wide_fp16": ("float16", "float16", 512, 1024, 192),
     "odd_decode": ("bfloat16", "float32", 1, 101, 5),
 }
 # x's dtype, that of places, rows, their length, d, numbers that Fastfood makes
