@@ -105,7 +105,7 @@ def test_every_op_has_a_case_and_every_name_is_one_case(device):
     found = cases.cases(device)
     names = [case.name for case in found]
     assert len(set(names)) == len(names)
-    assert {case.op for case in found} == {*pk.ops.all_ops(), "route"}
+    assert {case.op for case in found} == {*pk.ops.all_ops(), *runner.LAYERS}
     assert {case.mode for case in found} == set(cases.MODES)
     assert {case.selection for case in found} == set(cases.SELECTIONS)
 
@@ -186,8 +186,8 @@ def test_what_is_not_here_is_a_row_that_says_so(monkeypatch):
     monkeypatch.setattr(rivals, "missing", lambda package: f"{package} is not installed")
     rows = {row["rival"]: row for row in rows_of(lora_case())}
     assert rows["HF PEFT"]["missing"] == "peft is not installed" and "wall_p50" in rows["ours (cpu)"]
-    rescaling = next(c for c in TINY if c.op == "rescale")
-    rows = {row["rival"]: row for row in rows_of(rescaling, backends=("cpu", "triton"))}
+    far = next(c for c in TINY if c.op == "far_linear")
+    rows = {row["rival"]: row for row in rows_of(far, backends=("cpu", "triton"))}
     assert "backend 'triton' refused" in rows["ours (triton)"]["missing"] and "wall_p50" in rows["ours (cpu)"]
 
 

@@ -34,7 +34,6 @@ from ..ops import (
     nf4_linear,
     nf4_lora_linear,
     quantize_nf4,
-    rescale,
     sddmm,
     sparse_linear,
 )
@@ -507,35 +506,6 @@ def _routed_run(layer: nn.Module, x: Tensor, count: int) -> Run:
     return Run(functools.partial(layer, x), (x, *(factor for i in range(count) for factor in _factors(layer, i))))
 
 
-# -- rescaling --------------------------------------------------------------------------------------------------------
-
-
-def _rescale_cases(device: str) -> Iterator[Case]:
-    for mode, dtype, shape, rows in itertools.product(
-        ("forward", "full"), ("float32", "bfloat16"), ("7b qkvo", "minilm qkvo"), (16, 512, 2048)
-    ):
-        width = {**LLAMA, **MINILM}[shape][0]
-        main = shape == "7b qkvo" and rows == 2048 and mode == "full"
-        shown = "quick" if main else "default" if (rows, mode) in ((16, "forward"), (512, "full")) else "all"
-        yield Case("rescale", shape, mode, dtype, rows, width, width, shown, _rescale)
-
-
-def _rescale(case: Case, device: str, stack: ExitStack) -> Problem:
-    ops = all_ops()
-    x = _randn(case.rows, case.n_in, like=case, device=device).requires_grad_()
-    l = _randn(case.n_in, like=case, device=device, dtype=torch.float32).requires_grad_()
-    g = torch.randn_like(x)
-    return Problem(
-        "plain torch",
-        [Run(lambda: rescale(x, l), (x, l))],
-        {"plain torch": [Run(lambda: (x * l).to(x.dtype), (x, l))]},
-        g,
-        *_of_reference(ops["rescale"], (x, l), (0, 1), g, case.mode),
-        forward=[ops["rescale"].cost(x, l)],
-        backward=[ops["rescale_backward"].cost(g, x, l, (True, True))],
-    )
-
-
 # -- 4-bit weights ----------------------------------------------------------------------------------------------------
 
 
@@ -738,19 +708,19 @@ def _sparse_linear(case: Case, device: str, stack: ExitStack, density: float) ->
     )
 
 
-FAMILIES = (_sample_cases, _rescale_cases, _lora_cases, _slices_cases, _route_cases, _nf4_cases, _sparse_cases)
+FAMILIES = (_sample_cases, _lora_cases, _slices_cases, _route_cases, _nf4_cases, _sparse_cases)
 
 
 def cases(device: str) -> list[Case]:
     """Every case of a device, in the order in which they run."""
-    from .hadamard_cases import hadamard_cases  # which are made of the parts above
+    from .bottleneck_cases import bottleneck_cases, rescale_cases  # which are made of the parts above
+    from .hadamard_cases import hadamard_cases
     from .kron_cases import kron_cases
     from .select_cases import select_cases
     from .split_cases import split_cases
 
-    return [
-        case for family in (*FAMILIES, select_cases, split_cases, kron_cases, hadamard_cases) for case in family(device)
-    ]
+    others = (rescale_cases, select_cases, split_cases, kron_cases, hadamard_cases, bottleneck_cases)
+    return [case for family in (*FAMILIES, *others) for case in family(device)]
 
 
 def roofline(costs: Sequence[Cost], flops: float, byterate: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import warnings
@@ -11,6 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+FROZEN = "frozen"  # the yardstick that has no adapter: nothing to check, and its work is another
+BARE = "bare products"  # of a bottleneck, without activation and residual: likewise
 
 Factors = Sequence[tuple[Tensor, Tensor]]  # (A [r, in], B [out, r]) of each adapter
 Layer = tuple[Tensor, Tensor, Factors]  # W [out, in], bias [out]
@@ -216,6 +220,46 @@ def lokr_delta(w1: Tensor, w2: Tensor) -> tuple[Callable[[Tensor], Tensor], list
 
 def trainable(module: nn.Module) -> list[Tensor]:
     return [p for p in module.parameters() if p.requires_grad]
+
+
+def ia3_layer(w: Tensor, bias: Tensor, l: Tensor, on_input: bool) -> nn.Module:
+    """HF PEFT's (IA)^3 on this frozen linear, with these numbers."""
+    from peft import IA3Config, inject_adapter_in_model
+
+    model = nn.ModuleDict({"site": linear(w, bias)})
+    inject_adapter_in_model(IA3Config(target_modules=["site"], feedforward_modules=["site"] if on_input else []), model)
+    layer: Any = model["site"]
+    layer.ia3_l["default"] = nn.Parameter(l.detach().view(1, -1) if on_input else l.detach().view(-1, 1))
+    return layer
+
+
+# -- adapter-hub ------------------------------------------------------------------------------------------------------
+
+
+def no_adapter_hub() -> str:
+    """ "", or why its layers are not here: it may be too old for another package."""
+    if not (reason := missing("adapters")):
+        try:
+            importlib.import_module("adapters.methods.modeling")
+        except ImportError as error:
+            reason = f"adapters: {' '.join(str(error).split())}"
+    return reason
+
+
+def hub_adapter(
+    wd: Tensor, bd: Tensor, wu: Tensor, bu: Tensor, act: str, ln: tuple[Tensor, Tensor] | None
+) -> nn.Module:
+    """Its bottleneck layer on these very weights; it is called with x and the residual, and returns a tuple."""
+    from adapters import SeqBnConfig
+    from adapters.methods.modeling import Adapter
+
+    config = SeqBnConfig(non_linearity=act, ln_before=ln is not None)
+    layer = Adapter("x", wd.shape[1], len(wd), config).to(wd)
+    (*norm, down, _), up = layer.adapter_down, layer.adapter_up
+    down.weight, down.bias, up.weight, up.bias = (nn.Parameter(t.detach()) for t in (wd, bd, wu, bu))
+    for own in norm:
+        own.weight, own.bias = (nn.Parameter(t.detach()) for t in ln or ())
+    return layer
 
 
 # -- bitsandbytes -----------------------------------------------------------------------------------------------------

@@ -165,6 +165,18 @@ def _hadamard(dtype, low, rows, n, d, numel):
     hadamard_triton.fastfood_backward(base, *state, 1.0)
 
 
+def _rescale(dtype, low, m, n):
+    """Rows of n by a vector, in place, and the gradients of both."""
+    import torch
+
+    from peft_kernels.kernels.rescale import rescale_triton
+
+    x, l = torch.empty(m, n, dtype=dtype), torch.empty(n, dtype=low)
+    rescale_triton.rescale_(x, l)
+    for needs in ((True, True), (False, True)):
+        rescale_triton.rescale_backward(x, x, l, needs)
+
+
 # id: x's dtype, the adapter's dtype, M, K, N, r
 LORA = {
     "fp32": ("float32", "float32", 512, 1024, 1024, 16),
@@ -207,6 +219,12 @@ HADAMARD = {
     "fp32": ("float32", "int32", 3, 4096, 5000, 1 << 24),
     "fp16_odd": ("float16", "int16", 3, 100, 40, 777),
 }
+# x's dtype, that of l, rows and their length
+RESCALE = {
+    "mixed": ("bfloat16", "float32", 2048, 4096),
+    "fp32_odd": ("float32", "float32", 3, 77),
+    "fp16": ("float16", "float16", 4096, 768),
+}
 LORA_KERNELS = {"lora_shrink_kernel", "lora_expand_kernel", "lora_wgrad_kernel"}
 SPARSE_PRODUCTS = {"sparse_sddmm_kernel", "sparse_fisher_linear_kernel"}
 SPARSE_EXACT = {"sparse_patch_kernel", "sparse_scatter_kernel", "sparse_swap_kernel"}
@@ -222,6 +240,7 @@ FAMILIES = {
     "bottleneck": ((_bottleneck,), BOTTLENECK, BOTTLENECK_LOOPS | {"bottleneck_up_kernel"}, BOTTLENECK_LOOPS, set()),
     "sparse": ((_sparse,), SPARSE, SPARSE_PRODUCTS, SPARSE_PRODUCTS, SPARSE_EXACT),
     "hadamard": ((_hadamard,), HADAMARD, HADAMARD_KERNELS, set(), set()),
+    "rescale": ((_rescale,), RESCALE, set(), set(), {"rescale_kernel"}),
 }
 
 
@@ -269,6 +288,7 @@ def compile_cases(capability: int, family: str, *names: str) -> None:
         pytest.param("kron", 80, ("bf16", "odd_decode"), id="kron-80-quick"),
         pytest.param("hadamard", 80, ("fp16_odd",), id="hadamard-80-quick"),
         pytest.param("bottleneck", 80, ("odd_decode",), id="bottleneck-80-quick"),
+        pytest.param("rescale", 80, ("mixed",), id="rescale-80-quick"),
         pytest.param("lora", 80, tuple(LORA), id="lora-80", marks=pytest.mark.slow),
         pytest.param("lora", 90, tuple(LORA), id="lora-90", marks=pytest.mark.slow),
         pytest.param("nf4", 90, tuple(NF4), id="nf4-90", marks=pytest.mark.slow),
@@ -280,6 +300,8 @@ def compile_cases(capability: int, family: str, *names: str) -> None:
         pytest.param("sparse", 90, tuple(SPARSE), id="sparse-90", marks=pytest.mark.slow),
         pytest.param("hadamard", 80, tuple(HADAMARD), id="hadamard-80", marks=pytest.mark.slow),
         pytest.param("hadamard", 90, tuple(HADAMARD), id="hadamard-90", marks=pytest.mark.slow),
+        pytest.param("rescale", 80, tuple(RESCALE), id="rescale-80", marks=pytest.mark.slow),
+        pytest.param("rescale", 90, tuple(RESCALE), id="rescale-90", marks=pytest.mark.slow),
     ],
 )
 def test_compiles_for(family, capability, cases, tmp_path):
