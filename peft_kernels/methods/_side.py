@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -89,9 +90,16 @@ def shrunk(config: Any, reduction: int, kept: list[int]) -> Any:
     return small
 
 
-def side_stack(site: Site, config: Any, init: str, kept: list[int]) -> nn.Module:
-    """A stack of the site's class whose blocks and final norm are trained; what comes before the blocks is the site's.
+def takes_embeddings(stack: nn.Module) -> bool:
+    """Whether a stack may be called with embeddings in place of tokens."""
+    return "inputs_embeds" in inspect.signature(stack.forward).parameters
 
+
+def side_stack(site: Site, config: Any, init: str, kept: list[int]) -> nn.Module:
+    """A stack of the site's class whose blocks and final norm are trained.
+
+    Before the blocks it does nothing to embeddings. One that takes something else runs the site's own modules there,
+    for whatever the class makes of their output beside the hidden states, which the first rung replaces.
     init: "prune" begins with a part of the backbone's numbers (`pruned`), "random" as the class itself.
     """
     stack = site.module
@@ -107,12 +115,15 @@ def side_stack(site: Site, config: Any, init: str, kept: list[int]) -> nn.Module
     for key in _BEHIND:
         if hasattr(side, key):
             setattr(side, key, None)
-    for key, child in stack._modules.items():
-        if key in (name, "peft", *_BEHIND) or child is None:
+    for key, child in list(side._modules.items()):
+        if key == name or child is None or next(child.parameters(), None) is None:
             continue
-        if "embed" in key or next(child.parameters(), None) is not None and Site(key, child).kind != "norm":
-            side._modules.pop(key, None)
-            vars(side)[key] = child  # no part of the side stack: neither trained nor saved
+        if "embed" in key or Site(key, child).kind != "norm":
+            del side._modules[key]  # neither trained nor saved
+            if takes_embeddings(stack):
+                setattr(side, key, Skipped(adds=isinstance(child, nn.Embedding)))
+            else:
+                vars(side)[key] = stack._modules[key]
     values = pruned(stack, side, name, kept, config_of(stack), config) if init == "prune" and not meta else {}
     for path, p in list(side.named_parameters()):
         place, _, leaf = path.rpartition(".")
@@ -144,12 +155,30 @@ def cached(site: Site, cache: Any, config: Any, depth: int) -> Any:
     return own
 
 
+class Skipped(nn.Module):
+    """In the place of a module before the blocks: 0 for an embedding, which adds something, else the input."""
+
+    def __init__(self, adds: bool):
+        super().__init__()
+        self.adds = adds
+
+    def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor | None:
+        return torch.zeros(()) if self.adds else x
+
+
 class Rung(nn.Module):
     """A block of the side stack, on s mixed with what the ladder brings: the input of the first block, and h_i."""
 
     def __init__(self, block: nn.Module, down: nn.Linear, gate: nn.Parameter, temperature: float, keys: tuple):
         super().__init__()
         self.block, self.down, self.gate, self.temperature, self.keys = block, down, gate, temperature, keys
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """None: so transformers looks for the blocks whose hidden states it is to return, the backbone's alone."""
+        return iter(())
+
+    def children(self) -> Iterator[nn.Module]:
+        return (module for module in self._modules.values() if module is not None)
 
     def forward(self, s: Tensor, *args: Any, **kwargs: Any) -> Any:
         *start, hidden = map(seen, self.keys)  # the first rung begins the side stream
