@@ -42,7 +42,7 @@ def linears_of(model):
 def test_every_row_is_complete():
     for row in TABLE.values():
         roles = set(row.roles)
-        assert roles - CROSS - {"gate"} == set(ROLES) - CROSS - {"gate", "model"}
+        assert roles - CROSS - {"gate"} == set(ROLES) - CROSS - {"gate", "model", "stack"}
         assert roles & CROSS in (set(), CROSS)
         assert set(row.norms) == {"attn", "ffn"} | ({"cross.attn"} & roles)
 
@@ -74,6 +74,18 @@ def test_every_role_finds_modules_that_run(kind):
         assert {site.role for site in sites} == {role}
         if role not in ("norm", "embed", "head"):
             assert {layer_of(site.name) for site in sites} == {0, 1}
+
+
+@every_kind
+def test_a_stack_is_what_holds_the_blocks(kind):
+    model = make(kind).model
+    blocks, stacks = resolve(model, ("block",)), resolve(model, ("stack",))
+    assert {s.name for s in stacks} == {b.name.rpartition(".")[0].rpartition(".")[0] for b in blocks}
+    assert {s.role for s in stacks} == {"stack"}
+    assert len(stacks) == (2 if model.config.is_encoder_decoder else 1)
+    for part in ("encoder", "decoder") if len(stacks) == 2 else ():
+        (one,) = resolve(model, ("stack",), exclude=(f"*{part}",))
+        assert not one.name.endswith(part)
 
 
 @every_kind

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+import inspect
 import zlib
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine.site import Site, adapters_of, base_class, base_modules
-from ..engine.taps import seen
 from ._prune import head_size, pruned, turned
 
 # Fields of transformers' configurations, whichever of them a model has.
@@ -37,7 +34,6 @@ _DEPTHS = [
     "encoder_layers",
     "decoder_layers",
 ]
-STATES = "encoder_hidden_states"
 _BEHIND = ("pooler", "project_out")  # what some stacks do to their output
 
 
@@ -89,9 +85,16 @@ def shrunk(config: Any, reduction: int, kept: list[int]) -> Any:
     return small
 
 
-def side_stack(site: Site, config: Any, init: str, kept: list[int]) -> nn.Module:
-    """A stack of the site's class whose blocks and final norm are trained; what comes before the blocks is the site's.
+def takes_embeddings(stack: nn.Module) -> bool:
+    """Whether a stack may be called with embeddings in place of tokens."""
+    return "inputs_embeds" in inspect.signature(stack.forward).parameters
 
+
+def side_stack(site: Site, config: Any, init: str, kept: list[int]) -> nn.Module:
+    """A stack of the site's class whose blocks and final norm are trained.
+
+    Before the blocks it does nothing to embeddings. One that takes something else runs the site's own modules there,
+    for whatever the class makes of their output beside the hidden states, which the first rung replaces.
     init: "prune" begins with a part of the backbone's numbers (`pruned`), "random" as the class itself.
     """
     stack = site.module
@@ -107,12 +110,15 @@ def side_stack(site: Site, config: Any, init: str, kept: list[int]) -> nn.Module
     for key in _BEHIND:
         if hasattr(side, key):
             setattr(side, key, None)
-    for key, child in stack._modules.items():
-        if key in (name, "peft", *_BEHIND) or child is None:
+    for key, child in list(side._modules.items()):
+        if key == name or child is None or next(child.parameters(), None) is None:
             continue
-        if "embed" in key or next(child.parameters(), None) is not None and Site(key, child).kind != "norm":
-            side._modules.pop(key, None)
-            vars(side)[key] = child  # no part of the side stack: neither trained nor saved
+        if "embed" in key or Site(key, child).kind != "norm":
+            del side._modules[key]  # neither trained nor saved
+            if takes_embeddings(stack):
+                setattr(side, key, Skipped(adds=isinstance(child, nn.Embedding)))
+            else:
+                vars(side)[key] = stack._modules[key]
     values = pruned(stack, side, name, kept, config_of(stack), config) if init == "prune" and not meta else {}
     for path, p in list(side.named_parameters()):
         place, _, leaf = path.rpartition(".")
@@ -144,61 +150,12 @@ def cached(site: Site, cache: Any, config: Any, depth: int) -> Any:
     return own
 
 
-class Rung(nn.Module):
-    """A block of the side stack, on s mixed with what the ladder brings: the input of the first block, and h_i."""
+class Skipped(nn.Module):
+    """In the place of a module before the blocks: 0 for an embedding, which adds something, else the input."""
 
-    def __init__(self, block: nn.Module, down: nn.Linear, gate: nn.Parameter, temperature: float, keys: tuple):
+    def __init__(self, adds: bool):
         super().__init__()
-        self.block, self.down, self.gate, self.temperature, self.keys = block, down, gate, temperature, keys
+        self.adds = adds
 
-    def forward(self, s: Tensor, *args: Any, **kwargs: Any) -> Any:
-        *start, hidden = map(seen, self.keys)  # the first rung begins the side stream
-        s = torch.lerp(self.down(hidden), start[0] if start else s, torch.sigmoid(self.gate / self.temperature))
-        args = tuple(_like(s, value) for value in args)  # masks, in the dtype of the backbone
-        return self.block(s, *args, **{key: _like(s, value) for key, value in kwargs.items()})
-
-
-def _like(s: Tensor, value: Any) -> Any:
-    return value.to(s.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def linear(site: Site, n_in: int, n_out: int) -> nn.Linear:
-    """A trainable linear layer: weight uniform within 1/sqrt(n_in), bias 0."""
-    made = nn.Linear(n_in, n_out, device="meta")
-    made.weight, made.bias = site.param(n_out, n_in, init="kaiming"), site.param(n_out)
-    return made
-
-
-class Joined:
-    """A base whose encoder states lose all but the first `cut` features, and whose output gets `more` zeros.
-
-    So that all rows of a batch may have the features of the sides that some of them have.
-    """
-
-    innermost = False
-    packed = None
-    fresh = False
-
-    def __init__(self, base: Any, names: tuple[str, ...], cut: int, more: int = 0):
-        self.base, self.site, self.names, self.cut, self.more = base, base.site, names, cut, more
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        if self.cut and given.get(STATES) is not None:
-            given[STATES] = given[STATES][..., : self.cut]
-        out = self.base(**given)
-        return with_last(out, F.pad(first(out), (0, self.more))) if self.more else out
-
-    def seen(self, what: str) -> Tensor:
-        return self.base.seen(what)
-
-
-def first(out: Any) -> Tensor:
-    return out[0] if isinstance(out, (tuple, Mapping)) else out
-
-
-def with_last(out: Any, last: Tensor, **others: Tensor) -> Any:
-    """A stack's output with another last hidden state."""
-    if isinstance(out, Mapping):
-        return dataclasses.replace(cast(Any, out), last_hidden_state=last, **others)
-    return (last, *out[1:]) if isinstance(out, tuple) else last
+    def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor | None:
+        return torch.zeros(()) if self.adds else x

@@ -22,7 +22,8 @@ from ..engine.roles import roles_of
 from ..engine.rows import Routing, RowBase, by_rows
 from ..engine.site import Base, Site, adapters_of, base_modules
 from ..engine.taps import forget, note
-from ._side import STATES, Joined, Rung, blocks_of, cached, config_of, first, linear, shrunk, side_stack, with_last
+from ._ladder import STATES, Joined, Rung, first, linear, with_last
+from ._side import blocks_of, cached, config_of, shrunk, side_stack
 
 CACHE = "past_key_values"
 
@@ -105,6 +106,8 @@ class LSTTuner(Tuner, method=LST):
         return self.crosses and self.memory is None
 
     def forward(self, base: Base | RowBase, *args: Any, **kwargs: Any) -> Any:
+        while isinstance(base, Base) and isinstance(base.tuner, LSTTuner):
+            base = cast(Base, base.below)  # the output of a second side network below would be replaced
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         cache, grad = given.get(CACHE), torch.is_grad_enabled()
         before = 0 if cache is None else cache.get_seq_length()
@@ -146,9 +149,12 @@ class LSTTuner(Tuner, method=LST):
         elif states is not None and self.memory is not None:
             named[STATES] = self.memory(self._own(states))
         try:
-            note(self.keys[0], self.entry(self._own(base.seen("start").detach())))
+            start = self.entry(self._own(base.seen("start").detach()))
+            note(self.keys[0], start)
             for key, i in zip(self.keys[1:], self.kept, strict=True):
                 note(key, self._own(base.seen(f"block {i}").detach()))
+            if "inputs_embeds" in self.names:
+                named |= {"input_ids": None, "inputs_embeds": start}
             return first(self.side(**named))
         finally:
             forget(self.keys)
