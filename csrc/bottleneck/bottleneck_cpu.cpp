@@ -15,7 +15,8 @@ namespace {
 constexpr int64_t kTile = 1 << 17;         // numbers of x or y of rows that go together: half of the second-level cache
 constexpr int64_t kRows = 48;              // most of such rows
 constexpr int64_t kSlab = 64;              // rows that a gradient of weights sums before it goes to the next ones
-constexpr int64_t kWidth = 4 * kMost * W;  // columns of weights that one task sums over all rows
+constexpr int64_t kStream = 1 << 23;       // numbers of a result that does not stay in a cache
+constexpr int64_t kWidth = 2 * kMost * W;  // columns of weights that one task sums over all rows
 
 // -- rows -----------------------------------------------------------------------------------------------------------
 
@@ -214,6 +215,11 @@ Rows rows_of(float* room, LoraIn src, int64_t first, int64_t count, int64_t n) {
   return {room, padded(n)};
 }
 
+// Whether rows of n numbers go past the caches: as many as are in none when somebody reads them.
+bool streams(LoraOut y, int64_t rows, int64_t n) {
+  return rows * n >= kStream && n % 16 == 0 && reinterpret_cast<uintptr_t>(y.data) % 64 == 0;
+}
+
 // sums [r, cols] = left^T right over all rows: left [rows, r] has rows ldl apart, right are the columns from `col` on
 // of x [rows, n], or what change(row of right, its number, columns) makes of them.
 template <class Change>
@@ -271,7 +277,7 @@ void bottleneck(const Bottleneck& s, LoraIn residual, LoraOut y, LoraOut z, floa
   const Packed across(transposed(down.w), k, m, s.rows);
   const Packed up({s.wu.data, s.wu.type, 1, m}, m, n, s.rows, s.bu);
   const Dropout drop(s.drop);
-  const bool direct = y.type == Dtype::f32;
+  const bool direct = y.type == Dtype::f32, stream = direct && streams(y, s.rows, n);
   const int64_t tile = tile_of(s);
   parallel_for(0, blocks(s.rows, tile), grain(tile * m * (k + n)), [&](int64_t first, int64_t end) {
     const Buffer xs(s.norm || s.x.type != Dtype::f32 ? tile * kp : 0), zs(tile * mp), as(tile * lda),
@@ -301,9 +307,10 @@ void bottleneck(const Bottleneck& s, LoraIn residual, LoraOut y, LoraOut z, floa
       }
       float* const to = direct ? static_cast<float*>(y.data) + top * n : ys.p;
       const Rows from = rows_of(ys.p, residual, top, count, n);
-      multiply({to, direct ? n : np, from.p, from.ld, as.p, lda, 1}, count, up.right, direct ? n : np);
+      multiply({to, direct ? n : np, from.p, from.ld, as.p, lda, 1, stream}, count, up.right, direct ? n : np);
       for (int64_t i = 0; i < count && !direct; ++i) put(y, (top + i) * n, to + i * np, n);
     }
+    if (stream) end_of_stream();
   });
 }
 
@@ -321,11 +328,11 @@ void bottleneck_backward(const Bottleneck& s, LoraIn g, LoraIn z, const float* s
   if (through) across.emplace(Strided{s.wu.data, s.wu.type, m, 1}, n, m, s.rows);
   if (d.dx.data) back.emplace(down.w, m, k, s.rows);
   const Buffer us(of_u ? s.rows * lda : 0), all_as(of_a ? s.rows * lda : 0);
-  const bool direct = d.dx.type == Dtype::f32;
+  const bool direct = d.dx.type == Dtype::f32, stream = direct && streams(d.dx, s.rows, k);
   const int64_t tile = tile_of(s);
   parallel_for(0, blocks(s.rows, tile), grain(tile * m * (k + n)), [&](int64_t first, int64_t end) {
     const Buffer gs(g.type != Dtype::f32 ? tile * np : 0), bs(tile * lda), as(of_a ? 0 : lda), zs(mp),
-        dxs(d.dx.data && !direct ? tile * kp : 0), xs(d.dx.data && s.norm ? kp : 0);
+        dxs(d.dx.data && (s.norm || !direct) ? tile * kp : 0), xs(d.dx.data && s.norm ? kp : 0);
     for (int64_t block = first; block < end; ++block) {
       const int64_t top = block * tile, count = at_most(s.rows - top, tile);
       const Rows up = rows_of(gs.p, g, top, count, n);
@@ -354,20 +361,20 @@ void bottleneck_backward(const Bottleneck& s, LoraIn g, LoraIn z, const float* s
         const float per_x = -rstd * rstd * dot(u, zs.p, m) / static_cast<float>(k);
         times(u, rstd, m);
         get(xs.p, s.x, row * k, k);
-        float* const base = to + i * ldx;
+        float* const base = dxs.p + i * kp;
         const float* const more = up.p + i * up.ld;
         for (int64_t j = 0; j < k; j += W) {
+          const vec v = fma(splat(per_x), load(xs.p + j) - mean, splat(offset));
           const int some = static_cast<int>(at_most(k - j, W));
-          vec v = fma(splat(per_x), load(xs.p + j) - mean, splat(offset));
-          if (own_residual) v = v + (some == W ? load(more + j) : load_n(more + j, some));
-          some == W ? store(base + j, v) : store_n(base + j, v, some);
+          store(base + j, !own_residual ? v : some == W ? v + load(more + j) : v + load_n(more + j, some));
         }
       }
       if (!d.dx.data) continue;
-      const Rows from = s.norm ? Rows{to, ldx} : own_residual ? up : Rows{nullptr, 0};
-      multiply({to, ldx, from.p, from.ld, bs.p, lda, 1}, count, back->right, direct ? k : kp);
+      const Rows from = s.norm ? Rows{dxs.p, kp} : own_residual ? up : Rows{nullptr, 0};
+      multiply({to, ldx, from.p, from.ld, bs.p, lda, 1, stream}, count, back->right, direct ? k : kp);
       for (int64_t i = 0; i < count && !direct; ++i) put(d.dx, (top + i) * k, to + i * kp, k);
     }
+    if (stream) end_of_stream();
   });
   if (!of_u && !of_a) return;
 

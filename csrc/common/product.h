@@ -53,7 +53,24 @@ struct Product {
   int64_t ldf;
   const float* a;
   int64_t row, next;
+  bool stream = false;  // c lies on whole vectors and is not read again soon: it goes past the caches
 };
+
+PK_INLINE void put_sum([[maybe_unused]] const Product& p, float* c, vec sum) {
+#if defined(__AVX512F__)
+  if (p.stream) return _mm512_stream_ps(c, (__m512)sum);
+#elif defined(__AVX2__)
+  if (p.stream) return _mm256_stream_ps(c, (__m256)sum);
+#endif
+  store(c, sum);
+}
+
+// Before another thread may read what went past the caches.
+PK_INLINE void end_of_stream() {
+#ifdef __AVX2__
+  _mm_sfence();
+#endif
+}
 
 template <int R, int V>
 PK_INLINE void tile(const Product& p, const float* b, int64_t ldb, int64_t depth, int last) {
@@ -65,7 +82,7 @@ PK_INLINE void tile(const Product& p, const float* b, int64_t ldb, int64_t depth
 #pragma GCC unroll 4
     for (int v = 0; v < V; v += 64 / (4 * W)) {
       if (p.from != p.c) __builtin_prefetch(p.from + i * p.ldf + v * W);
-      __builtin_prefetch(p.c + i * p.ldc + v * W, 1);
+      if (!p.stream) __builtin_prefetch(p.c + i * p.ldc + v * W, 1);
     }
   do {
     vec right[V];
@@ -85,10 +102,10 @@ PK_INLINE void tile(const Product& p, const float* b, int64_t ldb, int64_t depth
     float* c = p.c + i * p.ldc;
     const float* from = p.from + i * p.ldf;
 #pragma GCC unroll 4
-    for (int v = 0; v < V - 1; ++v) store(c + v * W, p.from ? load(from + v * W) + sum[i][v] : sum[i][v]);
+    for (int v = 0; v < V - 1; ++v) put_sum(p, c + v * W, p.from ? load(from + v * W) + sum[i][v] : sum[i][v]);
     constexpr int v = V - 1;
     if (last == W)
-      store(c + v * W, p.from ? load(from + v * W) + sum[i][v] : sum[i][v]);
+      put_sum(p, c + v * W, p.from ? load(from + v * W) + sum[i][v] : sum[i][v]);
     else
       store_n(c + v * W, p.from ? load_n(from + v * W, last) + sum[i][v] : sum[i][v], last);
   }
@@ -107,8 +124,9 @@ void tiles(const Product& p, int64_t rows, const float* b, int64_t ldb, int64_t 
   const int64_t count = blocks(rows, height);
   for (int64_t t = 0; t < count; ++t) {
     const int64_t i = rows * t / count;
-    const Product own = {p.c + i * p.ldc, p.ldc, p.from ? p.from + i * p.ldf : nullptr, p.ldf, p.a + i * p.row,
-                         p.row,           p.next};
+    Product own = p;
+    own.c += i * p.ldc, own.a += i * p.row;
+    if (p.from) own.from += i * p.ldf;
     tile_of<height, V>(rows * (t + 1) / count - i, own, b, ldb, depth, last);
   }
 }
@@ -125,11 +143,14 @@ inline void multiply(const Product& p, int64_t rows, const Right& b, int64_t n) 
       const bool more = d > 0;
       const Product own = {p.c + j * W,
                            p.ldc,
-                           more ? p.c + j * W : p.from ? p.from + j * W : nullptr,
+                           more     ? p.c + j * W
+                           : p.from ? p.from + j * W
+                                    : nullptr,
                            more ? p.ldc : p.ldf,
                            p.a + d * p.next,
                            p.row,
-                           p.next};
+                           p.next,
+                           p.stream && b.depth <= kDepth};
       const float* from = right + d * ldb;
       if (width == 1)
         tiles<1>(own, rows, from, ldb, depth, last);

@@ -103,6 +103,19 @@ def test_many_rows_and_columns():
     holds(*problem(333, 530, 40, 530, p=0.1, norm=False, act="relu"), own=True)
 
 
+def test_results_larger_than_the_caches():
+    """They are written past them."""
+    (_, x, *rest), g = problem(1 << 12, 1 << 11, 4, 1 << 11)
+    results = []
+    for name in ("cpu", "reference"):
+        with pk.backend(name):
+            y, z, stats = OPS["bottleneck"].run(x, *rest)
+            back = OPS["bottleneck_backward"].run(g, x, *rest[:7], z, stats, *rest[7:], True, (True, *(False,) * 7))
+            results.append((y, back[0]))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
 def test_no_rows():
     args, g = problem(0, 12, 4, 12)
     holds(args, g)
