@@ -6,7 +6,6 @@
 #include <optional>
 #include <vector>
 
-#include "common/pages.h"
 #include "lora/lora_checks.h"
 
 namespace pk {
@@ -62,7 +61,7 @@ void forward(const Tensor& y, const Tensor& z, Maybe stats, const Tensor& residu
   matrix(y, s.rows, s.n, "y");
   matrix(z, s.rows, s.m, "z");
   if (s.rows == 0) return;
-  if (y.data_ptr() != residual.data_ptr()) ask_for_large_pages(y.data_ptr(), y.numel() * y.element_size());
+  if (y.data_ptr() != residual.data_ptr()) prefer_huge_pages(y.data_ptr(), y.numel() * y.element_size());
   PK_DISPATCH_ISA(bottleneck, s, matrix(residual, s.rows, s.n, "residual"), out(y, "y"), out(z, "z"),
                   const_cast<float*>(vector(stats, 2 * s.rows, "stats")));
 }
@@ -76,7 +75,7 @@ void backward(Maybe dx, Maybe dwd, Maybe dwu, Maybe dln_w, Maybe dln_b, Maybe db
   PK_CHECK(s.norm == stats.has_value(), "stats are those of a LayerNorm");
   PK_CHECK(s.rows > 0, "there must be rows");
   PK_CHECK(!own_residual || s.k == s.n, "x cannot be the residual of a y that is wider or narrower");
-  if (dx) ask_for_large_pages(dx->data_ptr(), dx->numel() * dx->element_size());
+  if (dx) prefer_huge_pages(dx->data_ptr(), dx->numel() * dx->element_size());
   const auto like = [](const Maybe& d, const Tensor& t, const char* name) {
     if (!d) return LoraOut{};
     check_same_shape(*d, t, name);

@@ -88,7 +88,7 @@ inline Tensor new_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArra
       sizes.size(), sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
       device_type, like.get_device_index(), &out));
   const Tensor made(out);
-  if (stride > 1 << 20 && !made.is_cuda()) prefer_huge_pages(made.data_ptr(), made.numel() * made.element_size());
+  if (!made.is_cuda()) prefer_huge_pages(made.data_ptr(), made.numel() * made.element_size());
   return made;
 }
 

@@ -65,13 +65,14 @@ def _bottleneck(case: Case, device: str, stack: ExitStack, m: int, norm: bool, a
     def run(call: Callable[[], Tensor], *own: Tensor) -> list[Run]:
         return [Run(call, own or tuple(leaves))]
 
-    norms = (ln_w, ln_b, 1e-5) if norm else (None, None, None)
-    args = (x, *norms[:2], wd, bd, wu, bu, None, list(_ACTS).index(act), 1.0, norms[2], 0.0, None)
+    norms = (ln_w, ln_b, 1e-5) if norm else None
+    args = (x, *(norms or (None, None))[:2], wd, bd, wu, bu, None, list(_ACTS).index(act), 1.0)
+    args = (*args, norms and norms[2], 0.0, None)
     places = (0, *((1, 2) if norm else ()), 3, 4, 5, 6)
     back = (g, *args[:8], None, None, *args[8:], True, tuple(i in places for i in range(8)))
     return Problem(
         _PLAIN,
-        run(lambda: bottleneck(x, wd, bd, wu, bu, act=act, ln=norms if norm else None)),
+        run(lambda: bottleneck(x, wd, bd, wu, bu, act=act, ln=norms)),
         {
             _PLAIN: run(eager),
             rivals.BARE: run(lambda: F.linear(F.linear(x, wd), wu), x, wd, wu),
@@ -168,18 +169,22 @@ def _layer(case: Case, device: str, stack: ExitStack, on_input: bool) -> Problem
     def results(dtype: torch.dtype | None = None) -> list[Tensor]:
         own = double((x, w, bias, l)) if dtype else (x, w, bias, l)
         leaves = tuple(own[i].detach().requires_grad_() for i in (0, 3))
-        return evaluate(Run(lambda: plain(leaves[0], *own[1:3], leaves[1]), leaves), g, case.mode)
+        return evaluate(Run(lambda: plain(leaves[0], own[1], own[2], leaves[1]), leaves), g, case.mode)
 
     product = Cost(2 * case.rows * k * n, sum(t.numel() * t.element_size() for t in (x, w, g)))
     rescaled = x if on_input else g
-    peft = None if rivals.missing("peft") else rivals.ia3_layer(w, bias, l, on_input)
+
+    def peft() -> list[Run]:
+        layer = rivals.ia3_layer(w, bias, l, on_input)
+        return [Run(lambda: layer(x), (x, *rivals.trainable(layer)))]
+
     return Problem(
         "frozen",
         [Run(lambda: model(x), (x, tuner.l))],
         {
             "frozen": [Run(lambda: F.linear(x, w, bias), (x,))],
             _PLAIN: [Run(lambda: plain(x, w, bias, l), (x, l))],
-            "HF PEFT": rivals.missing("peft") or [Run(lambda: peft(x), (x, *rivals.trainable(peft)))],
+            "HF PEFT": rivals.missing("peft") or peft(),
         },
         g,
         results,
