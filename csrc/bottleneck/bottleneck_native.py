@@ -14,7 +14,7 @@ ON_CUDA = _cuda.OPS  # the ops with CUDA launchers; all have CPU ones
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _FEW = 64  # rows up to which packing weights takes as long as multiplying with them
-_SMALL = 1 << 16  # numbers of weights that are packed in no time
+_SMALL = 1 << 14  # numbers of weights that are packed in no time
 _WORK = 1 << 22  # multiply-adds of bfloat16 for which calling torch several times takes longer
 _ops = torch.ops._peft_kernels
 
@@ -41,8 +41,8 @@ def why_not_bottleneck(x, ln_w, ln_b, wd, bd, wu, bu, gate, act, scale, eps, p, 
     rows, size = x.shape[:-1].numel(), wd.numel() + wu.numel()
     if rows < _FEW and size > _SMALL:
         return f"torch's own products are faster with fewer than {_FEW} rows"
-    if eps is None and x.dtype == wd.dtype and _torch_multiplies(x.dtype) and rows * size > _WORK:
-        return "torch's own products of bfloat16 are faster on this CPU where there is no LayerNorm"
+    if x.dtype == wd.dtype and _torch_multiplies(x.dtype) and rows * size > _WORK:
+        return "torch's own products of bfloat16 are faster on this CPU"
     return ""
 
 

@@ -21,6 +21,13 @@ ALL = (True,) * 8
 assert not bottleneck_native.unavailable("cpu")  # which loads the kernels
 
 
+@pytest.fixture
+def any_size(monkeypatch):
+    """The kernels take what else goes to torch because it is faster there."""
+    monkeypatch.setattr(bottleneck_native, "_FEW", 0)
+    monkeypatch.setattr(bottleneck_native, "_WORK", 1 << 40)
+
+
 def problem(m, k, size, n, dtype=torch.float32, act="gelu", norm=True, p=0.0, mean=0.0, gate=True, low=None):
     """(residual, x, ln_w, ln_b, wd, bd, wu, bu, gate, act, scale, eps, p, rng) and g"""
     made = torch.Generator().manual_seed(m + size)
@@ -76,6 +83,7 @@ def test_activations_far_out():
         torch.testing.assert_close(grads[0][inside, 0], expected, equal_nan=True, atol=3e-7, rtol=2e-6)
 
 
+@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("size", [1, 3, 64, 512])
 @pytest.mark.parametrize("m", [2, 130])
 def test_sizes(m, size):
@@ -84,6 +92,7 @@ def test_sizes(m, size):
         holds(*problem(m, k, size, n, dtype, norm=False, gate=False, low=torch.float32))
 
 
+@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("size", [1, 3, 64, 512])
 def test_one_row(size):
     """A gradient of one number may be exact in plain torch by chance, so the tolerance is fixed."""
@@ -136,6 +145,7 @@ def test_rows_that_a_layer_norm_divides_by_nearly_nothing(dtype):
     torch.testing.assert_close(stats[1, [3, 5]], torch.full((2,), 1e-5**-0.5), rtol=1e-3, atol=0)
 
 
+@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("mean", [30.0, 1e3, 1e4])
 def test_a_mean_much_larger_than_the_deviation(mean):
     """No worse than plain torch, which takes the mean off first, and than F.layer_norm."""
@@ -288,9 +298,9 @@ def test_torch_serves_where_it_is_faster():
     row = chosen(16, 768)
     assert row["backend"] == "reference"
     assert "fewer than 64 rows" in row["reasons"]["cpu"]
-    assert chosen(512, 768)["backend"] == chosen(512, 768, dtype=torch.bfloat16)["backend"] == "cpu"
+    assert chosen(512, 768)["backend"] == "cpu"
     if torch.cpu._is_avx512_bf16_supported():
-        assert chosen(512, 768, dtype=torch.bfloat16, norm=False)["backend"] == "reference"
+        assert chosen(512, 768, dtype=torch.bfloat16)["backend"] == "reference"
 
 
 BAD = {
