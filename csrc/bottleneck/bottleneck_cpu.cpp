@@ -28,12 +28,7 @@ void get(float* dst, LoraIn src, int64_t first, int64_t n) {
 
 // src is padded to whole vectors.
 void put(LoraOut dst, int64_t first, const float* src, int64_t n) {
-  switch_dtype(dst.type, [&](auto element) {
-    auto* p = static_cast<decltype(element)*>(dst.data) + first;
-    int64_t i = 0;
-    for (; i + W <= n; i += W) store(p + i, load(src + i));
-    if (i < n) store_n(p + i, load(src + i), static_cast<int>(n - i));
-  });
+  switch_dtype(dst.type, [&](auto element) { narrow_row(static_cast<decltype(element)*>(dst.data) + first, src, n); });
 }
 
 // Asks for n numbers that are needed a slab later: the hardware's own prefetching stops at the end of a piece of a row.

@@ -174,6 +174,14 @@ PK_INLINE void widen_row(float* dst, const T* src, int64_t n) {
   if (i < n) store(dst + i, load_n(src + i, static_cast<int>(n - i)));
 }
 
+// src is padded to whole vectors.
+template <class T>
+PK_INLINE void narrow_row(T* dst, const float* src, int64_t n) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(dst + i, load(src + i));
+  if (i < n) store_n(dst + i, load(src + i), static_cast<int>(n - i));
+}
+
 // a and b side by side, of which lane l of the result is number at(l).
 template <int... lane, class At>
 PK_INLINE vec pick(vec a, vec b, std::integer_sequence<int, lane...>, At at) {

@@ -29,12 +29,7 @@ class Rows {
 };
 
 void put(KronOut dst, int64_t first, const float* src, int64_t n) {
-  switch_dtype(dst.type, [&](auto element) {
-    auto* to = static_cast<decltype(element)*>(dst.data) + first;
-    int64_t i = 0;
-    for (; i + W <= n; i += W) store(to + i, load(src + i));
-    if (i < n) store_n(to + i, load(src + i), static_cast<int>(n - i));
-  });
+  switch_dtype(dst.type, [&](auto element) { narrow_row(static_cast<decltype(element)*>(dst.data) + first, src, n); });
 }
 
 }  // namespace
