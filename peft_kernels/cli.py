@@ -30,13 +30,8 @@ RELATED = (
     "triton",
     "peft",
 )
-SWEPT = (
-    "lr",
-    "epochs",
-    "batch_size",
-    "temperature",
-    "teacher_weight",
-)  # what --sweep can vary besides the fields of the method
+# What --sweep can vary besides the fields of the method.
+SWEPT = ("lr", "epochs", "batch_size", "temperature", "teacher_weight")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -15,20 +15,22 @@ class _Local(threading.local):
 _local = _Local()
 
 
-class Tap:
-    """A forward pre-hook that notes the module's first input under a key until `forget`."""
-
+class _Noting:
     def __init__(self, key: str):
         self.key = key
+
+
+class Tap(_Noting):
+    """A forward pre-hook that notes the module's first input under a key until `forget`."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         note(self.key, args[0] if args else next(iter(kwargs.values())))
 
 
-class OutputTap(Tap):
+class OutputTap(_Noting):
     """A forward hook that notes the module's output, of a tuple the first."""
 
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:  # type: ignore[override]
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
         note(self.key, output[0] if isinstance(output, tuple) else output)
 
 
@@ -40,7 +42,7 @@ def note(key: str, value: Tensor) -> None:
 def tap(module: nn.Module, key: str, output: bool = False) -> None:
     """Installs a Tap, or of the output an OutputTap; a second one with the same key is not needed."""
     hooks = module._forward_hooks if output else module._forward_pre_hooks
-    if any(isinstance(hook, Tap) and hook.key == key for hook in hooks.values()):
+    if any(isinstance(hook, _Noting) and hook.key == key for hook in hooks.values()):
         return
     if output:
         module.register_forward_hook(OutputTap(key))
@@ -52,7 +54,7 @@ def untap(module: nn.Module, keys: set[str]) -> None:
     """Removes the taps with these keys."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for number, hook in list(hooks.items()):
-            if isinstance(hook, Tap) and hook.key in keys:
+            if isinstance(hook, _Noting) and hook.key in keys:
                 del hooks[number]
                 module._forward_pre_hooks_with_kwargs.pop(number, None)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._kept import Kept
 
 
-class Bits:
+class Bits(nn.Module):
     """For a module: which numbers of a matrix of `shape` are kept.
 
     bits uint8 [ceil(out * in / 8)], a buffer: position 8 i + j of the matrix is bit j of byte i.
@@ -24,7 +24,7 @@ class Bits:
         """Makes the buffer."""
         self.shape, self._kept = shape, Kept()
         every = packed(torch.ones(shape, dtype=torch.bool, device=device))
-        self.register_buffer("bits", every)  # type: ignore[attr-defined]  # of the module
+        self.register_buffer("bits", every)
 
     @property
     def mask(self) -> Tensor:

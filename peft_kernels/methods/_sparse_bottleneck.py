@@ -8,7 +8,7 @@ from ._bits import Bits
 from ._bottleneck import Bottleneck
 
 
-class Projection(Bits, nn.Module):
+class Projection(Bits):
     """A weight of which a mask keeps some numbers.
 
     values is the weight until the mask is chosen and [kept], in ascending order of position, from then on.

@@ -1,5 +1,7 @@
 """CUDA kernels of the bottleneck where no sample of the contract leads: both ways forward, tiles, types, layouts."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ every_mix = pytest.mark.parametrize(
 def _inputs(rows, k, m, n, dtype=bf16, low=None, act="gelu", p=0.0, ln=True):
     """(residual, x, ln_w, ln_b, wd, bd, wu, bu, gate, act, scale, eps, p, rng)"""
     made = torch.Generator().manual_seed(rows + k + m + n)
-    draw = lambda *shape: torch.randn(*shape, generator=made)  # noqa: E731
+    draw = partial(torch.randn, generator=made)
     low = low or dtype
     x, residual, ln_w, ln_b = draw(rows, k) + 1, draw(rows, n), draw(k) + 1, draw(k)
     wd, bd, wu, bu = draw(m, k) * k**-0.5, draw(m), draw(n, m) * m**-0.5, draw(n)
