@@ -270,6 +270,14 @@ class Source(NamedTuple):
     output: bool = False
 
 
+class Loan(NamedTuple):
+    """An attribute of a module that has another value while a tuner is attached; detach puts the old object back."""
+
+    module: nn.Module
+    name: str
+    value: Any
+
+
 class Tuner(nn.Module):
     """The trainable part of a method at one site. Write at least one of `fold` and `forward`.
 
@@ -318,6 +326,10 @@ class Tuner(nn.Module):
 
     def sources(self, site: Site) -> list[Source]:
         """What forward reads by base.seen of modules that run inside its site; asked for once, by attach."""
+        return []
+
+    def lends(self, site: Site) -> list[Loan]:
+        """Attributes of modules that it needs to have another value; asked for once, by attach."""
         return []
 
     @property
