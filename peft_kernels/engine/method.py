@@ -135,6 +135,10 @@ class Method:
         """What attaching this method as `part` comes to; a recipe has several parts."""
         return [part]
 
+    def ejected(self) -> Method:
+        """What is left of it once what only training needed is gone, as the network that makes a prefix."""
+        return self
+
     @property
     def curvature(self) -> bool:
         """Whether `pk.calibrate` is to measure Stats.curved, by a second pass over the batches."""

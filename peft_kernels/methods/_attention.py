@@ -100,7 +100,9 @@ def attention(
     """
     config: Any = module.config
     if not isinstance(config, Config):
-        raise ValueError(f"attention {NAME!r} is no implementation of its own; choose sdpa or eager and attach a method")
+        raise ValueError(
+            f"attention {NAME!r} is no implementation of its own; choose sdpa or eager and attach a method"
+        )
     name, names = config.true._attn_implementation, _files[config.file]
     prefixes: tuple[Prefix, ...] = noted(config.key) or ()
     if name == "flex_attention" or kwargs.get("cache") is not None:
@@ -109,10 +111,9 @@ def attention(
     if prefixes:
         n, causal = query.shape[2], kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        if attention_mask is None and causal and "flash" not in name:
-            if n > 1:  # a static cache is longer than what is in it
-                key, value = key[:, :, :n], value[:, :, :n]
-                attention_mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()[None, None]
+        if attention_mask is None and causal and n > 1 and "flash" not in name:
+            key, value = key[:, :, :n], value[:, :, :n]  # a static cache is longer than what is in it
+            attention_mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()[None, None]
         attention_mask = _extended(attention_mask, prefixes, query, key, name)
         key = torch.cat([*(_heads(prefix.k, key) for prefix in prefixes), key], dim=2)
         value = torch.cat([*(_heads(prefix.v, value) for prefix in prefixes), value], dim=2)
@@ -146,11 +147,15 @@ def _heads(flat: Tensor, like: Tensor) -> Tensor:
     return flat.to(like.dtype).unflatten(-1, (heads, d)).transpose(1, 2).expand(rows, heads, flat.shape[1], d)
 
 
-def _extended(mask: Tensor | None, prefixes: tuple[Prefix, ...], query: Tensor, key: Tensor, name: str) -> Tensor | None:
+def _extended(
+    mask: Tensor | None, prefixes: tuple[Prefix, ...], query: Tensor, key: Tensor, name: str
+) -> Tensor | None:
     """The mask of keys that have the prefixes before them: bool, additive, or flash attention's of [rows, keys]."""
     if all(prefix.mask is None for prefix in prefixes):
         length = sum(prefix.k.shape[1] for prefix in prefixes)
-        return None if mask is None else F.pad(mask, (length, 0), value=1 if mask.dim() == 2 else mask.dtype == torch.bool)
+        return (
+            None if mask is None else F.pad(mask, (length, 0), value=1 if mask.dim() == 2 else mask.dtype == torch.bool)
+        )
     rows = query.shape[0]
     front = torch.cat([_present(prefix, rows) for prefix in prefixes], dim=1)  # [rows, l]
     if "flash" in name:

@@ -8,18 +8,20 @@ E and W1 are shared by all layers of one kind: an encoder, a decoder's self-atte
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engine.attach import names_of, state_of, tuners
-from ..engine.method import Loan, Method, Part, Tuner
-from ..engine.rows import Routing
+from ..engine.attach import names_of, state_of
+from ..engine.life import all_tuners
+from ..engine.method import Loan, Method, Tuner
+from ..engine.rows import Routing, RowBase, in_rows, refuse
 from ..engine.site import Base, Site
+from ..engine.stack import Known
 from ..engine.taps import forget, note, noted
 from ._attention import Prefix, seam
 from ._phm import normal
@@ -28,7 +30,7 @@ from ._shared import SharedTuner, share
 
 @dataclass(frozen=True)
 class PrefixTuning(
-    Method, roles=("attn",), lr=5e-3, tiny={"length": 3, "hidden": 4}, kinds=None, family="additive", kernel=""
+    Method, roles=("attn",), lr=5e-3, tiny={"length": 3, "hidden": 4}, key="prefix", kinds=None, family="additive"
 ):
     """Trained keys and values before those of every attention layer. Li & Liang 2021, arXiv:2101.00190.
 
@@ -65,29 +67,19 @@ class PrefixTuning(
         has no prefix.
         """
         names_of(model, name)
-        adapter = state_of(model).adapters[name]
-        own = [t for _, top in tuners(model, name) for t in top.modules() if isinstance(t, PrefixTuner)]
+        own = [tuner for tuner in all_tuners(model, name) if isinstance(tuner, PrefixTuner)]
         if not own:
             raise ValueError(f"adapter {name!r} has no prefix to eject; attach pk.PrefixTuning()")
         with torch.no_grad():
             flat = [tuner.prefix() for tuner in own]
         for tuner, (k, v) in zip(own, flat, strict=True):
             tuner.eject(k, v)
-        adapter.parts = [_ejected(part) for part in adapter.parts]
+        adapter = state_of(model).adapters[name]
+        adapter.parts = [replace(part, method=part.method.ejected()) for part in adapter.parts]
         return model
 
-
-def _ejected(value: Any) -> Any:
-    """A method, or a part of it, with prefixes that have no network."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(_ejected(item) for item in value)
-    if isinstance(value, PrefixTuning):
-        return dataclasses.replace(value, hidden=0)
-    if isinstance(value, (Method, Part)):
-        values = {f.name: getattr(value, f.name) for f in dataclasses.fields(cast(Any, value))}
-        changed = {n: new for n, old in values.items() if (new := _ejected(old)) != old}
-        return dataclasses.replace(cast(Any, value), **changed) if changed else value
-    return value
+    def ejected(self) -> PrefixTuning:
+        return replace(self, hidden=0)
 
 
 class PrefixTuner(SharedTuner, method=PrefixTuning):
@@ -113,13 +105,9 @@ class PrefixTuner(SharedTuner, method=PrefixTuning):
         if "k" in self._parameters:
             return self.k, self.v
         lender, device = self.lender, self.w2.device
-        h = torch.tanh(nn.functional.linear(lender.e, lender.w1, lender.b1)).to(device)
-        k, v = nn.functional.linear(h, self.w2, self.b2).chunk(2, dim=-1)
+        h = torch.tanh(F.linear(lender.e, lender.w1, lender.b1)).to(device)
+        k, v = F.linear(h, self.w2, self.b2).chunk(2, dim=-1)
         return k, v
-
-    def gate(self, x: Tensor) -> Tensor | None:
-        """[rows]: a factor of the prefix for each row of the batch, from what enters attention, x [rows, n, d]."""
-        return None
 
     def eject(self, k: Tensor, v: Tensor) -> None:
         for name in list(self._parameters):
@@ -127,15 +115,56 @@ class PrefixTuner(SharedTuner, method=PrefixTuning):
         self.k, self.v = nn.Parameter(k.clone()), nn.Parameter(v.clone())
         vars(self)["lender"] = self
 
-    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
-        k, v = self.prefix()
-        g = self.gate(args[0])
-        k, v = (p[None] if g is None else p * g[:, None, None] for p in (k, v))
-        return _before(self.key, Prefix(k, v), _anew(base), args, kwargs)
+    def forward(self, base: Base, x: Tensor, *args: Any, gate: Tensor | None = None, **kwargs: Any) -> Any:
+        """gate [rows, 1, 1]: a factor of the prefix for each row of the batch."""
+        k, v = (p[None] if gate is None else p * gate.to(p.dtype) for p in self.prefix())
+        return _with(self.key, Prefix(k, v), base, (_again(base, x), *args), kwargs)
+
+    @classmethod
+    def forward_many(cls, base: Any, tuners: dict[int, Tuner], route: Routing, *args: Any, **kwargs: Any) -> Any:
+        """The prefixes of all adapters in one call, the shorter ones padded and masked."""
+        refuse(base, (), {})  # the cache does not hold a prefix
+        rows, numbers = route.rows(args[0].shape[0], base.site.name), set(route.numbers)
+        compiling = torch.compiler.is_compiling()
+        own = {n: cast(PrefixTuner, t) for n, t in tuners.items() if compiling or n in numbers}
+        if not own:
+            return base(*args, **kwargs)
+        if len(own) == len(numbers) == 1 and not compiling:
+            return next(iter(own.values()))(base, *args, **kwargs)
+        args, kwargs = in_rows((args, kwargs), rows)
+        pairs, lengths = [t.prefix() for t in own.values()], [*(t.length for t in own.values()), 0]
+        device, key, longest = pairs[0][0].device, ("prefix", *own, *lengths), max(lengths)
+        place = route.once((*key, rows, device), lambda: _places(route.expanded(rows), [*own]).to(device))
+        k, v = (_stacked([pair[i] for pair in pairs], longest)[place] for i in (0, 1))
+        mask = None
+        if compiling or len(set(lengths[:-1])) > 1 or not numbers <= set(own):
+            mask = (torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None])[place]
+        return _with(own[min(own)].key, Prefix(k, v, mask), base, args, kwargs)
 
 
-def _before(key: str, prefix: Prefix, base: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """base(*args) with a prefix in its attention, beside those that tuners above have there."""
+def _places(ids: Tensor, own: list[int]) -> Tensor:
+    """Adapter numbers [rows] -> where among `own` they are, or behind."""
+    table = torch.full((max(own) + 2,), len(own), device=ids.device)
+    for place, number in enumerate(own):
+        table[number] = place
+    return table[ids.where(ids <= max(own), -1)]
+
+
+def _stacked(flat: list[Tensor], length: int) -> Tensor:
+    """[l_i, width] -> [how many and one of zeros, length, width]."""
+    padded = [F.pad(p.to(flat[0].device), (0, 0, 0, length - len(p))) for p in flat]
+    return torch.stack([*padded, torch.zeros_like(padded[0])])
+
+
+def _again(base: Any, x: Tensor) -> Tensor:
+    """x as an object of its own where the output for x is known below: it must be computed with the prefix."""
+    while isinstance(base, Base) and base.below is not None:
+        base = base.below
+    return x.view_as(x) if isinstance(base, (Known, RowBase)) else x
+
+
+def _with(key: str, prefix: Prefix, base: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """base(*args) with a prefix in its attention, beside those of tuners above."""
     others = noted(key) or ()
     note(key, (prefix, *others))
     try:
