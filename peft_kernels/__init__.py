@@ -15,6 +15,7 @@ from .engine.merge import MergeReport, merge, unmerge
 from .engine.method import Method, Phase, Stats, Tuner
 from .engine.recipe import at
 from .engine.route import checkpoint_context, route
+from .engine.search import search
 from .engine.store import load, save
 from .engine.trunk import shared_trunk
 from .explain import explain
@@ -53,6 +54,7 @@ from .methods import (
     ParallelAdapter,
     Pfeiffer,
     PrefixTuning,
+    PromptTuning,
     QLoRA,
     RandomMask,
     SparseAdapter,
@@ -111,6 +113,7 @@ __all__ = [
     "Pfeiffer",
     "PrefixTuning",
     "Phase",
+    "PromptTuning",
     "QLoRA",
     "RandomMask",
     "Stats",
@@ -144,6 +147,7 @@ __all__ = [
     "rename",
     "route",
     "save",
+    "search",
     "set_active",
     "shared_trunk",
     "shrink",

@@ -26,6 +26,7 @@ from .movement import MovementPruning
 from .parallel import ParallelAdapter
 from .pfeiffer import Pfeiffer
 from .prefix import PrefixTuning
+from .prompt import PromptTuning
 from .qlora import QLoRA
 from .random import RandomMask
 from .said import SAID
@@ -67,6 +68,7 @@ __all__ = [
     "ParallelAdapter",
     "Pfeiffer",
     "PrefixTuning",
+    "PromptTuning",
     "QLoRA",
     "RandomMask",
     "SparseAdapter",
