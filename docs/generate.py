@@ -459,7 +459,8 @@ def families_page() -> str:
     text = (
         "Where the roles are in each family of transformers models, by `config.model_type`. `#` is a number in a path, "
         "`path[q]` the q rows of a fused linear, `entry>exit` the span between two linears. A pattern is matched "
-        "against the end of a module's path. `stack` is each module with a list of blocks in it, `model` the whole. "
+        "against the end of a module's path. `stack` is each module with a list of blocks in it, "
+        "`backbone` the nearest one from there upward that takes embeddings, `model` the whole. "
         "On other models targets are globs over module paths."
     )
     parts = ["# Model families", text]
