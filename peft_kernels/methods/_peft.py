@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from ..engine.attach import state_of
 from ..engine.store import CONFIG, attach_filled, place_of, read_json, read_weights, write
+from ._peft_ia3 import IA3Files
 from ._peft_layers import Layers
-from ._peft_lora import IA3Files, LoKrFiles, LoRAFiles
+from ._peft_lokr import LoKrFiles
+from ._peft_lora import LoRAFiles
 
 FORMS: dict[str, Layers] = {form.kind: form for form in (LoKrFiles(), LoRAFiles(), IA3Files())}
 

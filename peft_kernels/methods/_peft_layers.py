@@ -160,6 +160,13 @@ def width(site: Site) -> int:
     return Site(site.name, site.module).n_out
 
 
+def conv1d(own: dict[str, list[Member]]) -> bool:
+    """PEFT's word for transformers' Conv1D, of which it warns where the others are plain linears."""
+    return {type(m.site.module).__name__ for some in own.values() for m in some if m.site.kind == "linear"} == {
+        "Conv1D"
+    }
+
+
 def _whole(key: str, names: Iterable[str]) -> str | None:
     """The path of the module in modules_to_save that a key is of."""
     parts = key.split(".")
