@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from ..engine.attach import state_of
 from ..engine.store import CONFIG, attach_filled, place_of, read_json, read_weights, write
+from ._peft_form import Form
 from ._peft_ia3 import IA3Files
-from ._peft_layers import Layers
 from ._peft_lokr import LoKrFiles
 from ._peft_lora import LoRAFiles
+from ._peft_prompts import PromptFiles, PTuningFiles
 
-FORMS: dict[str, Layers] = {form.kind: form for form in (LoKrFiles(), LoRAFiles(), IA3Files())}
+_FORMS = (LoKrFiles, LoRAFiles, IA3Files, PromptFiles, PTuningFiles)
+FORMS: dict[str, Form] = {form.kind: form() for form in _FORMS}
 
 
 def load(

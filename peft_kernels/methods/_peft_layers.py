@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..engine.attach import Adapter, chosen_sites, state_of, tuners
 from ..engine.method import Method, Part, Replica, Tuner
-from ..engine.site import Site, base_modules, base_numbers
+from ..engine.site import Site, base_modules
 from ..engine.stack import Parts
 from ..engine.store import tensors
+from ._peft_form import Form, common, kept
 from ._updates import at_path
-from .full import Head
 
 PREFIX = "base_model.model."
 Own = dict[str, dict[str, Tensor]]  # path -> tensor of the method -> its value
@@ -33,18 +33,12 @@ class Member(NamedTuple):
     tuner: Any
 
 
-class Layers:
-    """A kind of PEFT's files.   kind: its peft_type.   title: of the method.   key: (path, tensor) of PEFT's keys."""
+class Layers(Form):
+    """A kind of methods of single layers.   key: (path, tensor) of PEFT's keys."""
 
-    kind: ClassVar[str]
-    title: ClassVar[str]
     key: ClassVar[re.Pattern]
 
     # -- what a kind says ---------------------------------------------------------------------------------------------
-
-    def takes(self, method: Method) -> bool:
-        """Whether these files are for such a method."""
-        raise NotImplementedError
 
     def ours(self, config: Mapping[str, Any], own: Own, where: str) -> tuple[Method, dict[str, Tensor]]:
         """(the method, its tensors under our keys)"""
@@ -60,33 +54,23 @@ class Layers:
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
-    def read(
-        self, model: nn.Module, config: Mapping[str, Any], given: dict[str, Tensor], where: str
-    ) -> tuple[Adapter, dict[str, Tensor]]:
-        """(what to attach, its tensors under our keys)."""
+    def read(self, model, config, given, where):
         own: Own = {}
-        values: dict[str, Tensor] = {}
-        whole: dict[str, None] = {}
+        rest: dict[str, Tensor] = {}
         for key, value in given.items():
-            body = key.removeprefix(PREFIX)
-            if match := self.key.fullmatch(body):
+            if match := self.key.fullmatch(key.removeprefix(PREFIX)):
                 own.setdefault(match[1], {})[match[2]] = value
-            elif path := _whole(body, config.get("modules_to_save") or ()):
-                whole[path], values[f"{path}.copy.{body[len(path) + 1 :]}"] = None, value
-            elif not _of_the_base(model, body, value):
-                raise ValueError(f"{where} has {key}, which is neither {self.title} nor of modules_to_save")
+            else:
+                rest[key] = value
+        heads, values = self.whole(model, rest, PREFIX, config.get("modules_to_save") or (), where)
         if not own:
             raise ValueError(f"{where} has no tensors of {self.title}; expected some under {PREFIX}<path>")
         method, found = self.ours(config, own, where)
-        parts = [Part(method, tuple(f"@{path}" for path in own))]
-        if whole:
-            parts.append(Part(Head(), tuple(f"@{path}" for path in whole)))
-        return Adapter(parts, 0), values | found
+        return Adapter([Part(method, tuple(f"@{path}" for path in own)), *heads], 0), values | found
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def write(self, model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors under PEFT's keys, what its adapter_config.json says) of an adapter of ours."""
+    def write(self, model, name):
         made = dict(tuners(model, name))
         own: dict[str, list[Member]] = {}
         whole: list[str] = []
@@ -105,21 +89,12 @@ class Layers:
             own.setdefault(site.name, []).append(member)
         values, fields = self.theirs(own, repr(name))
         flat = {f"{PREFIX}{path}.{key}": value for path, some in values.items() for key, value in some.items()}
-        for key, value in tensors(model, name).items():
-            if path := next((path for path in whole if key.startswith(f"{path}.copy.")), None):
-                flat[f"{PREFIX}{path}.{key.removeprefix(f'{path}.copy.')}"] = value
-        return flat, {
+        return flat | kept(tensors(model, name), whole, PREFIX), {
             **common(model, self.kind),
             "target_modules": targets(model, list(own)),
             "modules_to_save": whole or None,
             **fields,
         }
-
-
-def common(model: nn.Module, kind: str, task: str | None = None) -> dict[str, Any]:
-    """The fields that all of PEFT's configurations have."""
-    source = str(getattr(getattr(model, "config", None), "name_or_path", "")) or None
-    return {"peft_type": kind, "task_type": task, "base_model_name_or_path": source, "inference_mode": True}
 
 
 def targets(model: nn.Module, paths: list[str]) -> list[str] | str:
@@ -165,17 +140,3 @@ def conv1d(own: dict[str, list[Member]]) -> bool:
     return {type(m.site.module).__name__ for some in own.values() for m in some if m.site.kind == "linear"} == {
         "Conv1D"
     }
-
-
-def _whole(key: str, names: Iterable[str]) -> str | None:
-    """The path of the module in modules_to_save that a key is of."""
-    parts = key.split(".")
-    starts = (".".join(parts[:i]) for i in range(1, len(parts)))
-    return next((path for path in starts if any(path == n or path.endswith(f".{n}") for n in names)), None)
-
-
-def _of_the_base(model: nn.Module, key: str, value: Tensor) -> bool:
-    """Whether it is a number of the model as it is: PEFT saves embeddings beside adapters of them."""
-    name = key.replace(".base_layer.", ".")
-    known = next((p for path, p in base_numbers(model) if path == name), None)
-    return known is not None and known.shape == value.shape and torch.equal(known.to(value), value)
