@@ -18,9 +18,10 @@ from ._peft_form import Form
 from ._peft_ia3 import IA3Files
 from ._peft_lokr import LoKrFiles
 from ._peft_lora import LoRAFiles
+from ._peft_prefix import PrefixFiles
 from ._peft_prompts import PromptFiles, PTuningFiles
 
-_FORMS = (LoKrFiles, LoRAFiles, IA3Files, PromptFiles, PTuningFiles)
+_FORMS = (LoKrFiles, LoRAFiles, IA3Files, PromptFiles, PTuningFiles, PrefixFiles)
 FORMS: dict[str, Form] = {form.kind: form() for form in _FORMS}
 
 
@@ -29,7 +30,9 @@ def load(
 ) -> nn.Module:
     """Attaches an adapter saved by Hugging Face PEFT, named "default" unless `name` says otherwise.
 
-    LoRA (with DoRA, rsLoRA and patterns), LoKr and (IA)^3 are read.
+    Read are LORA (with DoRA, rsLoRA and patterns), LOKR, IA3, PREFIX_TUNING, PROMPT_TUNING and P_TUNING; the last two
+    as PromptTuning, since PEFT keeps the rows alone. Outputs are those of PEFT's model, which returns the rows of a
+    prompt as well.
     directory: of adapter_config.json and adapter_model.safetensors, or the one above it, in a directory called `name`.
     What PEFT trained whole (modules_to_save) is attached too. Files and errors are treated as by `pk.load`; ValueError
     also for other kinds of PEFT, and for what a configuration asks and the method here has not.

@@ -355,7 +355,7 @@ def _empty(values):
     "spoil",
     [
         *map(_spoiled, (_strange, _lost, _three, _empty)),
-        _reconfigured("is LOHA of PEFT; expected one of LOKR, LORA", peft_type="LOHA"),
+        _reconfigured("is LOHA of PEFT; expected one of LOKR, LORA, IA3", peft_type="LOHA"),
         _reconfigured("which is neither LoRA nor of modules_to_save", peft_type="LORA"),
         _reconfigured("LoKr decompose_factor = 0", decompose_factor=0),
         _reconfigured("gives rank or alpha None", r=None),

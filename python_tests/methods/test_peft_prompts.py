@@ -34,6 +34,13 @@ def padded(inputs):
     return {**inputs, "attention_mask": mask}
 
 
+def text(check, a, b, inputs):
+    """Where there is no padding: its positions, of which nobody reads the outputs, are OPT's own affair."""
+    if a.shape[:2] == inputs.get("attention_mask", torch.empty(0)).shape:
+        a, b = (t[inputs["attention_mask"].bool()] for t in (a, b))
+    check(a, b)
+
+
 def adapted(family, config):
     model, _ = bare(family)
     with warnings.catch_warnings():
@@ -139,6 +146,79 @@ def test_a_classifier_of_a_decoder(tmp_path, family, trained):
     again = pk.hf.load(classifier(family), tmp_path / "theirs", trainable=True)
     close(logits(again), logits(model))
     assert pk.counts(again).trainable == L * 16 + 48
+
+
+# -- prefixes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "bart", "opt", "qwen2"])
+def test_prefixes_of_peft_are_read_and_written_back(tmp_path, family, projected):
+    config = peft.PrefixTuningConfig(
+        task_type=task(family), num_virtual_tokens=L, prefix_projection=projected, encoder_hidden_size=8
+    )
+    theirs = adapted(family, config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, inputs = bare(family)
+    plain = states(model, inputs)
+    for given in (inputs, padded(inputs)):
+        wanted = states(theirs, given)
+        pk.hf.load(model, tmp_path / "theirs", trainable=True)
+        text(close, states(model, given), wanted, given)
+        assert not torch.allclose(wanted, plain)
+        pk.hf.save(model, tmp_path / "ours", force=True)
+        text(close, states(read_by_peft(bare(family)[0], tmp_path / "ours"), given), wanted, given)
+        pk.detach(model)
+    before, after = (load_file(tmp_path / where / "adapter_model.safetensors") for where in ("theirs", "ours"))
+    assert before.keys() == after.keys() == {"prompt_embeddings"}
+    if family != "bart":  # of which PEFT uses every second pair
+        assert torch.equal(before["prompt_embeddings"], after["prompt_embeddings"])
+
+
+@pytest.mark.parametrize("hidden", [0, 8])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_prefixes_that_are_written_are_read_by_peft(tmp_path, family, hidden):
+    model, inputs = bare(family)
+    perturb(pk.attach(model, pk.PrefixTuning(length=L, hidden=hidden, shift=True)))
+    pk.hf.save(model, tmp_path)
+    wanted = states(model, inputs)
+    close(states(read_by_peft(bare(family)[0], tmp_path), inputs), wanted)
+    close(states(pk.hf.load(bare(family)[0], tmp_path), inputs), wanted)
+
+
+def test_a_prefix_under_a_classifier(tmp_path):
+    case = make("bert")
+    theirs = peft.get_peft_model(make("bert").model, peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=L))
+    theirs.save_pretrained(tmp_path / "theirs")
+    wanted = theirs.eval()(**case.inputs).logits.detach()
+    model = pk.hf.load(case.model, tmp_path / "theirs")
+    close(case.call(model.eval()).detach(), wanted)
+    pk.hf.save(model, tmp_path / "ours")
+    close(read_by_peft(make("bert").model, tmp_path / "ours")(**case.inputs).logits.detach(), wanted)
+
+
+def test_prefixes_that_these_files_cannot_hold(tmp_path):
+    with pytest.raises(ValueError, match="has shift=False; in PEFT"):
+        pk.hf.save(pk.attach(make("gpt2").model, pk.PrefixTuning(length=L)), tmp_path)
+    with pytest.raises(ValueError, match="has not one prefix at every self-attention"):
+        pk.hf.save(pk.attach(make("gpt2").model, pk.PrefixTuning(length=L, shift=True), layers=0), tmp_path)
+    with pytest.raises(ValueError, match="has not one prefix at every self-attention"):
+        pk.hf.save(pk.attach(make("bart").model, pk.PrefixTuning(length=L, shift=True)), tmp_path)
+    with pytest.raises(ValueError, match="relative positions of a T5"):
+        pk.hf.save(pk.attach(make("t5").model, pk.PrefixTuning(length=L)), tmp_path)
+    bart = make("bart").model
+    targets = [f"attn@model.decoder.layers.{i}.self_attn" for i in range(2)]
+    pk.attach(bart, pk.PrefixTuning(length=L, shift=True), targets)
+    with pytest.raises(ValueError, match="two layers of such a decoder one prefix"):
+        pk.hf.save(bart, tmp_path)
+    assert not list(tmp_path.iterdir())
+    pk.hf.save(pk.attach(make("gpt2").model, pk.PrefixTuning(length=L, shift=True)), tmp_path)
+    with pytest.raises(ValueError, match="relative positions of a T5"):
+        pk.hf.load(make("t5").model, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({"prompt_embeddings": torch.zeros(L, 50)}, file)
+    with pytest.raises(ValueError, match=r"has prompt_embeddings \(3, 50\); expected \[3, 2 layers"):
+        pk.hf.load(make("gpt2").model, tmp_path)
 
 
 # -- what cannot be ---------------------------------------------------------------------------------------------------
