@@ -44,6 +44,8 @@ class SparseAdapter(
     lr=1e-3,
     tiny={"reduction_factor": 2, "placement": "houlsby", "activation": "gelu"},
     kinds=("linear", "span", "module"),
+    family="hybrid",
+    kernel="bottleneck sparse",
 ):
     """Adapters of which only the best numbers exist. He et al. 2022, arXiv:2210.04284.
 
