@@ -24,6 +24,7 @@ from .mask import Mask
 from .methods import (
     FAR,
     IA3,
+    IPT,
     LST,
     LTSFT,
     SAID,
@@ -53,15 +54,18 @@ from .methods import (
     ParallelAdapter,
     Pfeiffer,
     PromptTuning,
+    PTuning,
     QLoRA,
     RandomMask,
     SparseAdapter,
+    SPoT,
     StructuredPruning,
     TopLayers,
     Union,
     methods,
 )
 from .methods._phm import PHMLinear
+from .methods._saved import similar_prompts
 from .ops import BackendError, backend
 from .quant import Footprint, Int8Linear, NF4Linear, footprint, quantize
 from .shrink import shrink
@@ -69,6 +73,7 @@ from .shrink import shrink
 __all__ = [
     "FAR",
     "IA3",
+    "IPT",
     "LST",
     "LTSFT",
     "SAID",
@@ -110,10 +115,12 @@ __all__ = [
     "ParallelAdapter",
     "Pfeiffer",
     "Phase",
+    "PTuning",
     "PromptTuning",
     "QLoRA",
     "RandomMask",
     "Stats",
+    "SPoT",
     "SparseAdapter",
     "StructuredPruning",
     "TopLayers",
@@ -147,6 +154,7 @@ __all__ = [
     "set_active",
     "shared_trunk",
     "shrink",
+    "similar_prompts",
     "truncated_svd",
     "unmerge",
 ]
