@@ -15,6 +15,7 @@ from .engine.merge import MergeReport, merge, unmerge
 from .engine.method import Method, Phase, Stats, Tuner
 from .engine.recipe import at
 from .engine.route import checkpoint_context, route
+from .engine.search import search
 from .engine.store import load, save
 from .engine.trunk import shared_trunk
 from .explain import explain
@@ -53,6 +54,7 @@ from .methods import (
     MovementPruning,
     ParallelAdapter,
     Pfeiffer,
+    PrefixTuning,
     PromptTuning,
     PTuning,
     QLoRA,
@@ -114,6 +116,7 @@ __all__ = [
     "PHMLinear",
     "ParallelAdapter",
     "Pfeiffer",
+    "PrefixTuning",
     "Phase",
     "PTuning",
     "PromptTuning",
@@ -151,6 +154,7 @@ __all__ = [
     "rename",
     "route",
     "save",
+    "search",
     "set_active",
     "shared_trunk",
     "shrink",

@@ -337,6 +337,7 @@ OTHER_VALUES = {
     },
     "parallel": {**_BOTTLENECK, "scale": 3.0, "learned": True},
     "pfeiffer": _BOTTLENECK,
+    "prefix": {"length": 4, "hidden": 0},
     "prompt": {"length": 4},
     "ptuning": {"length": 4, "encoder": "mlp", "hidden": 5, "layers": 1, "dropout": 0.5},
     "qlora": {

@@ -26,6 +26,7 @@ from .magnitude import MagnitudePruning
 from .movement import MovementPruning
 from .parallel import ParallelAdapter
 from .pfeiffer import Pfeiffer
+from .prefix import PrefixTuning
 from .prompt import PromptTuning
 from .ptuning import PTuning
 from .qlora import QLoRA
@@ -71,6 +72,7 @@ __all__ = [
     "ParallelAdapter",
     "Pfeiffer",
     "PTuning",
+    "PrefixTuning",
     "PromptTuning",
     "QLoRA",
     "RandomMask",

@@ -42,7 +42,7 @@ class SPoT(PromptTuning, roles=("backbone",), lr=0.1, tiny={"length": 3}, kinds=
                 f"SPoT nearest = {self.nearest!r}, top = {self.top} of {len(self.source)} sources; expected sources to "
                 "choose from, and at least 1"
             )
-        if self.source and getattr(self, "subspace", 0):
+        if self.source and self.subspace:
             raise ValueError(
                 f"SPoT subspace = {self.subspace} begins at a drawn prompt, not at a source; give one of them"
             )
