@@ -261,6 +261,14 @@ def _two():
 _LORA = {"rank": 3, "alpha": 3.0, "dropout": 0.7, "rslora": True, "rank_pattern": {"q": 1}, "alpha_pattern": {"v": 5.0}}
 _COMPACTER = {"n": 4, "reduction_factor": 4, "rank": 0, "activation": "tanh", "norms": False}
 _BOTTLENECK = {"reduction_factor": 4, "size": 3, "activation": "tanh", "init": "bert", "dropout": 0.5}
+_PROMPT = {
+    "length": 4,
+    "init": "vocabulary",
+    "text": "four",
+    "tokens": (4, 5),
+    "classes": ((4, 5),),
+    "subspace": 3,
+}
 OTHER_VALUES = {
     "adamix": {
         **_BOTTLENECK,
@@ -338,7 +346,7 @@ OTHER_VALUES = {
     "parallel": {**_BOTTLENECK, "scale": 3.0, "learned": True},
     "pfeiffer": _BOTTLENECK,
     "prefix": {"length": 4, "hidden": 0},
-    "prompt": {"length": 4},
+    "prompt": _PROMPT,
     "ptuning": {"length": 4, "encoder": "mlp", "hidden": 5, "layers": 1, "dropout": 0.5},
     "qlora": {
         **_LORA,
@@ -361,7 +369,7 @@ OTHER_VALUES = {
         "samples": 1,
     },
     "spot": {
-        "length": 4,
+        **_PROMPT,
         "source": partial(prompt, 0),
         "weights": (1.0, 3.0),
         "nearest": partial(prompt, 9),
@@ -384,6 +392,12 @@ BESIDE = {
     ("movement", "scores_lr"): {"mode": "soft"},
     ("movement", "threshold"): {"mode": "soft", "scores_lr": 0.5},
     ("movement", "penalty"): {"mode": "soft", "scores_lr": 0.5},
+    ("prompt", "text"): {"init": "text", "text": "five!"},
+    ("prompt", "tokens"): {"init": "text", "tokens": (3,)},
+    ("prompt", "classes"): {"init": "labels", "classes": ((3,),)},
+    ("spot", "text"): {"init": "text", "text": "five!"},
+    ("spot", "tokens"): {"init": "text", "tokens": (3,)},
+    ("spot", "classes"): {"init": "labels", "classes": ((3,),)},
     **{("spot", name): {"source": _two} for name in ("weights", "nearest")},
     ("spot", "top"): {"source": _two, "nearest": partial(prompt, 9)},
     ("svd", "energy"): {"rank": 0},
@@ -400,6 +414,7 @@ def test_every_field_is_read(key):
     def fingerprint(family, targets, **fields):
         fields = {name: value() if callable(value) else value for name, value in fields.items()}
         case, cfg = make(family), METHODS[key](**{**METHODS[key].tiny, **fields})
+        cfg = cfg.spelled(lambda text: [len(text)], ())
         pk.attach(case.model, cfg, targets, train=("head",) if cfg.samples else ())
         for m in case.model.modules():
             if isinstance(m, torch.nn.Dropout):
@@ -415,7 +430,7 @@ def test_every_field_is_read(key):
     for field in dataclasses.fields(METHODS[key]):
         beside, other = BESIDE.get((key, field.name), {}), {field.name: OTHER_VALUES[key][field.name]}
         where = ELSEWHERE.get((key, field.name), ("bert", None))
-        assert not torch.allclose(fingerprint(*where, **beside), fingerprint(*where, **beside, **other)), field.name
+        assert not torch.allclose(fingerprint(*where, **beside), fingerprint(*where, **{**beside, **other})), field.name
 
 
 @every_method

@@ -13,7 +13,9 @@ from .prompt import PromptTuning, PromptTuningTuner
 
 
 @dataclass(frozen=True)
-class SPoT(PromptTuning, roles=("backbone",), lr=0.1, tiny={"length": 3}, kinds=None, family="additive", kernel=""):
+class SPoT(
+    PromptTuning, roles=("backbone",), lr=0.03, tiny={"length": 3}, kinds=("module",), family="additive", kernel=""
+):
     """A prompt that begins as those of other tasks. Vu et al. 2022, arXiv:2110.07904.
 
     The first rows are those of the prompt in `source`, the directory of a saved adapter: of a longer one as many as
