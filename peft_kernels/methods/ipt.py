@@ -32,7 +32,7 @@ _DECODER = "decoder"  # in the configuration beside a decoder's tensors
 
 
 @dataclass(frozen=True)
-class IPT(Prompt, roles=("backbone",), lr=1e-2, tiny=_TINY, kinds=("module",), family="reparametrised", kernel=""):
+class IPT(Prompt, roles=("backbone",), lr=1e-2, tiny=_TINY, kinds=("module",), family="additive"):
     """A prompt in a subspace that other tasks' prompts span. Qin et al. 2021, arXiv:2110.07867.
 
     `pk.IPT.autoencode` finds the subspace; the decoder is a part of the saved adapter, which needs no other file, and

@@ -25,7 +25,7 @@ _TINY = {"length": 3, "hidden": 4}
 
 
 @dataclass(frozen=True)
-class PTuning(Prompt, roles=("backbone",), lr=1e-3, tiny=_TINY, kinds=("module",), family="additive", kernel=""):
+class PTuning(Prompt, roles=("backbone",), lr=1e-3, tiny=_TINY, kinds=("module",), family="additive"):
     """A prompt made by an LSTM or an MLP. Liu et al. 2021, arXiv:2103.10385.
 
     Once trained, the network has done its work: `pk.PTuning.eject(model)` leaves the rows that it makes.

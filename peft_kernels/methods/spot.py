@@ -13,9 +13,7 @@ from .prompt import PromptTuning, PromptTuningTuner
 
 
 @dataclass(frozen=True)
-class SPoT(
-    PromptTuning, roles=("backbone",), lr=0.03, tiny={"length": 3}, kinds=("module",), family="additive", kernel=""
-):
+class SPoT(PromptTuning, roles=("backbone",), lr=0.03, tiny={"length": 3}, kinds=("module",), family="additive"):
     """A prompt that begins as those of other tasks. Vu et al. 2022, arXiv:2110.07904.
 
     The first rows are those of the prompt in `source`, the directory of a saved adapter: of a longer one as many as
@@ -25,11 +23,11 @@ class SPoT(
     similarity (`pk.similar_prompts`). Sources are read when it is attached: the saved adapter does not need them.
     """
 
-    length: int = 100
-    source: tuple[str, ...] = ()
+    length: int = 100  # rows
+    source: tuple[str, ...] = ()  # directories of saved adapters
     weights: tuple[float, ...] = ()  # one for each source; (): all the same
-    nearest: str = ""
-    top: int = 1
+    nearest: str = ""  # the directory of an adapter for the task itself, which chooses among the sources
+    top: int = 1  # how many sources it chooses
 
     def __post_init__(self):
         super().__post_init__()
