@@ -44,7 +44,7 @@ GROUPS = {
     "Attaching": "attach detach active set_active disabled rename",
     "Routing": "route shared_trunk AdapterBank checkpoint_context",
     "Training": "fit search Distillation calibrate penalty hf.Callback",
-    "Saving": "save load hf.save hf.load",
+    "Saving": "save load hf.save hf.load similar_prompts",
     "Quantising": "quantize NF4Linear Int8Linear footprint Footprint",
     "Merging and combining": "merge unmerge MergeReport combine CombineReport shrink",
     "Masks": "Mask",

@@ -25,6 +25,7 @@ from .mask import Mask
 from .methods import (
     FAR,
     IA3,
+    IPT,
     LST,
     LTSFT,
     SAID,
@@ -55,15 +56,18 @@ from .methods import (
     Pfeiffer,
     PrefixTuning,
     PromptTuning,
+    PTuning,
     QLoRA,
     RandomMask,
     SparseAdapter,
+    SPoT,
     StructuredPruning,
     TopLayers,
     Union,
     methods,
 )
 from .methods._phm import PHMLinear
+from .methods._saved import similar_prompts
 from .ops import BackendError, backend
 from .quant import Footprint, Int8Linear, NF4Linear, footprint, quantize
 from .shrink import shrink
@@ -71,6 +75,7 @@ from .shrink import shrink
 __all__ = [
     "FAR",
     "IA3",
+    "IPT",
     "LST",
     "LTSFT",
     "SAID",
@@ -113,10 +118,12 @@ __all__ = [
     "Pfeiffer",
     "PrefixTuning",
     "Phase",
+    "PTuning",
     "PromptTuning",
     "QLoRA",
     "RandomMask",
     "Stats",
+    "SPoT",
     "SparseAdapter",
     "StructuredPruning",
     "TopLayers",
@@ -151,6 +158,7 @@ __all__ = [
     "set_active",
     "shared_trunk",
     "shrink",
+    "similar_prompts",
     "truncated_svd",
     "unmerge",
 ]

@@ -54,6 +54,7 @@ class Site:
     residual: the module whose input is what the model adds to the sublayer's output, or None.
     heads: of an attention's output linear the key-value heads; each is as many of its input features. None elsewhere.
     kind: "linear" (also transformers' Conv1D), "conv", "embedding", "norm", "span" or "module".
+    filled: the tuner's numbers are to come from a file, so what else it would begin with need not exist.
     """
 
     entry: nn.Module | None = None
@@ -61,6 +62,7 @@ class Site:
     prenorm: bool | None = None
     residual: nn.Module | None = None
     heads: int | None = None
+    filled: bool = False
 
     def __init__(self, name: str, module: nn.Module, role: str = "", rows: Rows | None = None, seed: int = 0):
         self.name, self.module, self.role, self.rows, self.seed = name, module, role, rows, seed
