@@ -383,6 +383,7 @@ def resolve(
         site = Site(path, modules[path], chosen[path, rows, entry], rows, seed)
         site.entry = None if entry is None else modules[entry]
         site.norm, site.prenorm, site.residual = _norm(model, modules, path)
+        site.causal, site.padding = _sight(model, modules, path)
         if site.role in ("o", "cross.o"):
             site.heads = _heads(cast(Any, model.config), path)
         sites.append(site)
@@ -608,6 +609,19 @@ def _sublayer(
         before,
         norm if before else first(row.roles[{"ffn": "up", "attn": "q", "cross.attn": "cross.q"}[sublayer]]),
     )
+
+
+def _sight(model: nn.Module, modules: dict[str, nn.Module], path: str) -> tuple[bool | None, nn.Module | None]:
+    """(is the attention around the module at `path` causal, the module whose attention_mask tells what is padding)."""
+    patterns = row.roles["block"] if (row := family(model)) else ()
+    around = [p for p in _prefixes(path) if any(_match(pattern, p) for pattern in patterns)]
+    every = around or [p for p in modules if any(_match(pattern, p) for pattern in patterns)]
+    if not every:
+        return None, None
+    block = modules[every[-1]]  # behind all blocks is what the last one made
+    # Bloom's attention does not say: it is.
+    causal = next((bool(m.is_causal) for _, m in base_modules(block) if hasattr(m, "is_causal")), True)
+    return causal, (None if causal else block) if around else model
 
 
 def _in_layers(sites: list[Site], layers: Sequence[int] | None) -> list[Site]:

@@ -52,6 +52,8 @@ class Site:
     norm: the LayerNorm of the sublayer that the module belongs to, or None.   prenorm: True: the norm's input is the
     residual and its output enters the sublayer; False: the norm comes after the addition; None: unknown.
     residual: the module whose input is what the model adds to the sublayer's output, or None.
+    causal: whether a position sees no later ones, in the block that the module is in or, outside of blocks, in the last
+    one; None: unknown.   padding: the module whose attention_mask tells padding here, or None: it does not matter.
     heads: of an attention's output linear the key-value heads; each is as many of its input features. None elsewhere.
     kind: "linear" (also transformers' Conv1D), "conv", "embedding", "norm", "span" or "module".
     """
@@ -60,6 +62,8 @@ class Site:
     norm: nn.Module | None = None
     prenorm: bool | None = None
     residual: nn.Module | None = None
+    causal: bool | None = None
+    padding: nn.Module | None = None
     heads: int | None = None
 
     def __init__(self, name: str, module: nn.Module, role: str = "", rows: Rows | None = None, seed: int = 0):
@@ -315,7 +319,7 @@ class Base:
             return self.site.call(*args, **kwargs)
         return self.tuner(self.below, *args, **kwargs)
 
-    def seen(self, what: str) -> Tensor:
+    def seen(self, what: str) -> Any:
         """In this call: "residual", what the model adds to the sublayer's output; "entry", the input of the span; what
         Tuner.sources names."""
         return seen(self.site.key(what)) if self.below is None else self.below.seen(what)

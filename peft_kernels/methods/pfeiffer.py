@@ -40,6 +40,7 @@ class Pfeiffer(Bottlenecked, roles=("down",), lr=1e-3, tiny={"reduction_factor":
 class PfeifferTuner(Tuner, method=Pfeiffer):
     fresh = True
     needs_residual = True
+    gated = True
     norm: nn.Module | None
 
     def __init__(self, cfg: Pfeiffer, site: Site):
