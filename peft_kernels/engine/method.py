@@ -145,7 +145,7 @@ class Method:
         raise NotImplementedError(f"{self.key} has no rank")
 
     def solved(self, model: nn.Module, part: Part) -> Method:
-        """What `pk.attach` attaches and `pk.save` saves: the method with what follows from the model; it knows `part`."""
+        """What `pk.attach` attaches as `part`, and `pk.save` saves: the method with what follows from the model."""
         return self
 
     def phases(self, total_steps: int) -> list[Phase]:
@@ -277,7 +277,7 @@ def overlaid(changes: Iterable[dict[Any, Changes]]) -> dict[Any, Changes]:
 
 
 class Source(NamedTuple):
-    """A module whose first input, output or argument (by name; None where not given) a tuner sees as base.seen(what)."""
+    """A module whose first input, output or argument (by name; None: not given) a tuner sees as base.seen(what)."""
 
     what: str
     module: nn.Module

@@ -6,7 +6,7 @@ import inspect
 import threading
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class _Local(threading.local):
