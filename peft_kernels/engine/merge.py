@@ -147,9 +147,8 @@ def _check(model: nn.Module, path: str, adapters: Adapters, names: list[str]) ->
     for n in names:
         if n in adapters.tuners and not adapters.tuners[n].mergeable:
             inner = [t for t in adapters.tuners[n].modules() if isinstance(t, Tuner) and not t.mergeable][-1]
-            raise NotMergeable(
-                f"{path}: {type(inner).__name__} of {n!r} has no weight-space form; it cannot be merged{_parts(model, n)}"
-            )
+            what = f"{type(inner).__name__} of {n!r} has no weight-space form; it cannot be merged"
+            raise NotMergeable(f"{path}: {what}{_parts(model, n)}")
         if n in adapters.tuners and not adapters.tuners[n].opaque and not adapters.site.plain:
             kind = type(adapters.module).__name__
             raise NotMergeable(f"{path}: {kind} has a forward of its own, so weights alone do not describe it")

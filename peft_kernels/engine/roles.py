@@ -613,15 +613,19 @@ def _sublayer(
 
 def _sight(model: nn.Module, modules: dict[str, nn.Module], path: str) -> tuple[bool | None, nn.Module | None]:
     """(is the attention around the module at `path` causal, the module whose attention_mask tells what is padding)."""
-    patterns = row.roles["block"] if (row := family(model)) else ()
-    around = [p for p in _prefixes(path) if any(_match(pattern, p) for pattern in patterns)]
-    every = around or [p for p in modules if any(_match(pattern, p) for pattern in patterns)]
-    if not every:
+    if (row := family(model)) is None:
         return None, None
-    block = modules[every[-1]]  # behind all blocks is what the last one made
+
+    def named(role: str, paths: Iterable[str]) -> list[str]:
+        return [p for p in paths if any(_match(pattern, p) for pattern in row.roles[role])]
+
+    around = named("block", _prefixes(path))
+    block = (around or named("block", modules))[-1]  # behind all blocks is what the last one made
     # Bloom's attention does not say: it is.
-    causal = next((bool(m.is_causal) for _, m in base_modules(block) if hasattr(m, "is_causal")), True)
-    return causal, (None if causal else block) if around else model
+    causal = next((bool(m.is_causal) for _, m in base_modules(modules[block]) if hasattr(m, "is_causal")), True)
+    # Not the block: checkpointing repeats what is in it, without its own hooks.
+    attention = modules[named("attn", (p for p in modules if p.startswith(f"{block}.")))[0]]
+    return causal, (None if causal else attention) if around else model
 
 
 def _in_layers(sites: list[Site], layers: Sequence[int] | None) -> list[Site]:

@@ -43,4 +43,6 @@ def ignores_padding(family, method):
 @pytest.mark.parametrize("reads", ["input", "output"])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
 def test_a_gate_ignores_padding(family, reads):
-    ignores_padding(family, pk.Union(pk.Gated(pk.LoRA(rank=2), reads=reads), pk.Gated(pk.Pfeiffer(size=2), reads=reads)))
+    ignores_padding(
+        family, pk.Union(pk.Gated(pk.LoRA(rank=2), reads=reads), pk.Gated(pk.Pfeiffer(size=2), reads=reads))
+    )
