@@ -82,6 +82,11 @@ def seen(key: str) -> Any:
     return inputs[key]
 
 
+def noted(key: str) -> Any:
+    """What was noted in this thread, or None."""
+    return None if _local.inputs is None else _local.inputs.get(key)
+
+
 def forget(keys: tuple[str, ...]) -> None:
     """Drops what was noted, so that no activation outlives its call."""
     inputs = _local.inputs
