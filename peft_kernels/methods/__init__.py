@@ -22,24 +22,30 @@ from .lora import LoRA
 from .lst import LST
 from .ltsft import LTSFT
 from .magnitude import MagnitudePruning
+from .mam import MAM
 from .movement import MovementPruning
 from .parallel import ParallelAdapter
 from .pfeiffer import Pfeiffer
+from .prefix import PrefixTuning
 from .prompt import PromptTuning
 from .qlora import QLoRA
 from .random import RandomMask
+from .s4 import S4
 from .said import SAID
 from .sparseadapter import SparseAdapter
 from .structured import StructuredPruning
 from .svd import SVD
 from .toplayers import TopLayers
 from .union import ByLayer, Union
+from .unipelt import UniPELT
 
 __all__ = [
     "FAR",
     "IA3",
     "LST",
     "LTSFT",
+    "MAM",
+    "S4",
     "SAID",
     "SVD",
     "AdaMix",
@@ -66,12 +72,14 @@ __all__ = [
     "MovementPruning",
     "ParallelAdapter",
     "Pfeiffer",
+    "PrefixTuning",
     "PromptTuning",
     "QLoRA",
     "RandomMask",
     "SparseAdapter",
     "StructuredPruning",
     "TopLayers",
+    "UniPELT",
     "Union",
     "methods",
 ]

@@ -31,7 +31,7 @@ _TARGETS = {"A": ("down",), "L": ("q", "v"), "P": ("attn",), "B": ("*",)}
 
 @dataclass(frozen=True)
 class S4(Placed, roles=(), lr=1e-3, tiny={"budget": 20.0}, kinds=None, family="hybrid", kernel="lora bottleneck"):
-    """Four spindle groups of layers with their own mixtures, equal numbers per layer. Chen et al. 2023, arXiv:2301.01821.
+    """Four spindle groups of layers, each with a mixture of its own. Chen et al. 2023, arXiv:2301.01821.
 
     Groups of 12 layers are 2, 4, 4 and 2; fewer than four layers lack the outer ones. An encoder-decoder model has
     four groups in each stack, and its budget is spread over the layers of both. Not mergeable.

@@ -28,6 +28,9 @@ class Union(Recipe, roles=(), lr=2e-3, tiny={"members": (LoRA(rank=2), IA3())}, 
     def parts(self) -> tuple[Part, ...]:
         return self.members
 
+    def ejected(self) -> Method:
+        return replace(self, members=tuple(replace(own, method=own.method.ejected()) for own in self.members))
+
     def solved(self, model: nn.Module, part: Part) -> Method:
         solved = (replace(own, method=own.method.solved(model, under(part, own))) for own in self.members)
         return replace(self, members=tuple(solved))
