@@ -201,8 +201,8 @@ HYBRIDS = {"mam", "s4", "unipelt"}
 
 # A gate depends on the input, and a nonlinearity (an adapter's own, or beside KronARes) leaves no weight.
 UNMERGEABLE = {"compacter", "compacterpp", "gated", "krona_res", "lst"}
-UNMERGEABLE |= PROMPTS | HYBRIDS
 UNMERGEABLE |= {"adamix", "adapterdrop", "adapterl", "houlsby", "parallel", "pfeiffer", "prefix", "sparseadapter"}
+UNMERGEABLE |= PROMPTS | HYBRIDS
 
 # The plain MLP has no layers, and its residual is not known.
 NO_MLP = {"adapterdrop", "bylayer", "lst", "pfeiffer", "prefix"} | PROMPTS | HYBRIDS
