@@ -9,6 +9,7 @@ cache, where a call has one position, could not repeat it.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -87,7 +88,10 @@ class GatedTuner(Tuner, method=Gated):
         self.b = site.param(1)
 
     def sources(self, site: Site) -> list[Source]:
-        return [] if site.padding is None else [Source("padding", site.padding, argument="attention_mask")]
+        if site.padding is None:
+            return []
+        named = inspect.signature(site.padding.forward).parameters
+        return [Source("padding", site.padding, argument="mask" if "mask" in named else "attention_mask")]  # T5's
 
     def forward(self, base: Base, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         known: Any = base

@@ -1,13 +1,16 @@
 """Gates, and the recipes made of several methods: MAM, UniPELT, S4, Compacter beside others."""
 
+import inspect
 import re
 
 import pytest
 import torch
+from models import KINDS as MODELS
 from models import close, make, perturb
 
 import peft_kernels as pk
 from peft_kernels.engine.attach import state_of, tuners
+from peft_kernels.engine.roles import resolve
 from peft_kernels.methods.gated import GatedTuner
 from peft_kernels.methods.lora import LoRATuner
 from peft_kernels.methods.pfeiffer import PfeifferTuner
@@ -53,6 +56,28 @@ def ignores_padding(family, method):
 def test_a_gate_ignores_padding(family, reads):
     ignores_padding(
         family, pk.Union(pk.Gated(pk.LoRA(rank=2), reads=reads), pk.Gated(pk.Pfeiffer(size=2), reads=reads))
+    )
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_encoder_tells_its_padding(kind):
+    """Attention takes the mask by a name that gates know, and decoders are known for what they are."""
+    model = make(kind).model
+    sites = resolve(model, ("q",))
+    for site in sites:
+        encodes = "encoder" in site.name.split(".") or not case_decodes(model)
+        assert site.causal is not encodes
+        assert (site.padding is None) is not encodes
+        if encodes:
+            assert {"attention_mask", "mask"} & set(inspect.signature(site.padding.forward).parameters)
+
+
+def case_decodes(model):
+    return (
+        hasattr(model, "lm_head")
+        or hasattr(model, "proj_out")
+        or model.config.is_encoder_decoder
+        or hasattr(model, "cls")
     )
 
 
@@ -190,3 +215,146 @@ def test_bad_hybrids():
     ):
         with pytest.raises(ValueError, match=message):
             make_it()
+
+
+# -- UniPELT and MAM in a model ----------------------------------------------------------------------------------------
+
+MIXES = {
+    "mam": pk.MAM(length=3, hidden=4, size=6),
+    "unipelt": pk.UniPELT(rank=2, length=3, hidden=4, reduction_factor=2),
+    "s4": pk.S4(budget=20.0),
+}
+mixes = pytest.mark.parametrize("key", MIXES)
+
+
+def mixed(key, family, dtype=torch.float32, config=None):
+    case = make(family, dtype)
+    if config is not None:
+        case.model.set_attn_implementation(config)
+    pk.attach(case.model, MIXES[key])
+    perturb(case.model)
+    return case
+
+
+@mixes
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+def test_a_hybrid_ignores_padding(key, family):
+    ignores_padding(family, MIXES[key])
+
+
+@mixes
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bart"])
+def test_cached_generation_equals_uncached(key, family):
+    """Greedy, with padding on the left, and by beams, whose caches are reordered."""
+    case = mixed(key, family)
+    inputs = {k: v for k, v in padded(case, 2, 0).items() if k in ("input_ids", "attention_mask")}
+    for how in ({}, {"num_beams": 3}):
+        settings = dict(
+            max_new_tokens=5, min_new_tokens=5, do_sample=False, output_scores=True, return_dict_in_generate=True
+        )
+        cached, whole = (case.model.generate(**inputs, **settings, **how, use_cache=use) for use in (True, False))
+        assert torch.equal(cached.sequences, whole.sequences)
+        for a, b in zip(cached.scores, whole.scores, strict=True):
+            finite = b.isfinite()
+            close(a[finite], b[finite])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_a_gated_prefix_is_that_of_the_paper(family, implementation):
+    """softmax(q [g P_k; k]^T) [g P_v; v] of the first layer, where g is of rows or, in decoders, of queries."""
+    case = make(family, torch.float64)
+    case.model.set_attn_implementation(implementation)
+    pk.attach(case.model, pk.Gated(pk.PrefixTuning(length=3, hidden=0)))
+    perturb(case.model)
+    tuner, name = {}, {"bert": "attention.self", "gpt2": "attn", "llama": "self_attn"}[family]
+    path, top = next(tuners(case.model, "default"))
+    tuner, module = top, next(m for n, m in case.model.named_modules() if n.endswith(f".0.{name}"))
+    seen = {}
+    source = case.model.get_submodule(path)
+    source.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.update(x=args[0] if args else kwargs["hidden_states"], kwargs=kwargs),
+        with_kwargs=True,
+    )
+    output = {"bert": "output.dense", "gpt2": "c_proj", "llama": "o_proj"}[family]
+    source.get_submodule(output).register_forward_pre_hook(lambda _, args: seen.update(out=args[0]))
+    case.call(case.model)
+    x = seen["x"]
+    if family == "gpt2":
+        q, k, v = module.c_attn(x).chunk(3, dim=-1)
+    else:
+        q, k, v = (
+            getattr(module, n)(x)
+            for n in (("query", "key", "value") if family == "bert" else ("q_proj", "k_proj", "v_proj"))
+        )
+    gate = torch.sigmoid(x @ tuner.w + tuner.b)[..., None]  # [B, S, 1]
+    d, causal = 8, family != "bert"
+    gate = gate if causal else gate.mean(1, keepdim=True).expand(-1, 7, 1)
+    q, k, v = (t.unflatten(-1, (-1, d)).transpose(1, 2) for t in (q, k, v))  # [B, heads, S, d]
+    if family == "llama":
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        q, k = apply_rotary_pos_emb(q, k, *seen["kwargs"]["position_embeddings"])
+    p_k, p_v = (p.unflatten(-1, (-1, d)).transpose(0, 1)[None] for p in (tuner.inner.k, tuner.inner.v))
+    k, v, p_k, p_v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v, p_k, p_v))
+    g = gate[:, None]
+    front, own = g * (q @ p_k.mT), q @ k.mT
+    if causal:
+        own = own.masked_fill(torch.ones(7, 7, dtype=torch.bool).triu(1), -torch.inf)
+    weights = (torch.cat([front, own], -1) / d**0.5).softmax(-1)
+    expected = g * (weights[..., :3] @ p_v) + weights[..., 3:] @ v
+    close(seen["out"], expected.transpose(1, 2).flatten(2), torch.float64)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_eject_leaves_every_bit(family, tmp_path):
+    for key in ("mam", "unipelt"):
+        case = mixed(key, family)
+        expected, before = case.call(case.model), pk.counts(case.model).stored
+        pk.PrefixTuning.eject(case.model)
+        assert torch.equal(case.call(case.model), expected) and pk.counts(case.model).stored < before
+        fresh = make(family)
+        pk.load(fresh.model, pk.save(case.model, tmp_path / key))
+        assert torch.equal(fresh.call(fresh.model), expected)
+
+
+def test_a_merge_says_which_parts_cannot_be_merged():
+    for method, words in (
+        (pk.MAM(length=3, hidden=4, size=6), "; of its parts prefix, parallel cannot$"),
+        (MIXES["unipelt"], r"; of its parts gated\(lora\), gated\(prefix\), gated\(pfeiffer\) cannot$"),
+        (
+            pk.Union(pk.LoRA(rank=2), pk.Pfeiffer()),
+            "; of its parts pfeiffer cannot and lora could, as an adapter of their own$",
+        ),
+        (pk.Pfeiffer(), "it cannot be merged$"),
+    ):
+        case = make("bert")
+        pk.attach(case.model, method, train=("head",))
+        with pytest.raises(RuntimeError, match=words):
+            pk.merge(case.model)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+@pytest.mark.parametrize("other", [pk.LoRA(rank=2), pk.PrefixTuning(length=3, hidden=4)], ids=["lora", "prefix"])
+def test_compacter_beside_others(other, family, tmp_path):
+    """One adapter: the effects of both, a file of both, and nothing left of either."""
+    case = make(family)
+    plain = case.call(case.model)
+    for method, name in ((pk.Compacter(n=2, reduction_factor=2), "a"), (other, "b")):
+        pk.attach(case.model, method, name=name)
+        perturb(case.model, name)
+    expected, counted = case.call(case.model), pk.counts(case.model).trainable
+    both = make(family)
+    pk.attach(both.model, pk.Union(pk.Compacter(n=2, reduction_factor=2), other))
+    assert pk.counts(both.model).trainable == counted
+    for path, top in tuners(both.model, "default"):
+        single = [dict(tuners(case.model, name)).get(path) for name in "ab"]
+        own = list(top.children()) if type(top).__name__ == "Stack" else [top]
+        for t, source in zip(own, [s for s in single if s is not None], strict=True):
+            t.load_state_dict(source.state_dict())
+    close(both.call(both.model), expected)
+    fresh = make(family)
+    pk.load(fresh.model, pk.save(both.model, tmp_path / "both"))
+    close(fresh.call(fresh.model), expected)
+    pk.detach(fresh.model)
+    assert torch.equal(fresh.call(fresh.model), plain)
