@@ -185,10 +185,10 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
         p.requires_grad_(False)
     for site, tuner in built:
         _swap(site).tuners[name] = tuner.train(site.module.training)
-    for site, (what, *source) in sources:
-        tap(source[0], site.key(what), *source[1:])
+    for site, source in sources:
+        tap(source.module, site.key(source.what), source.output, source.argument)
         top = adapters_of(site.module).tuners[name]  # type: ignore[union-attr]  # swapped above
-        top.taps = (*top.taps, site.key(what))
+        top.taps = (*top.taps, site.key(source.what))
     lend(state.lent, name, loans)
     state.adapters[name] = adapter
     state.active.append(name)

@@ -164,7 +164,8 @@ def _parts(model: nn.Module, name: str) -> str:
         return ""
     inside = [t for _, top in tuners(model, name) for t in top.modules() if isinstance(t, Tuner) and t.part is not None]
     lost = {t.part for t in inside if not t.mergeable}
-    keys = [f"{m.key}({m.inner.key})" if isinstance(getattr(m, "inner", None), Method) else m.key for m in parts]
+    inner = [getattr(m, "inner", None) for m in parts]
+    keys = [f"{m.key}({i.key})" if isinstance(i, Method) else m.key for m, i in zip(parts, inner, strict=True)]
     can, cannot = (", ".join(dict.fromkeys(k for i, k in enumerate(keys) if (i in lost) == no)) for no in (False, True))
     return f"; of its parts {cannot} cannot" + (f" and {can} could, as an adapter of their own" if can else "")
 
