@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .method import Tuner, as_matrix, promoted
 from .packed import Packed, stand_in, unpacked
 from .rows import Key, routing
-from .taps import forget, seen
+from .taps import forget, renote, seen
 
 
 def matches(path: str, pattern: str) -> bool:
@@ -173,6 +173,8 @@ class Site:
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The frozen module itself."""
+        if self.module._forward_pre_hooks:
+            renote(self.module, args, kwargs)
         if self.lifted is not None:
             return self.lifted(*args, **kwargs)
         return base_class(self.module).forward(self.module, *args, **kwargs)

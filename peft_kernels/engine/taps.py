@@ -65,6 +65,13 @@ def tap(module: nn.Module, key: str, output: bool = False, argument: str = "") -
         module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
+def renote(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """The module runs on these arguments without its hooks, perhaps for a second time: its ArgumentTaps see them."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, ArgumentTap):
+            hook(module, args, kwargs)
+
+
 def untap(module: nn.Module, keys: set[str]) -> None:
     """Removes the taps with these keys."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):

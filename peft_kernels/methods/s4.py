@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..engine.method import Method, Part
-from ..engine.recipe import at
+from ..engine.recipe import as_parts, at
 from ..engine.roles import layer_of, resolve
 from ..engine.site import Site, base_numbers
 from ._hybrid import Placed
@@ -46,6 +46,8 @@ class S4(Placed, roles=(), lr=1e-3, tiny={"budget": 20.0}, kinds=None, family="h
         super().__post_init__()
         if self.budget <= 0:
             raise ValueError(f"S4 budget = {self.budget}; expected a percentage above 0")
+        if self.members:
+            object.__setattr__(self, "members", as_parts(self.members))
 
     def parts(self) -> tuple[Part, ...]:
         if not self.members:
