@@ -28,6 +28,8 @@ from .methods import (
     IPT,
     LST,
     LTSFT,
+    MAM,
+    S4,
     SAID,
     SVD,
     AdaMix,
@@ -64,6 +66,7 @@ from .methods import (
     StructuredPruning,
     TopLayers,
     Union,
+    UniPELT,
     methods,
 )
 from .methods._phm import PHMLinear
@@ -78,6 +81,8 @@ __all__ = [
     "IPT",
     "LST",
     "LTSFT",
+    "MAM",
+    "S4",
     "SAID",
     "SVD",
     "AdapterBank",
@@ -128,6 +133,7 @@ __all__ = [
     "StructuredPruning",
     "TopLayers",
     "Tuner",
+    "UniPELT",
     "Union",
     "__version__",
     "active",

@@ -296,7 +296,7 @@ OTHER_VALUES = {
     },
     "far": {"ratio": 0.6, "prime": 0.5},
     "fishmask": {"keep_ratio": 0.4, "pattern": "1:4", "expected": True, "samples": 1, "count_head": False},
-    "gated": {"inner": pk.LoRA(rank=3)},
+    "gated": {"inner": pk.LoRA(rank=3), "reads": "output"},
     "union": {"members": [pk.LoRA(rank=1)]},
     "dora": _LORA,
     "houlsby": {**_BOTTLENECK, "norms": False},
@@ -322,6 +322,7 @@ OTHER_VALUES = {
     "lora": _LORA,
     "lst": {"reduction": 4, "drop": 0, "keep": (0,), "temperature": 1.0, "init": "random"},
     "ltsft": {"keep_ratio": 0.4, "pattern": "1:4", "prime": 0.3, "l1": 100.0},
+    "mam": {"length": 4, "hidden": 0, "size": 3, "scale": 3.0},
     "magnitude": {
         "keep_ratio": 0.4,
         "pattern": "1:4",
@@ -357,6 +358,7 @@ OTHER_VALUES = {
         "quantization_aware": False,
     },
     "random": {"keep_ratio": 0.4, "pattern": "1:4"},
+    "s4": {"budget": 12.0, "members": [pk.LoRA(rank=2)]},
     "said": {"d": 500, "structure_aware": False, "compat_grad_scale": True},
     "sparseadapter": {
         **_BOTTLENECK,
@@ -378,6 +380,7 @@ OTHER_VALUES = {
     "structured": {"neurons": 0.25, "heads": 1.0, "score": "gradient", "scope": "global"},
     "svd": {"rank": 3, "energy": 0.5, "form": "kron", "factor": 2},
     "toplayers": {"n": 2},
+    "unipelt": {"rank": 1, "length": 4, "hidden": 0, "reduction_factor": 4},
 }
 # (method, field) -> other fields with which alone it is read
 BESIDE = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -137,7 +137,8 @@ def attach(
     targets = method.roles if targets is None else words(targets)
     if not targets and method.roles:
         raise ValueError("targets is empty; expected roles or globs over module paths")
-    parts = [Part(method, targets, words(exclude), numbers(layers))]
+    part = Part(method, targets, words(exclude), numbers(layers))
+    parts = [replace(part, method=method.solved(model, part))]
     if train := words(train):
         parts.append(Part(method_of("head")(), train))
     return attach_parts(model, name, Adapter(parts, seed))
@@ -185,10 +186,10 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter, *, filled: bool 
         p.requires_grad_(False)
     for site, tuner in built:
         _swap(site).tuners[name] = tuner.train(site.module.training)
-    for site, (what, source, output) in sources:
-        tap(source, site.key(what), output)
+    for site, source in sources:
+        tap(source.module, site.key(source.what), source.output, source.argument)
         top = adapters_of(site.module).tuners[name]  # type: ignore[union-attr]  # swapped above
-        top.taps = (*top.taps, site.key(what))
+        top.taps = (*top.taps, site.key(source.what))
     lend(state.lent, name, loans)
     state.adapters[name] = adapter
     state.active.append(name)

@@ -23,6 +23,7 @@ from .lora import LoRA
 from .lst import LST
 from .ltsft import LTSFT
 from .magnitude import MagnitudePruning
+from .mam import MAM
 from .movement import MovementPruning
 from .parallel import ParallelAdapter
 from .pfeiffer import Pfeiffer
@@ -31,6 +32,7 @@ from .prompt import PromptTuning
 from .ptuning import PTuning
 from .qlora import QLoRA
 from .random import RandomMask
+from .s4 import S4
 from .said import SAID
 from .sparseadapter import SparseAdapter
 from .spot import SPoT
@@ -38,6 +40,7 @@ from .structured import StructuredPruning
 from .svd import SVD
 from .toplayers import TopLayers
 from .union import ByLayer, Union
+from .unipelt import UniPELT
 
 __all__ = [
     "FAR",
@@ -45,6 +48,8 @@ __all__ = [
     "IPT",
     "LST",
     "LTSFT",
+    "MAM",
+    "S4",
     "SAID",
     "SVD",
     "AdaMix",
@@ -80,6 +85,7 @@ __all__ = [
     "SparseAdapter",
     "StructuredPruning",
     "TopLayers",
+    "UniPELT",
     "Union",
     "methods",
 ]
