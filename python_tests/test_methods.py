@@ -1,9 +1,13 @@
 """The laws of every method on every family: what the engine promises of a method, whatever it computes."""
 
+import ast
 import copy
 import dataclasses
+import inspect
 import io
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +30,7 @@ import peft_kernels as pk
 from peft_kernels.engine.attach import tuners
 from peft_kernels.engine.life import trained
 from peft_kernels.engine.site import base_parameters, base_values
+from peft_kernels.ops._op import Op, recording
 
 grid = pytest.mark.parametrize(("key", "family"), over(EVERY))
 every_method = pytest.mark.parametrize("key", METHODS)
@@ -402,6 +407,47 @@ def test_method_goes_through_json(key):
     assert dataclasses.is_dataclass(cfg)
     with pytest.raises(dataclasses.FrozenInstanceError):
         cfg.rank = 1
+
+
+def reached(module, seen):
+    """The csrc folders of the ops that a module of methods calls, itself or by what it imports from its package."""
+    if module in seen:
+        return set()
+    seen.add(module)
+    found = set()
+    for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ops":
+            home = vars(inspect.getmodule(getattr(pk.ops, node.attr)))
+            found |= {op.family for op in home.values() if isinstance(op, Op)}
+        elif isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+            found |= reached(sys.modules[f"peft_kernels.methods.{node.module}"], seen)
+        elif isinstance(node, ast.ImportFrom) and node.module is None and "quant" in [a.name for a in node.names]:
+            found |= {"nf4"}
+    return found
+
+
+OPS = pk.ops.all_ops()
+
+
+@every_method
+def test_the_kernels_of_a_method_are_those_that_it_runs_on(key):
+    cls = METHODS[key]
+    assert set(cls.kernel) <= {op.family for op in OPS.values()}
+    assert set(cls.kernel) <= reached(sys.modules[cls.__module__], set())
+    if not cls.roles:  # those of its members
+        return
+    with recording() as choices:
+        case = attached(key, "bert")
+        case.model.train()
+        case.loss(case.model).backward()
+    assert {OPS[choice["op"]].family for choice in choices} <= set(cls.kernel)
+
+
+def test_a_method_needs_a_family():
+    with pytest.raises(ValueError, match="class Odd has family = 'odd'; expected one of additive, selective"):
+
+        class Odd(pk.Method, roles=("q",), lr=1e-3, tiny={}, family="odd"):
+            pass
 
 
 def values(model):

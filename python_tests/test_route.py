@@ -387,7 +387,7 @@ def test_what_has_no_rows_is_refused():
 
 
 @dataclass(frozen=True)
-class Twice(pk.Method, roles=("ffn",), lr=1e-3, tiny={}, kinds=("module",)):
+class Twice(pk.Method, roles=("ffn",), lr=1e-3, tiny={}, family="additive", kinds=("module",)):
     """A sublayer of (1 + c) x."""
 
 

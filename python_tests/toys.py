@@ -13,7 +13,7 @@ from peft_kernels.engine import method as registry
 
 
 @dataclass(frozen=True)
-class Toy(pk.Method, roles=("q",), lr=1e-2, tiny={}):
+class Toy(pk.Method, roles=("q",), lr=1e-2, tiny={}, family="additive"):
     """Adds a learned vector to the output, of which the second phase keeps the larger half beside a new one."""
 
     penalty: float = 0.0
@@ -68,7 +68,7 @@ class ToyTuner(pk.Tuner, method=Toy):
 
 
 @dataclass(frozen=True)
-class Watch(pk.Method, roles=("q",), lr=1e-3, tiny={}):
+class Watch(pk.Method, roles=("q",), lr=1e-3, tiny={}, family="additive"):
     """Watches the weight and bias of its site."""
 
     view: bool = False
@@ -92,7 +92,7 @@ class WatchTuner(pk.Tuner, method=Watch):
 
 
 @dataclass(frozen=True)
-class Observe(pk.Method, roles=("q",), lr=1e-3, tiny={}):
+class Observe(pk.Method, roles=("q",), lr=1e-3, tiny={}, family="additive"):
     """Sums the squares of the gradient of its weight over rows, from what it observes."""
 
     expected: bool = False
@@ -126,7 +126,7 @@ class ObserveTuner(pk.Tuner, method=Observe):
 
 
 @dataclass(frozen=True)
-class Beside(pk.Method, roles=("ffn",), lr=1e-3, tiny={}, kinds=("span", "module")):
+class Beside(pk.Method, roles=("ffn",), lr=1e-3, tiny={}, family="additive", kinds=("span", "module")):
     """y + x A: a linear path around a sublayer, from its input to its output."""
 
 
@@ -141,7 +141,7 @@ class BesideTuner(pk.Tuner, method=Beside):
 
 
 @dataclass(frozen=True)
-class Onto(pk.Method, roles=("o", "down"), lr=1e-3, tiny={}):
+class Onto(pk.Method, roles=("o", "down"), lr=1e-3, tiny={}, family="additive"):
     """y + c r, with the residual r of the sublayer."""
 
 

@@ -16,6 +16,8 @@ from .rows import Routing, by_rows
 if TYPE_CHECKING:
     from .site import Base, Site
 
+FAMILIES = ("additive", "selective", "reparametrised", "hybrid")  # Lialin et al. 2023, arXiv:2303.15647
+
 _registry: dict[str, type[Method]] = {}
 
 
@@ -60,11 +62,14 @@ class Method:
     """A parameter-efficient method: a frozen dataclass whose fields are its hyper-parameters.
 
     Subclass keywords: `roles` (default targets), `lr` (a sensible learning rate), `tiny` (fields for tests on small
-    models), `key` (registry key; default the class name in lower case), `kinds` (of sites it can tune; None: any).
+    models), `family` (one of FAMILIES), `kernel` (the folders of csrc whose ops it runs on, as words; none: plain
+    torch), `key` (registry key; default the class name in lower case), `kinds` (of sites it can tune; None: any).
     Without `roles` the class is an abstract one and not registered.
     """
 
     key: ClassVar[str]
+    family: ClassVar[str]
+    kernel: ClassVar[tuple[str, ...]]
     roles: ClassVar[tuple[str, ...]]
     lr: ClassVar[float]
     tiny: ClassVar[dict[str, Any]]
@@ -80,11 +85,16 @@ class Method:
         roles: tuple[str, ...] | None = None,
         lr: float = math.nan,
         tiny: dict[str, Any] | None = None,
+        family: str = "",
+        kernel: str = "",
         key: str | None = None,
         kinds: tuple[str, ...] | None = ("linear",),
     ):
         if roles is None or tiny is None:
             return
+        if family not in FAMILIES:
+            raise ValueError(f"class {cls.__name__} has family = {family!r}; expected one of {', '.join(FAMILIES)}")
+        cls.family, cls.kernel = family, tuple(kernel.split())
         cls.key, cls.roles, cls.lr, cls.tiny, cls.kinds = key or cls.__name__.lower(), roles, lr, tiny, kinds
         _registry[cls.key] = cls
 

@@ -26,7 +26,9 @@ from ._bottleneck import Bottleneck, Bottlenecked
 
 
 @dataclass(frozen=True)
-class AdaMix(Bottlenecked, roles=("down",), lr=3e-4, tiny={"size": 4, "experts": 3}):
+class AdaMix(
+    Bottlenecked, roles=("down",), lr=3e-4, tiny={"size": 4, "experts": 3}, family="additive", kernel="bottleneck"
+):
     """Adapters after each feed-forward layer, drawn from a mixture and averaged. Wang et al. 2022, arXiv:2205.12410.
 
     A training step runs the model twice where consistency is not 0 and there is a choice of classes to predict; the

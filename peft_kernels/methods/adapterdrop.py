@@ -25,7 +25,9 @@ from .pfeiffer import Pfeiffer, PfeifferTuner
 
 
 @dataclass(frozen=True)
-class AdapterDrop(Pfeiffer, roles=("down",), lr=1e-3, tiny={"reduction_factor": 2, "drop": 1}):
+class AdapterDrop(
+    Pfeiffer, roles=("down",), lr=1e-3, tiny={"reduction_factor": 2, "drop": 1}, family="additive", kernel="bottleneck"
+):
     """Pfeiffer's adapters, none in the lowest layers, those of a decoder too. Rücklé et al. 2021, arXiv:2010.11918.
 
     With random=True all layers have one, and a number of the lowest that is drawn anew for each step of `pk.fit` or

@@ -17,7 +17,9 @@ _EPS = 1e-5
 
 
 @dataclass(frozen=True)
-class AdapterL(Bottlenecked, roles=("down",), lr=1e-3, tiny={"reduction_factor": 2}):
+class AdapterL(
+    Bottlenecked, roles=("down",), lr=1e-3, tiny={"reduction_factor": 2}, family="additive", kernel="bottleneck"
+):
     """A LayerNorm and a bottleneck after each feed-forward layer. Lin et al. 2020, arXiv:2004.03829.
 
     The LayerNorm is the adapter's own and starts as (1, 0). Not mergeable.

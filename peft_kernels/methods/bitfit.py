@@ -12,7 +12,7 @@ from ..engine.site import Base, Site
 
 
 @dataclass(frozen=True)
-class BitFit(Method, roles=("*",), lr=1e-3, tiny={}):
+class BitFit(Method, roles=("*",), lr=1e-3, tiny={}, family="selective"):
     """Tunes every bias (linear, convolution and LayerNorm). Ben Zaken et al. 2021, arXiv:2106.10199.
 
     A model without any bias (Llama, T5) gets new ones, zero at first, on its linear layers; so does an embedding that

@@ -27,7 +27,9 @@ _LR = 3e-3
 
 
 @dataclass(frozen=True)
-class Compacter(Method, roles=("o", "down"), lr=_LR, tiny={"n": 2, "reduction_factor": 2}):
+class Compacter(
+    Method, roles=("o", "down"), lr=_LR, tiny={"n": 2, "reduction_factor": 2}, family="hybrid", kernel="bottleneck kron"
+):
     """Hypercomplex adapters after attention and feed-forward. Mahabadi et al. 2021, arXiv:2106.04647.
 
     The default targets are those of self-attention; "cross.o" adds cross-attention. The A of all adapters is one
@@ -70,7 +72,9 @@ class Compacter(Method, roles=("o", "down"), lr=_LR, tiny={"n": 2, "reduction_fa
 
 
 @dataclass(frozen=True)
-class CompacterPP(Compacter, roles=("down",), lr=_LR, tiny={"n": 2, "reduction_factor": 2}):
+class CompacterPP(
+    Compacter, roles=("down",), lr=_LR, tiny={"n": 2, "reduction_factor": 2}, family="hybrid", kernel="bottleneck kron"
+):
     """Compacter++: hypercomplex adapters after the feed-forward layers alone. Mahabadi et al. 2021, arXiv:2106.04647.
 
     Otherwise as Compacter.

@@ -28,7 +28,9 @@ from ._sparse import SparseTuner
 
 
 @dataclass(frozen=True)
-class DiffPruning(Masked, roles=("*",), lr=1e-5, tiny={"keep_ratio": 0.2, "alpha": 0.5}):
+class DiffPruning(
+    Masked, roles=("*",), lr=1e-5, tiny={"keep_ratio": 0.2, "alpha": 0.5}, family="selective", kernel="sparse"
+):
     """A sparse change of the weights, found by learned gates. Guo et al. 2021, arXiv:2012.07463.
 
     Until its second phase it trains two numbers for each targeted weight, a change and a gate, which with their

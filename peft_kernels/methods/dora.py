@@ -32,7 +32,9 @@ _BLOCK = 2**22  # numbers of a 16-bit weight that are widened at a time
 
 
 @dataclass(frozen=True)
-class DoRA(LoRA, roles=("q", "v"), lr=1e-3, tiny={"rank": 2, "dropout": 0.25}):
+class DoRA(
+    LoRA, roles=("q", "v"), lr=1e-3, tiny={"rank": 2, "dropout": 0.25}, family="reparametrised", kernel="lora rescale"
+):
     """LoRA on the directions of the rows, with learned row norms. Liu et al. 2024, arXiv:2402.09353.
 
     Fields are LoRA's. dropout is of the input of A alone; the authors' code drops that of the frozen path as well.

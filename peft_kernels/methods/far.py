@@ -23,7 +23,9 @@ _PANEL = 256  # rows of a gradient that exist at a time while nodes are scored
 
 
 @dataclass(frozen=True)
-class FAR(Method, roles=("up", "gate", "down"), lr=5e-4, tiny={"ratio": 0.3, "prime": 0.0}):
+class FAR(
+    Method, roles=("up", "gate", "down"), lr=5e-4, tiny={"ratio": 0.3, "prime": 0.0}, family="selective", kernel="split"
+):
     """Trains the output nodes of feed-forward layers that change most. Vucetic et al. 2022, arXiv:2205.01541.
 
     The first phase trains a dense fp32 copy of the change of every targeted weight: as much memory as full fine-tuning

@@ -22,7 +22,7 @@ from ._select import FREE, Masked, best, kept
 
 
 @dataclass(frozen=True)
-class FishMask(Masked, roles=("*",), lr=2e-3, tiny={"keep_ratio": 0.2}):
+class FishMask(Masked, roles=("*",), lr=2e-3, tiny={"keep_ratio": 0.2}, family="selective", kernel="sparse"):
     """Tunes the numbers with the largest Fisher information. Sung et al. 2021, arXiv:2111.09839.
 
     `pk.calibrate(model, batches)` chooses them, the best of all targeted weights together; `tune` calls it by itself.

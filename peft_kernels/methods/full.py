@@ -8,12 +8,12 @@ from ..engine.method import Method, Replica
 
 
 @dataclass(frozen=True)
-class FullTuning(Method, roles=("model",), lr=2e-4, tiny={}, key="full", kinds=None):
+class FullTuning(Method, roles=("model",), lr=2e-4, tiny={}, key="full", kinds=None, family="selective"):
     """Every number of the model is trained: the yardstick of all other methods."""
 
 
 @dataclass(frozen=True)
-class Head(Method, roles=("head",), lr=5e-3, tiny={}, kinds=None):
+class Head(Method, roles=("head",), lr=5e-3, tiny={}, kinds=None, family="selective"):
     """Only the task head is trained: a linear probe when the head is linear."""
 
 

@@ -16,7 +16,9 @@ from .lora import LoRA
 
 
 @dataclass(frozen=True)
-class Gated(Method, roles=(), lr=2e-3, tiny={"inner": LoRA(rank=2)}, kinds=("linear", "span", "module")):
+class Gated(
+    Method, roles=(), lr=2e-3, tiny={"inner": LoRA(rank=2)}, kinds=("linear", "span", "module"), family="hybrid"
+):
     """A method scaled by a learned gate, one number per row of the batch. Mao et al. 2021, arXiv:2110.07577.
 
     y + g (tuned - y) with g = mean over the sequence of sigmoid(w x + b), padding included. The gate depends on the

@@ -18,7 +18,9 @@ from ._norms import with_norms
 
 
 @dataclass(frozen=True)
-class Houlsby(Bottlenecked, roles=("o", "down"), lr=1e-3, tiny={"reduction_factor": 2}):
+class Houlsby(
+    Bottlenecked, roles=("o", "down"), lr=1e-3, tiny={"reduction_factor": 2}, family="additive", kernel="bottleneck"
+):
     """Bottleneck adapters after attention and after the feed-forward layer. Houlsby et al. 2019, arXiv:1902.00751.
 
     The default targets are those of self-attention; "cross.o" adds cross-attention. With norms=True all LayerNorms are

@@ -13,7 +13,7 @@ from ..engine.site import Base, Site
 
 
 @dataclass(frozen=True)
-class IA3(Method, roles=("k", "v", "down"), lr=3e-3, tiny={}):
+class IA3(Method, roles=("k", "v", "down"), lr=3e-3, tiny={}, family="additive", kernel="rescale"):
     """Learned rescaling of keys, values and feed-forward units; merges exactly. Liu et al. 2022, arXiv:2205.05638."""
 
     # Roles or globs of the layers whose input is rescaled (the hidden units); elsewhere the output is.

@@ -29,7 +29,9 @@ INITS = ("kaiming", "nearest")
 
 
 @dataclass(frozen=True)
-class KronA(Method, roles=("q", "v"), lr=2e-2, tiny={}, kinds=("linear", "conv")):
+class KronA(
+    Method, roles=("q", "v"), lr=2e-2, tiny={}, kinds=("linear", "conv"), family="reparametrised", kernel="kron"
+):
     """A Kronecker product is added to each weight. Edalati et al. 2022, arXiv:2212.10650.
 
     B is zero at first, so that the model starts as it was.
@@ -51,7 +53,16 @@ class KronA(Method, roles=("q", "v"), lr=2e-2, tiny={}, kinds=("linear", "conv")
 
 
 @dataclass(frozen=True)
-class KronARes(Method, roles=("ffn",), lr=2e-2, tiny={}, key="krona_res", kinds=("span", "module")):
+class KronARes(
+    Method,
+    roles=("ffn",),
+    lr=2e-2,
+    tiny={},
+    key="krona_res",
+    kinds=("span", "module"),
+    family="reparametrised",
+    kernel="kron rescale",
+):
     """A Kronecker product beside each feed-forward layer, and a residual. Edalati et al. 2022, arXiv:2212.10650.
 
     y = FFN(x) + s (A kron B) x + s_res x, with s_res learned from zero; B is zero at first, so that the model starts as

@@ -8,7 +8,7 @@ from ..engine.method import Method, Replica
 
 
 @dataclass(frozen=True)
-class LayerType(Method, roles=("norm",), lr=1e-3, tiny={}, kinds=None):
+class LayerType(Method, roles=("norm",), lr=1e-3, tiny={}, kinds=None, family="selective"):
     """Every module of given types is trained whole: LayerNorm only (Qi et al. 2022, arXiv:2211.08682), cross-attention.
 
     types=("cross.attn",) is Gheini et al. 2021, arXiv:2104.08771. The types are this method's default targets, so

@@ -21,7 +21,7 @@ from ._select import FREE, Masked, best, kept
 
 
 @dataclass(frozen=True)
-class LeTS(Masked, roles=("*",), lr=2e-3, tiny={"keep_ratio": 0.2}):
+class LeTS(Masked, roles=("*",), lr=2e-3, tiny={"keep_ratio": 0.2}, family="selective", kernel="sparse"):
     """A sparse change of the upper blocks, chosen before training; tasks share what lies below. Fu et al. 2021, ICML.
 
     `pk.calibrate(model, batches)` chooses it; `tune` calls it by itself. Which blocks are changed is given, not

@@ -37,6 +37,8 @@ class LoKr(
     lr=2e-2,
     tiny={"rank": 1, "decompose_both": True, "rank_dropout": 0.25},
     kinds=("linear", "conv"),
+    family="reparametrised",
+    kernel="kron rescale",
 ):
     """A Kronecker product of low-rank factors is added to each weight. Yeh et al. 2023, arXiv:2309.14859.
 

@@ -27,6 +27,8 @@ class LoRA(
     lr=2e-3,
     tiny={"rank": 2, "dropout": 0.25},
     kinds=("linear", "conv", "embedding"),
+    family="reparametrised",
+    kernel="lora",
 ):
     """Low-rank update of linear layers, convolutions and embeddings. Hu et al. 2021, arXiv:2106.09685.
 

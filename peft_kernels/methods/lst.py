@@ -29,7 +29,7 @@ CACHE = "past_key_values"
 
 
 @dataclass(frozen=True)
-class LST(Method, roles=("stack",), lr=3e-3, tiny={"reduction": 2, "drop": 2}, kinds=None):
+class LST(Method, roles=("stack",), lr=3e-3, tiny={"reduction": 2, "drop": 2}, kinds=None, family="additive"):
     """A narrow network beside the frozen one, which is not differentiated. Sung et al. 2022, arXiv:2206.06522.
 
     One tuner for each stack of blocks. The side network is of the stack's own class, which must be one of transformers,

@@ -21,7 +21,7 @@ from ._sparse import SparseTuner
 
 
 @dataclass(frozen=True)
-class LTSFT(Masked, roles=("*",), lr=5e-4, tiny={"keep_ratio": 0.2}):
+class LTSFT(Masked, roles=("*",), lr=5e-4, tiny={"keep_ratio": 0.2}, family="selective", kernel="sparse"):
     """Tunes the numbers that change most in a full fine-tuning, from the start. Ansell et al. 2022, arXiv:2110.07560.
 
     The first phase trains a dense fp32 copy of the change of every targeted weight, with its gradient and optimizer

@@ -24,7 +24,7 @@ from ._select import kept
 
 
 @dataclass(frozen=True)
-class MagnitudePruning(Pruning, roles=("*",), lr=2e-4, tiny={}, key="magnitude"):
+class MagnitudePruning(Pruning, roles=("*",), lr=2e-4, tiny={}, key="magnitude", family="selective", kernel="sparse"):
     """The smallest weights become zero and the others are retrained. Han et al. 2015, arXiv:1506.02626.
 
     In one shot it prunes as soon as it is attached, and trains as many numbers as are kept. With the schedule "cubic"

@@ -27,7 +27,7 @@ _LEAST = 0.005  # of a weight matrix is kept, whatever the threshold
 
 
 @dataclass(frozen=True)
-class MovementPruning(Pruning, roles=("*",), lr=3e-5, tiny={}, key="movement"):
+class MovementPruning(Pruning, roles=("*",), lr=3e-5, tiny={}, key="movement", family="selective", kernel="sparse"):
     """Weights that training moves towards zero become zero. Sanh et al. 2020, arXiv:2005.07683.
 
     `pk.fit` prunes more after each step. It trains a dense copy of the targeted weights' changes and as many scores:

@@ -17,7 +17,14 @@ from ._bottleneck import Bottleneck, Bottlenecked
 
 @dataclass(frozen=True)
 class ParallelAdapter(
-    Bottlenecked, roles=("ffn",), lr=1e-3, tiny={"reduction_factor": 2}, key="parallel", kinds=("span", "module")
+    Bottlenecked,
+    roles=("ffn",),
+    lr=1e-3,
+    tiny={"reduction_factor": 2},
+    key="parallel",
+    kinds=("span", "module"),
+    family="additive",
+    kernel="bottleneck",
 ):
     """A scaled bottleneck adapter beside each feed-forward layer. He et al. 2022, arXiv:2110.04366.
 

@@ -21,7 +21,9 @@ from ._bottleneck import Bottleneck, Bottlenecked
 
 
 @dataclass(frozen=True)
-class Pfeiffer(Bottlenecked, roles=("down",), lr=1e-3, tiny={"reduction_factor": 2}):
+class Pfeiffer(
+    Bottlenecked, roles=("down",), lr=1e-3, tiny={"reduction_factor": 2}, family="additive", kernel="bottleneck"
+):
     """A bottleneck adapter after each feed-forward layer. Pfeiffer et al. 2021, arXiv:2005.00247.
 
     Its input has been through the residual addition and LayerNorm that follow, its output is added before them. Needs

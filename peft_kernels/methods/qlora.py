@@ -32,6 +32,8 @@ class QLoRA(
     lr=2e-3,
     tiny={"rank": 2, "dropout": 0.25, "double_quant": False, "quantization_aware": True},
     kinds=("linear",),
+    family="reparametrised",
+    kernel="lora nf4",
 ):
     """LoRA on a base in 4 bits. Dettmers et al. 2023, arXiv:2305.14314.
 

@@ -12,7 +12,9 @@ from ._sparse import SparseTuner
 
 
 @dataclass(frozen=True)
-class RandomMask(Masked, roles=("*",), lr=2e-3, tiny={"keep_ratio": 0.2}, key="random"):
+class RandomMask(
+    Masked, roles=("*",), lr=2e-3, tiny={"keep_ratio": 0.2}, key="random", family="selective", kernel="sparse"
+):
     """Tunes random numbers of each weight: what other masks are compared with. Sung et al. 2021, arXiv:2111.09839.
 
     They are drawn at attach, from its seed and the module's path, exactly round(keep_ratio * numbers) in each weight.

@@ -29,7 +29,15 @@ from ._shared import SharedTuner, share
 
 
 @dataclass(frozen=True)
-class SAID(Method, roles=("*",), lr=3e-2, tiny={"d": 300}, kinds=("linear", "conv", "norm", "embedding")):
+class SAID(
+    Method,
+    roles=("*",),
+    lr=3e-2,
+    tiny={"d": 300},
+    kinds=("linear", "conv", "norm", "embedding"),
+    family="reparametrised",
+    kernel="hadamard",
+):
     """Trains d numbers, spread over all weights by a random projection. Aghajanyan et al. 2020, arXiv:2012.13255.
 
     d and lr are those of the authors' released runs. RMSNorms stay as they are. Few numbers are trained and stored, but

@@ -35,15 +35,13 @@ from .pfeiffer import Pfeiffer
 
 PLACEMENTS: dict[str, type[Bottlenecked]] = {"pfeiffer": Pfeiffer, "houlsby": Houlsby, "parallel": ParallelAdapter}
 SCORES = ("random", "erk", "magnitude", "snip", "grasp", "synflow")
+_KINDS = ("linear", "span", "module")
+_TINY = {"reduction_factor": 2, "placement": "houlsby", "activation": "gelu"}
 
 
 @dataclass(frozen=True)
 class SparseAdapter(
-    Bottlenecked,
-    roles=("down",),
-    lr=1e-3,
-    tiny={"reduction_factor": 2, "placement": "houlsby", "activation": "gelu"},
-    kinds=("linear", "span", "module"),
+    Bottlenecked, roles=("down",), lr=1e-3, tiny=_TINY, kinds=_KINDS, family="hybrid", kernel="bottleneck sparse"
 ):
     """Adapters of which only the best numbers exist. He et al. 2022, arXiv:2210.04284.
 

@@ -27,7 +27,9 @@ _TINY = {"neurons": 0.5, "heads": 0.5, "score": "magnitude"}
 
 
 @dataclass(frozen=True)
-class StructuredPruning(Method, roles=("o", "down"), lr=1e-2, tiny=_TINY, key="structured"):
+class StructuredPruning(
+    Method, roles=("o", "down"), lr=1e-2, tiny=_TINY, key="structured", family="selective", kernel="rescale"
+):
     """Whole neurons and attention heads are pruned by score. Michel et al. 2019, arXiv:1905.10650.
 
     By gradient, `pk.calibrate(model, batches)` prunes, and `tune` calls it by itself; by magnitude, attaching does.

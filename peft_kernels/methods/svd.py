@@ -35,7 +35,15 @@ _ROLES = ("q", "k", "v", "o", "up", "gate", "down")
 
 
 @dataclass(frozen=True)
-class SVD(Method, roles=_ROLES, lr=3e-4, tiny={"rank": 2}, kinds=("linear", "conv", "embedding")):
+class SVD(
+    Method,
+    roles=_ROLES,
+    lr=3e-4,
+    tiny={"rank": 2},
+    kinds=("linear", "conv", "embedding"),
+    family="reparametrised",
+    kernel="kron",
+):
     """Each weight becomes a product of two thin factors, which are trained. Eckart & Young 1936, Psychometrika.
 
     Attaching computes the factors, in fp64; `pk.SVD.report(model)` says how far they are from each weight, and which

@@ -9,7 +9,7 @@ from ..engine.site import Site
 
 
 @dataclass(frozen=True)
-class TopLayers(Method, roles=("block",), lr=2e-4, tiny={"n": 1}, kinds=None):
+class TopLayers(Method, roles=("block",), lr=2e-4, tiny={"n": 1}, kinds=None, family="selective"):
     """The last n blocks are trained whole; no gradient is computed below them.
 
     The last in model order, so those of the decoder in an encoder-decoder model. ValueError at attach where the

@@ -12,7 +12,7 @@ from .lora import LoRA
 
 
 @dataclass(frozen=True, init=False)
-class Union(Recipe, roles=(), lr=2e-3, tiny={"members": (LoRA(rank=2), IA3())}, kinds=None):
+class Union(Recipe, roles=(), lr=2e-3, tiny={"members": (LoRA(rank=2), IA3())}, kinds=None, family="hybrid"):
     """Several methods as one adapter: pk.Union(pk.LoRA(), pk.IA3()). Where they meet they stack in this order.
 
     A member is a method, at its own targets or those given to attach, or pk.at(targets, method, layers=...).
@@ -28,7 +28,7 @@ class Union(Recipe, roles=(), lr=2e-3, tiny={"members": (LoRA(rank=2), IA3())}, 
 
 
 @dataclass(frozen=True, init=False)
-class ByLayer(Union, roles=(), lr=2e-3, tiny={"layers": {0: LoRA(rank=2), 1: IA3()}}, kinds=None):
+class ByLayer(Union, roles=(), lr=2e-3, tiny={"layers": {0: LoRA(rank=2), 1: IA3()}}, kinds=None, family="hybrid"):
     """Another method for each layer: pk.ByLayer({(0, 1): pk.LoRA(rank=4), -1: pk.IA3()})."""
 
     def __init__(
