@@ -63,6 +63,16 @@ def test_tune_reports_what_is_true(tuned):
         assert word in report.table(summary)
 
 
+@pytest.mark.parametrize("settings", [["init=labels"], ["init=text", "text=animal or food"]])
+def test_a_prompt_begins_with_words(settings, model_dir, data_file, tmp_path):
+    method = cli.method_from("prompt", ["length=3", *settings])
+    job = train.Job(str(model_dir), str(data_file), method, str(tmp_path / "out"), batch_size=8)
+    saved = train.tune(job, progress=False)["method"]
+    word = {name: i for i, name in enumerate(WORDS)}
+    assert saved["classes"] == ([[word["animal"]], [word["food"]]] if method.init == "labels" else [])
+    assert saved["tokens"] == ([word["animal"], word["[UNK]"], word["food"]] if method.init == "text" else [])
+
+
 def test_adapter_reloads_into_a_fresh_model(tuned, model_dir, data_file):
     summary, out = tuned
     data = read_data(str(data_file))

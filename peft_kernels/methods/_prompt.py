@@ -27,10 +27,13 @@ from ._prompted import (
     Filled,
     Memory,
     MemoryTuner,
+    check_positions,
     crosses,
     embeddings_of,
+    first_position,
     kept,
     takes_embeddings,
+    width_of,
 )
 from ._sequence import CACHE, indented, make_room, moved, numbered, rest, seen_by, shortened, take
 
@@ -85,7 +88,7 @@ class PromptTuner(Tuner):
         self.names = tuple(inspect.signature(site.module.forward).parameters)
         known = [m.is_causal for _, m in base_modules(site.module) if hasattr(m, "is_causal")]
         self.causal = any(known) if known else CACHE in self.names
-        self.first = getattr(getattr(site.module, "embeddings", None), "padding_idx", -1) + 1  # position of RoBERTa
+        self.first = first_position(site.module)
         self.mark = uuid.uuid4().hex
 
     def prompt(self) -> Tensor:
@@ -110,19 +113,19 @@ class PromptTuner(Tuner):
         if (types := given.get("token_type_ids")) is not None:
             given["token_type_ids"] = F.pad(types, (rows, 0))
         if rows:
+            check_positions(base.site, l, n)
             make_room(cache, l, n, getattr(module.config, "sliding_window", None))
         given["attention_mask"] = seen_by(mask, l, rows, self.causal, cache)
         x = self.place(x) if rows else x
-        queries: slice | Tensor = slice(rows, None)
-        keys: slice | Tensor = slice(l, None)
+        text: tuple[slice | Tensor, slice | Tensor] = (slice(rows, None), slice(l, None))  # as queries, as keys
         if rows and not self.causal and "position_ids" not in self.names and indented(mask):
             index = moved(mask, l, n)  # the distance of P to the text is part of the model
-            queries = keys = rest(mask, l, n)
+            text = (rest(mask, l, n),) * 2
             x = take(x, index, 1)
             given["attention_mask"] = take(given["attention_mask"], index, 1)
         out = base(**{**given, "input_ids": None, "inputs_embeds": x})
         self.enter_cache(getattr(out, CACHE, None) if cache is None else cache, rows, n)
-        return out if self.keep else shortened(out, queries, keys, getattr(module, "pooler", None))
+        return out if self.keep else shortened(out, *text, getattr(module, "pooler", None))
 
     def embedded(self, base: Base | RowBase, module: Any, given: dict[str, Any]) -> Tensor:
         """The embeddings [batch, n, width] that were given, or those of the tokens."""
@@ -198,9 +201,3 @@ class PromptTuner(Tuner):
             return by_rows(base, tuners, route, args, kwargs)
         padded = {number: cast(Tuner, Filled(tuner, longest)) for number, tuner in tuners.items()}
         return by_rows(cast(Base, Filled(base, longest)), padded, route, args, kwargs)
-
-
-def width_of(site: Site) -> int:
-    """Features of the embeddings that a module takes or makes."""
-    module: Any = site.module
-    return getattr(module.get_input_embeddings(), "embedding_dim", None) or module.config.hidden_size

@@ -17,6 +17,7 @@ from ..engine.taps import noted
 from ._sequence import filled, remembered
 
 STATES = "encoder_hidden_states"
+_TABLES = ("position_embeddings", "wpe", "embed_positions")
 
 
 class Filled:
@@ -55,6 +56,28 @@ def takes_embeddings(site: Site) -> bool:
     if "embeddings" not in site.module._modules:
         raise ValueError(f"{site.name or 'the model'} takes no embeddings and makes none; target the role backbone")
     return False
+
+
+def width_of(site: Site) -> int:
+    """Features of the embeddings that a module takes or makes."""
+    module: Any = site.module
+    return getattr(module.get_input_embeddings(), "embedding_dim", None) or module.config.hidden_size
+
+
+def first_position(module: nn.Module) -> int:
+    """The number of the first position: 0, or what RoBERTa's family begins with."""
+    return getattr(getattr(module, "embeddings", None), "padding_idx", -1) + 1
+
+
+def check_positions(site: Site, l: int, n: int) -> None:  # noqa: E741
+    """ValueError if a table of positions is too short for l rows of a prompt and n tokens."""
+    for path, m in base_modules(site.module):
+        if path.rpartition(".")[2] in _TABLES and isinstance(m, nn.Embedding):
+            most = m.num_embeddings - getattr(m, "offset", 0) - first_position(site.module)
+            if l + n > most:
+                raise ValueError(
+                    f"{site} has {most} positions, too few for {n} tokens behind a prompt of {l}; shorten one of them"
+                )
 
 
 def crosses(module: nn.Module) -> bool:

@@ -436,6 +436,15 @@ def test_one_line_errors():
         prompted("vit", init="vocabulary")
 
 
+@pytest.mark.parametrize(("family", "most"), [("bert", 16), ("gpt2", 16), ("opt", 16), ("bart", 16), ("roberta", 15)])
+def test_as_many_tokens_as_there_are_positions(family, most):
+    case = prompted(family, length=most - 7)
+    case.call(case.model)
+    case = prompted(family, length=most - 6)
+    with pytest.raises(ValueError, match=f"has {most} positions, too few for 7 tokens behind a prompt of {most - 6}"):
+        case.call(case.model)
+
+
 def test_words_become_tokens():
     def encode(text):
         return [len(word) for word in text.split()]
