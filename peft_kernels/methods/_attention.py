@@ -109,6 +109,8 @@ def attention(
         raise ValueError(f"a prefix does not work with {name} here; choose sdpa, eager or flash_attention_2")
     length, lead = sum(prefix.k.shape[1] for prefix in prefixes), 0
     if prefixes:
+        if "flash" in name:
+            _check_flash(name, key.shape[2] + length, kwargs)
         n, causal = query.shape[2], kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         if attention_mask is None and causal and n > 1 and name != "eager" and "flash" not in name:
@@ -131,6 +133,16 @@ def attention(
         seen = module if "flash" not in name else _Seen(module, config.true)
         out, weights = run(seen, query, key, value, attention_mask, **kwargs)
     return out[:, lead:], weights[..., length:] if isinstance(weights, Tensor) else weights
+
+
+def _check_flash(name: str, keys: int, kwargs: dict[str, Any]) -> None:
+    """ValueError for what flash attention gets beside a mask and would apply to the prefix too."""
+    window, position_ids = kwargs.get("sliding_window"), kwargs.pop("position_ids", None)
+    if window is not None and keys > window:
+        raise ValueError(f"{name} would slide its window of {window} over the prefix; choose sdpa or eager")
+    packed = position_ids is not None and len(position_ids) == 1 and bool((position_ids.diff() != 1).any())
+    if packed or kwargs.get("cu_seq_lens_q") is not None:
+        raise ValueError(f"{name} on packed sequences has no place for a prefix; choose sdpa or eager")
 
 
 class _Seen:
