@@ -242,12 +242,13 @@ def transformer(width: int, heads: int, layers: int, positions: int, causal: boo
     """A frozen GPT-2 or BERT of transformers that takes embeddings, with random weights."""
     import transformers
 
-    sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": 8, "attn_implementation": "sdpa"}
+    sizes: dict[str, Any] = {"num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": 8}
+    sizes |= {"bos_token_id": None, "eos_token_id": None, "attn_implementation": "sdpa"}
     if causal:
         config: Any = transformers.GPT2Config(n_embd=width, n_positions=positions, use_cache=False, **sizes)
         model: Any = transformers.GPT2Model(config)
     else:
-        rest = {"intermediate_size": 4 * width, "max_position_embeddings": positions}
+        rest: dict[str, Any] = {"intermediate_size": 4 * width, "max_position_embeddings": positions}
         config = transformers.BertConfig(hidden_size=width, **rest, **sizes)
         model = transformers.BertModel(config, add_pooling_layer=False)
     return model.eval().requires_grad_(False)
