@@ -52,7 +52,7 @@ GROUPS = {
     "Looking": "counts Counts explain",
     "Layers": "PHMLinear",
     "Kernels": "backend BackendError ops",
-    "Recipes": "methods at",
+    "Recipes": "methods at recipe",
     "Writing a method": "Method Tuner Phase Stats",
 }
 

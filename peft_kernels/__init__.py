@@ -63,6 +63,7 @@ from .methods import (
 from .methods._phm import PHMLinear
 from .ops import BackendError, backend
 from .quant import Footprint, Int8Linear, NF4Linear, footprint, quantize
+from .recipes import recipe
 from .shrink import shrink
 
 __all__ = [
@@ -139,6 +140,7 @@ __all__ = [
     "ops",
     "penalty",
     "quantize",
+    "recipe",
     "rename",
     "route",
     "save",

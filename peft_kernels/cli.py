@@ -188,7 +188,8 @@ def _add_method(parser: argparse.ArgumentParser, required: bool) -> None:
     from .methods import methods
 
     default = "" if required else "; default lora"
-    parser.add_argument("--method", required=required, metavar="NAME", help=f"one of {', '.join(methods())}{default}")
+    known = f"one of {', '.join(methods())}, or a recipe file (.yaml, .json){default}"
+    parser.add_argument("--method", required=required, metavar="NAME_OR_FILE", help=known)
     parser.add_argument(
         "--set",
         action="append",
@@ -203,10 +204,14 @@ def _add_method(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 def method_from(key: str, settings: Sequence[str]) -> Any:
-    """The method `key` with its fields set from "field=value" words; ValueError names the known methods or fields."""
-    from .engine.method import fields, method_of
+    """The method `key`, or that of a recipe file, with its fields set from "field=value" words.
 
-    cls = method_of(key)
+    ValueError names the known methods or fields.
+    """
+    from .engine.method import fields
+
+    given = _method_of(key)
+    cls: Any = given if isinstance(given, type) else type(given)
     hints = typing.get_type_hints(cls)
     known = [f.name for f in fields(cls)]
     values = {}
@@ -215,14 +220,24 @@ def method_from(key: str, settings: Sequence[str]) -> Any:
         if not equals:
             raise ValueError(f"--set {word}: expected field=value")
         if name not in known:
-            raise ValueError(f"--set {word}: {key} has no field {name!r}; it has {', '.join(known) or 'none'}")
+            raise ValueError(f"--set {word}: {cls.key} has no field {name!r}; it has {', '.join(known) or 'none'}")
         try:
             values[name] = parse(hints[name], text)
         except (ValueError, TypeError):  # of json and int too, whose text says less than the line below
             raise ValueError(f"--set {word}: expected {_shown(hints[name])}") from None
+    if cls is not given:
+        return dataclasses.replace(given, **values)
     if missing := [f.name for f in fields(cls) if f.name not in values and _required(f)]:
         raise ValueError(f"--method {key} needs --set {missing[0]}=..., {_shown(hints[missing[0]])} such as lora")
     return cls(**values)
+
+
+def _method_of(key: str) -> Any:
+    """The class of a method, or the method of a recipe file."""
+    from .engine.method import method_of
+    from .recipes import is_recipe, recipe
+
+    return recipe(key) if is_recipe(key) else method_of(key)
 
 
 def _required(field: dataclasses.Field) -> bool:
@@ -312,10 +327,10 @@ def _grid(args: argparse.Namespace) -> list[dict[str, str]]:
 
 def _job(args: argparse.Namespace, values: dict[str, str]) -> Any:
     """The train.Job of the arguments, with `values` in place of some fields of the method or of itself."""
-    from .engine.method import fields, method_of
+    from .engine.method import fields
     from .train import Job
 
-    hints, own = typing.get_type_hints(Job), {f.name for f in fields(method_of(args.method))}
+    hints, own = typing.get_type_hints(Job), {f.name for f in fields(_method_of(args.method))}
     words = {f.name: getattr(args, f.name) for f in dataclasses.fields(Job) if f.name != "method"}
     settings = list(args.set)
     for name, text in values.items():

@@ -26,7 +26,7 @@ FLOORS = {
         "explain": 3,
         "check": 3,
     },
-    **{"hf_trainer": 3, "hf": 4, "bank": 4, "mask": 4, "ranks": 4, "shrink": 4, "data": 4, "resume": 4},
+    **{"hf_trainer": 3, "hf": 4, "bank": 4, "mask": 4, "ranks": 4, "recipes": 4, "shrink": 4, "data": 4, "resume": 4},
     **{"standalone": 5, "convert": 5, "batches": 5},
     **{
         "bench": 5,

@@ -28,17 +28,19 @@ class Recipe(Method):
 
     def expand(self, part: Part) -> list[Part]:
         """Every part under the targets, excludes and layers given at attach; what a part says itself comes first."""
+        return [inner for own in self.placed(part) for inner in own.method.expand(own)]
+
+    def placed(self, part: Part) -> list[Part]:
+        """`parts`, each at the targets and in the layers that it is attached to."""
         return [
-            inner
-            for own in self.parts()
-            for inner in own.method.expand(
-                dataclasses.replace(
-                    own,
-                    targets=own.targets or part.targets or own.method.roles,
-                    exclude=(*own.exclude, *part.exclude),
-                    layers=part.layers if own.layers is None else own.layers,
-                )
+            dataclasses.replace(
+                own,
+                targets=own.targets or part.targets or own.method.roles,
+                exclude=(*own.exclude, *part.exclude),
+                layers=part.layers if own.layers is None else own.layers,
+                lines=own.lines or part.lines,
             )
+            for own in self.parts()
         ]
 
 
