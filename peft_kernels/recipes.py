@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import re
 import types
@@ -11,7 +10,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from .engine.method import Method, Part, method_of
+from .engine.method import Method, Part, fields, method_of, needed
+from .engine.text import shown
 from .methods import Union
 
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -115,12 +115,12 @@ class _Reader:
             cls: Any = method_of(named.value)
         except ValueError as error:
             raise self.wrong(named, error) from None
-        known, hints = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)
+        known, hints = [f.name for f in fields(cls)], typing.get_type_hints(cls)
         for name, (key, _) in entries.items():
             if name not in known:
                 raise self.wrong(key, f"unknown field {name!r} of {cls.__name__}; it has {', '.join(known) or 'none'}")
-        for name, field in known.items():
-            if name not in entries and field.default is field.default_factory is dataclasses.MISSING:
+        for name in needed(cls):
+            if name not in entries:
                 raise self.wrong(named, f"{cls.__name__} needs the field {name}")
         values = {name: self.value(node, hints[name], name) for name, (_, node) in entries.items()}
         try:
@@ -176,6 +176,5 @@ class _Reader:
             kinds = inner or (str, str)
             pairs = self.entries(node).values()
             return {self.value(k, kinds[0], name): self.value(v, kinds[1], name) for k, v in pairs}
-        shown = hint.__name__ if isinstance(hint, type) and not inner else str(hint).replace("typing.", "")
         given = repr(node.value) if scalar else {"mapping": "a mapping", "sequence": "a list"}[node.id]
-        raise self.wrong(node, f"{name} = {given}; expected {shown}")
+        raise self.wrong(node, f"{name} = {given}; expected {shown(hint)}")

@@ -199,6 +199,11 @@ def fields(method: Method | type[Method]) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(method)  # type: ignore[arg-type]  # every subclass is a dataclass
 
 
+def needed(method: type[Method]) -> list[str]:
+    """The fields that have no default."""
+    return [f.name for f in fields(method) if f.default is f.default_factory is dataclasses.MISSING]
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """A method with the targets it is attached to; empty targets are the method's own.
