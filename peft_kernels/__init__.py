@@ -15,6 +15,7 @@ from .engine.merge import MergeReport, merge, unmerge
 from .engine.method import Method, Phase, Stats, Tuner
 from .engine.recipe import at
 from .engine.route import checkpoint_context, route
+from .engine.search import search
 from .engine.store import load, save
 from .engine.trunk import shared_trunk
 from .explain import explain
@@ -52,6 +53,8 @@ from .methods import (
     MovementPruning,
     ParallelAdapter,
     Pfeiffer,
+    PrefixTuning,
+    PromptTuning,
     QLoRA,
     RandomMask,
     SparseAdapter,
@@ -109,7 +112,9 @@ __all__ = [
     "PHMLinear",
     "ParallelAdapter",
     "Pfeiffer",
+    "PrefixTuning",
     "Phase",
+    "PromptTuning",
     "QLoRA",
     "RandomMask",
     "Stats",
@@ -144,6 +149,7 @@ __all__ = [
     "rename",
     "route",
     "save",
+    "search",
     "set_active",
     "shared_trunk",
     "shrink",
