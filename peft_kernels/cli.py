@@ -544,7 +544,9 @@ def _overview(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
             own = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
             last = f"not on this model: {row['why']}" if row["why"] else f"({own}) {last}" if own else last
         lines.append((*cells, " ".join(row["roles"]) or "-", f"{row['lr']:g}", row["paper"] or "-", last))
-    return columns(lines)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    figures = range(4, len(header))  # are aligned to the right
+    return columns([tuple(c.rjust(widths[i]) if i in figures else c for i, c in enumerate(line)) for line in lines])
 
 
 def _details(row: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import inspect
 import json
-import math
 import os
 import re
 import textwrap
@@ -19,19 +18,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from .engine.attach import attach, detach, tuners
-from .engine.counts import Counts, counts
+from .engine.attach import active, attach, tuners
+from .engine.counts import counts
+from .engine.life import timeline
 from .engine.method import FAMILIES, Method, Part, Tuner, fields, method_of, methods, needed
 from .engine.recipe import Recipe
 from .engine.text import shown
-from .methods._select import Masked, kept
+from .methods._select import Masked, best, kept
 from .methods._sparse import SparseTuner
+from .methods.structured import StructuredPruning, StructuredTuner
 
-# Fields with which a method is counted that by default asks the values of weights; a model without them has none.
+# Fields with which a method is counted that by default asks the values of weights; here there are none.
 COUNTED: dict[str, dict[str, Any]] = {"svd": {"rank": 64}}
 # Of a row of a comparison: storage, memory, compute, accuracy, and the time of inference before and after a merge.
 AXES = ("bytes", "peak_bytes", "train_cpu_s", "accuracy", "inference_ratio", "merged_ratio")
-_COUNTS = ("trainable", "changed", "rank", "stored")
+COUNTS = ("trainable", "changed", "rank", "stored", "total")
+_STEPS = 100  # of the training whose phases are entered
 
 
 def overview(
@@ -42,8 +44,9 @@ def overview(
     key, class, family, kernel, roles, lr, fields: as the class says them.   summary: the first line of its docstring.
     what, paper: that line without the reference, and the reference, of arXiv its number.
     mergeable: None for a recipe that has no parts of its own.
-    model: attached to a copy of it, with its defaults, the method has these counts (trainable, changed, rank, stored,
-        total; settings: fields that are not the defaults). why: "" or why it has none. Values are not looked at.
+    model: on a copy of it, whose values are not looked at, the method has these counts: trainable (the most in one
+        phase of a training), changed, rank and stored (at its end; None where that takes values), total; settings:
+        fields that are not the defaults. why: "" or why it has none.
     log: comparison.json of `tune --method all`, whose figures are `measured`: AXES, or None, or {"failed": why}.
     ValueError on an unknown key and on another log.
     """
@@ -152,28 +155,50 @@ def field_comments(cls: type) -> dict[str, str]:
 def counted(model: nn.Module, cls: type[Method]) -> dict[str, Any]:
     """The counts of `overview`, or why there are none."""
     settings = COUNTED.get(cls.key, {})
-    none: dict[str, Any] = {**dict.fromkeys((*_COUNTS, "total")), "settings": {}}
     if lacks := needed(cls):
-        return {**none, "why": f"needs {', '.join(lacks)}"}
-    try:
-        found, _ = on_copy(model, cls(**settings))
-    except (ValueError, RuntimeError, ImportError, OSError) as error:
-        return {**none, "why": str(error).partition(";")[0]}
-    return {**{name: getattr(found, name) for name in (*_COUNTS, "total")}, "settings": settings, "why": ""}
+        why = f"needs {', '.join(lacks)}"
+    else:
+        try:
+            found, _ = on_copy(model, cls(**settings))
+            return {**found, "settings": settings, "why": ""}
+        except (ValueError, RuntimeError, ImportError, OSError) as error:
+            why = str(error).partition(";")[0]
+    return {**dict.fromkeys(COUNTS), "settings": {}, "why": why}
 
 
-def on_copy(model: nn.Module, method: Method) -> tuple[Counts, list[Tuner]]:
-    """(counts of a method on a copy of the model without values, its tuners there); ValueError if it does not fit."""
+def on_copy(model: nn.Module, method: Method) -> tuple[dict[str, int | None], list[Tuner]]:
+    """(COUNTS of a method on a copy of the model without values, its tuners); ValueError where it does not fit."""
     model = copy.deepcopy(model).to("meta")  # a copy, because QLoRA quantises it
     attach(model, method)
+    own = [tuner for _, tuner in tuners(model, "default")]
+    trainable, chosen = 0, True
+    for entry in timeline(model, active(model), _STEPS):
+        try:
+            entry.enter(model)
+        except (RuntimeError, NotImplementedError):  # what is kept is seen in the values
+            chosen = False
+            break
+        if entry.phase.steps:
+            _choose(model)
+            trainable = max(trainable, counts(model).trainable)
+    found = dataclasses.asdict(counts(model))
+    found |= {"trainable": trainable, "stored": found["stored"] if chosen else None}
+    return {name: found[name] for name in COUNTS}, own
+
+
+def _choose(model: nn.Module) -> None:
+    """Lets what calibration would choose have the size that it will have."""
+    found = [m for m in model.modules() if isinstance(m, SparseTuner) and not any(p.numel() for p in m.parameters())]
+    if found:
+        cfg, scores = typing.cast(Masked, found[0].cfg), [torch.empty(m.shape, device="meta") for m in found]
+        k = kept(sum(s.numel() for s in scores), cfg.keep_ratio, cfg.pattern)
+        for tuner, positions in zip(found, best(scores, k, cfg.pattern), strict=True):
+            tuner.set_mask(positions)
     for module in model.modules():
-        if isinstance(module, SparseTuner) and module.positions is None:  # a mask of the size that it will have
-            cfg = typing.cast(Masked, module.cfg)
-            n = kept(math.prod(module.shape), cfg.keep_ratio, cfg.pattern)
-            module.set_mask(torch.empty(n, dtype=torch.int64, device="meta"))
-    found, own = counts(model), [tuner for _, tuner in tuners(model, "default")]
-    detach(model)
-    return found, own
+        if isinstance(module, StructuredTuner) and module.units is None:
+            pruning = typing.cast(StructuredPruning, module.cfg)
+            ratio = pruning.heads if module.heads else pruning.neurons
+            module.keep(torch.empty(max(1, round(ratio * module.count)), dtype=torch.int32, device="meta"))
 
 
 # -- in a comparison --------------------------------------------------------------------------------------------------
