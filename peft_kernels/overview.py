@@ -21,7 +21,7 @@ from torch import nn
 from .engine.attach import active, attach, tuners
 from .engine.counts import counts
 from .engine.life import timeline
-from .engine.method import FAMILIES, Method, Part, Tuner, fields, method_of, methods, needed
+from .engine.method import FAMILIES, Method, Tuner, fields, method_of, methods, needed
 from .engine.recipe import Recipe
 from .engine.text import shown
 from .methods._select import Masked, best, kept
@@ -100,12 +100,11 @@ def cited(cls: type[Method]) -> tuple[str, str]:
 def mergeable(cls: type[Method]) -> bool | None:
     """Whether every tuner of the method has a weight-space form; None for a recipe that has no parts of its own.
 
-    A model may still refuse, where its weights are tied.
+    What is trained beside it, such as LayerNorms, always has one; a model may still refuse, where its weights are tied.
     """
-    if needed(cls):
-        return None if issubclass(cls, Recipe) else _folds(cls.tuner)
-    method = cls()
-    return all(_folds(part.method.tuner) for part in method.expand(Part(method, method.roles)))
+    if issubclass(cls, Recipe):
+        return None if needed(cls) else all(mergeable(own) for own in cls().made_of())
+    return _folds(cls.tuner)
 
 
 def _folds(tuner: type[Tuner]) -> bool:

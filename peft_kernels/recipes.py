@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from .engine.method import Method, Part, fields, method_of, needed
+from .engine.method import Method, Part, fields, method_of, methods, needed
 from .engine.text import shown
 from .methods import Union
 
@@ -24,8 +24,9 @@ def recipe(source: str | os.PathLike) -> Method:
     source: a path, which as a str ends in .yaml, .yml or .json; any other str is the text itself.
 
     A recipe is `method: KEY` with fields of the method beside it, or `parts:`, a list of such, which becomes a
-    pk.Union in this order. Beside either may stand targets, exclude and layers, as pk.at takes them. Where a field is
-    a method, it is written in the same way, or as its key alone; what `to_json` of a method returns is a recipe too.
+    pk.Union in this order. Beside either may stand targets, exclude and layers, as pk.at takes them, unless the method
+    has a field of that name; `method: {method: KEY, ...}` keeps the two apart. Where a field is a method, it is written
+    in the same way, or as its key alone; what `to_json` of a method returns is a recipe too.
 
     ValueError "<file>:<line>: ..." on what cannot be read, and for targets and layers that a model lacks when the
     recipe is attached to it; OSError for a file that is not there; ImportError without PyYAML.
@@ -79,7 +80,9 @@ class _Reader:
         if node.id == "scalar":
             return Part(self.made(node, {}), lines={"method": self.at(node)})
         entries = self.entries(node)
-        place = {key: entries.pop(key) for key in _PLACE if key in entries}
+        cls = methods().get(str(entries["method"][1].value)) if "method" in entries else None
+        own = {f.name for f in fields(cls)} if cls else set()
+        place = {key: entries.pop(key) for key in _PLACE if key in entries and key not in own}
         if "parts" in entries:
             key, listed = entries.pop("parts")
             self.refuse(entries, (*_PLACE, "parts"))

@@ -13,7 +13,6 @@ import peft_kernels as pk
 from peft_kernels import cli
 from peft_kernels.engine.attach import tuners
 from peft_kernels.engine.life import all_tuners
-from peft_kernels.recipes import _PLACE
 
 RECIPE = """\
 # Two parts.
@@ -77,7 +76,9 @@ def test_forms(text, method):
 def test_the_json_of_a_method_is_a_recipe(key):
     method = METHODS[key](**METHODS[key].tiny)
     assert pk.recipe(json.dumps(method.to_json())) == method
-    assert not {f.name for f in dataclasses.fields(method)} & {*_PLACE, "parts", "method"}
+    assert not {f.name for f in dataclasses.fields(method)} & {"parts", "method"}
+    part = pk.Union(pk.at("*.a", method, layers=1))
+    assert pk.recipe(json.dumps({"method": method.to_json(), "targets": "*.a", "layers": 1})) == part
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def parts_of(adapter: Adapter) -> list[tuple[Part, int]]:
 
 
 def _leaves(part: Part) -> Iterator[Part]:
-    if isinstance(part.method, Recipe) and type(part.method).expand is Recipe.expand:
+    if isinstance(part.method, Recipe):
         for own in part.method.placed(part):
             yield from _leaves(own)
     else:

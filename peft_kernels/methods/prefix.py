@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..engine.attach import names_of, state_of
 from ..engine.life import all_tuners
-from ..engine.method import Loan, Method, Tuner
+from ..engine.method import Loan, Method, Part, Tuner
 from ..engine.rows import Routing, RowBase, in_rows, refuse
 from ..engine.site import Base, Site
 from ..engine.stack import Known
@@ -26,6 +26,7 @@ from ..engine.taps import forget, note, noted
 from ._attention import Prefix, seam
 from ._phm import normal
 from ._shared import SharedTuner, share
+from ._shift import Shift
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class PrefixTuning(
 
     length: int = 30  # l
     hidden: int = 512  # m of the network that makes the prefix; 0: the prefix itself is trained
+    shift: bool = False  # the positions of the text begin behind the prefix, as in the authors' code and HF PEFT
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,6 +50,10 @@ class PrefixTuning(
             raise ValueError(f"PrefixTuning length = {self.length}, hidden = {self.hidden}; expected at least 1 and 0")
 
     identity = False
+
+    def expand(self, part: Part) -> list[Part]:
+        positions = Part(Shift(self.length), Shift.roles)
+        return [part, positions] if self.shift else [part]
 
     def select(self, sites: list[Site]) -> list[Site]:
         return [site for site in sites if site.role in ("attn", "cross.attn")]
@@ -83,6 +89,7 @@ class PrefixTuning(
 
 
 class PrefixTuner(SharedTuner, method=PrefixTuning):
+    gated = True
     lender: PrefixTuner
     e: nn.Parameter  # [l, d], of the lender, as w1 [m, d] and b1 [m]
 
@@ -116,9 +123,10 @@ class PrefixTuner(SharedTuner, method=PrefixTuning):
         vars(self)["lender"] = self
 
     def forward(self, base: Base, x: Tensor, *args: Any, gate: Tensor | None = None, **kwargs: Any) -> Any:
-        """gate [rows, 1, 1]: a factor of the prefix for each row of the batch."""
-        k, v = (p[None] if gate is None else p * gate.to(p.dtype) for p in self.prefix())
-        return _with(self.key, Prefix(k, v), base, (_again(base, x), *args), kwargs)
+        """gate [rows, 1, 1]: a factor of the prefix for each row of the batch, or [rows, queries, 1] for each query."""
+        each = gate is not None and gate.shape[1] > 1
+        k, v = (p[None] if gate is None or each else p * gate.to(p.dtype) for p in self.prefix())
+        return _with(self.key, Prefix(k, v, gate=gate if each else None), base, (_again(base, x), *args), kwargs)
 
     @classmethod
     def forward_many(cls, base: Any, tuners: dict[int, Tuner], route: Routing, *args: Any, **kwargs: Any) -> Any:
