@@ -427,6 +427,7 @@ def _explain(args: argparse.Namespace) -> None:
     from .engine.attach import attach, state_of
     from .engine.counts import counts
     from .engine.life import all_tuners
+    from .engine.parts import parts_of
     from .engine.store import CONFIG, load
     from .explain import explain
     from .methods import SVD
@@ -458,7 +459,8 @@ def _explain(args: argparse.Namespace) -> None:
         "factors": factors,
         "kernels": kernels,
     }
-    texts = ("\n".join(map(_part, adapter.parts)), str(n), first, str(factors) if factors else "", str(kernels))
+    parts = [part for part, _ in parts_of(adapter)]
+    texts = ("\n".join(map(_part, parts)), str(n), first, str(factors) if factors else "", str(kernels))
     _print(args, report, lambda: "\n\n".join(filter(None, texts)))
 
 

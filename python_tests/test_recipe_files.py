@@ -7,12 +7,16 @@ import re
 import pytest
 import torch
 from models import METHODS, calibrated, close, entered, make, perturb
+from safetensors.torch import load_file
 from texts import bert, run, toy, write
 
 import peft_kernels as pk
 from peft_kernels import cli
 from peft_kernels.engine.attach import tuners
 from peft_kernels.engine.life import all_tuners
+from peft_kernels.engine.parts import parts_of
+from peft_kernels.engine.recipe import Recipe
+from peft_kernels.engine.store import from_config, tensors
 
 RECIPE = """\
 # Two parts.
@@ -158,6 +162,9 @@ def test_tune_and_explain_take_a_recipe(capsys, tmp_path):
     code, out, _ = run(capsys, "explain", model, "--method", str(path), "--json")
     assert code == 0
     assert [part["method"] for part in json.loads(out)["adapter"]] == ["union"]
+    lines = run(capsys, "explain", model, "--method", str(path))[1].splitlines()
+    assert lines[0].startswith("lora on q v: rank=8, ")
+    assert lines[1].startswith("ia3 on k v down without down in layers 0 -1: ")
     words = ("--data", str(write(tmp_path / "rows.tsv", toy())), "--epochs", "1", "--out", str(tmp_path / "out"))
     code, _, err = run(capsys, "tune", "--model", model, "--method", str(path), *words)
     assert code == 0, err
@@ -232,6 +239,21 @@ def test_any_method_can_be_loaded_out_of_a_stack(key, tmp_path):
             values = other.state_dict()
             assert one.state_dict().keys() == values.keys()
             assert all(torch.equal(value, values[name]) for name, value in one.state_dict().items())
+
+
+@pytest.mark.parametrize("key", [key for key in METHODS if issubclass(METHODS[key], Recipe)])
+def test_each_part_of_a_recipe_can_be_loaded_alone(key, tmp_path):
+    """All parts together are the whole: its tensors, each once."""
+    _, place = saved("bert", tmp_path, METHODS[key](**METHODS[key].tiny))
+    whole = load_file(place / "adapter_model.safetensors")
+    parts = parts_of(from_config(json.loads((place / "adapter_config.json").read_text()), "")[0])
+    assert len(parts) > 1
+    found = []
+    for n in range(len(parts)):
+        model = pk.load(make("bert", torch.float64).model, place, part=n)
+        found += tensors(model, "whole").values()
+    assert len(found) == len(whole)
+    assert sum(t.sum().double() for t in found) == pytest.approx(float(sum(t.sum().double() for t in whole.values())))
 
 
 def test_parts_of_recipes_in_recipes_and_trained_heads(tmp_path):
