@@ -1,6 +1,7 @@
 """SVD: what the factors are, which layers get them, and what it costs to be wrong about the layer."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -241,3 +242,24 @@ def test_refusals(tmp_path):
     pk.save(pk.attach(layer(nn.Linear(16, 16)), pk.SVD(rank=2), ("0",)), tmp_path / "a")
     with pytest.raises(ValueError, match="a is .2, 16. and b .16, 2.; expected"):
         pk.load(layer(nn.Linear(20, 20)), tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "function"),
+    [
+        (pk.SVD(rank=2), "svd", "truncated_svd"),
+        (pk.SVD(energy=0.5), "svd", "truncated_svd"),
+        (pk.SVD(energy=0.3, form="kron"), "svd", "truncated_svd"),
+        (pk.KronA(init="nearest"), "krona", "nearest_kronecker"),
+    ],
+)
+def test_loading_factorises_nothing(method, module, function, tmp_path, monkeypatch):
+    case = make("bert")
+    pk.attach(case.model, method)
+    perturb(case.model)
+    expected = case.call(case.model)
+    where = pk.save(case.model, tmp_path / "adapter")
+    monkeypatch.delattr(sys.modules[f"peft_kernels.methods.{module}"], function)
+    again = make("bert")
+    pk.load(again.model, where)
+    assert torch.equal(case.call(again.model), expected)
