@@ -25,6 +25,7 @@ from .mask import Mask
 from .methods import (
     FAR,
     IA3,
+    IPT,
     LST,
     LTSFT,
     MAM,
@@ -57,9 +58,11 @@ from .methods import (
     Pfeiffer,
     PrefixTuning,
     PromptTuning,
+    PTuning,
     QLoRA,
     RandomMask,
     SparseAdapter,
+    SPoT,
     StructuredPruning,
     TopLayers,
     Union,
@@ -67,6 +70,7 @@ from .methods import (
     methods,
 )
 from .methods._phm import PHMLinear
+from .methods._saved import similar_prompts
 from .ops import BackendError, backend
 from .quant import Footprint, Int8Linear, NF4Linear, footprint, quantize
 from .shrink import shrink
@@ -74,6 +78,7 @@ from .shrink import shrink
 __all__ = [
     "FAR",
     "IA3",
+    "IPT",
     "LST",
     "LTSFT",
     "MAM",
@@ -118,10 +123,12 @@ __all__ = [
     "Pfeiffer",
     "PrefixTuning",
     "Phase",
+    "PTuning",
     "PromptTuning",
     "QLoRA",
     "RandomMask",
     "Stats",
+    "SPoT",
     "SparseAdapter",
     "StructuredPruning",
     "TopLayers",
@@ -157,6 +164,7 @@ __all__ = [
     "set_active",
     "shared_trunk",
     "shrink",
+    "similar_prompts",
     "truncated_svd",
     "unmerge",
 ]

@@ -196,7 +196,7 @@ METHODS = pk.methods()
 
 TIED_HEADS = ("gpt2", "t5", "opt", "gemma", "falcon", "bloom", "bart", "whisper")  # to the embedding
 
-PROMPTS = {"prompt"}  # rows in the sequence of embeddings
+PROMPTS = {"ipt", "prompt", "ptuning", "spot"}  # rows in the sequence of embeddings
 HYBRIDS = {"mam", "s4", "unipelt"}
 
 # A gate depends on the input, and a nonlinearity (an adapter's own, or beside KronARes) leaves no weight.

@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from models import (
     snapshot,
     targets_of,
 )
+from prompts import decoder, prompt
 
 import peft_kernels as pk
 from peft_kernels.engine.attach import tuners
@@ -251,10 +253,22 @@ def test_gradient_checkpointing_repeats_the_draw(key, family):
         close(checkpointed[n], g)
 
 
-# method -> field -> another value than that of `tiny`
+def _two():
+    return prompt(0), prompt(1)
+
+
+# method -> field -> another value than that of `tiny`, or a function that makes it
 _LORA = {"rank": 3, "alpha": 3.0, "dropout": 0.7, "rslora": True, "rank_pattern": {"q": 1}, "alpha_pattern": {"v": 5.0}}
 _COMPACTER = {"n": 4, "reduction_factor": 4, "rank": 0, "activation": "tanh", "norms": False}
 _BOTTLENECK = {"reduction_factor": 4, "size": 3, "activation": "tanh", "init": "bert", "dropout": 0.5}
+_PROMPT = {
+    "length": 4,
+    "init": "vocabulary",
+    "text": "four",
+    "tokens": (4, 5),
+    "classes": ((4, 5),),
+    "subspace": 3,
+}
 OTHER_VALUES = {
     "adamix": {
         **_BOTTLENECK,
@@ -287,6 +301,7 @@ OTHER_VALUES = {
     "dora": _LORA,
     "houlsby": {**_BOTTLENECK, "norms": False},
     "ia3": {"feedforward": ("v", "down")},
+    "ipt": {"length": 4, "k": 5, "inner": 6, "decoder": decoder},
     "krona": {"factor": 2, "scale": 3.0, "init": "nearest"},
     "krona_res": {"factor": 2, "scale": 3.0, "residual": False},
     "layertype": {"types": ("o",)},
@@ -332,7 +347,8 @@ OTHER_VALUES = {
     "parallel": {**_BOTTLENECK, "scale": 3.0, "learned": True},
     "pfeiffer": _BOTTLENECK,
     "prefix": {"length": 4, "hidden": 0, "shift": True},
-    "prompt": {"length": 4},
+    "prompt": _PROMPT,
+    "ptuning": {"length": 4, "encoder": "mlp", "hidden": 5, "layers": 1, "dropout": 0.5},
     "qlora": {
         **_LORA,
         "kind": "int8",
@@ -354,6 +370,13 @@ OTHER_VALUES = {
         "rounds": 1,
         "samples": 1,
     },
+    "spot": {
+        **_PROMPT,
+        "source": partial(prompt, 0),
+        "weights": (1.0, 3.0),
+        "nearest": partial(prompt, 9),
+        "top": 2,
+    },
     "structured": {"neurons": 0.25, "heads": 1.0, "score": "gradient", "scope": "global"},
     "svd": {"rank": 3, "energy": 0.5, "form": "kron", "factor": 2},
     "toplayers": {"n": 2},
@@ -372,6 +395,14 @@ BESIDE = {
     ("movement", "scores_lr"): {"mode": "soft"},
     ("movement", "threshold"): {"mode": "soft", "scores_lr": 0.5},
     ("movement", "penalty"): {"mode": "soft", "scores_lr": 0.5},
+    ("prompt", "text"): {"init": "text", "text": "five!"},
+    ("prompt", "tokens"): {"init": "text", "tokens": (3,)},
+    ("prompt", "classes"): {"init": "labels", "classes": ((3,),)},
+    ("spot", "text"): {"init": "text", "text": "five!"},
+    ("spot", "tokens"): {"init": "text", "tokens": (3,)},
+    ("spot", "classes"): {"init": "labels", "classes": ((3,),)},
+    **{("spot", name): {"source": _two} for name in ("weights", "nearest")},
+    ("spot", "top"): {"source": _two, "nearest": partial(prompt, 9)},
     ("svd", "energy"): {"rank": 0},
     ("svd", "factor"): {"form": "kron"},
 }
@@ -384,7 +415,9 @@ def test_every_field_is_read(key):
     """Changing a field changes what is built or saved: no field is decoration."""
 
     def fingerprint(family, targets, **fields):
+        fields = {name: value() if callable(value) else value for name, value in fields.items()}
         case, cfg = make(family), METHODS[key](**{**METHODS[key].tiny, **fields})
+        cfg = cfg.spelled(lambda text: [len(text)], ())
         pk.attach(case.model, cfg, targets, train=("head",) if cfg.samples else ())
         for m in case.model.modules():
             if isinstance(m, torch.nn.Dropout):
@@ -400,7 +433,7 @@ def test_every_field_is_read(key):
     for field in dataclasses.fields(METHODS[key]):
         beside, other = BESIDE.get((key, field.name), {}), {field.name: OTHER_VALUES[key][field.name]}
         where = ELSEWHERE.get((key, field.name), ("bert", None))
-        assert not torch.allclose(fingerprint(*where, **beside), fingerprint(*where, **beside, **other)), field.name
+        assert not torch.allclose(fingerprint(*where, **beside), fingerprint(*where, **{**beside, **other})), field.name
 
 
 @every_method

@@ -144,8 +144,8 @@ def attach(
     return attach_parts(model, name, Adapter(parts, seed))
 
 
-def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
-    """Attaches a complete Adapter, all or nothing."""
+def attach_parts(model: nn.Module, name: str, adapter: Adapter, *, filled: bool = False) -> nn.Module:
+    """Attaches a complete Adapter, all or nothing.   filled: its numbers are to come from a file (Site.filled)."""
     state = vars(model).get(_KEY) or State()
     check_name(name)
     if name in state.adapters:
@@ -168,6 +168,7 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
         chosen = chosen_sites(model, adapter)  # sites know their modules' layouts
     for _, _, site in chosen:
         adapted(type(site.module))  # a class that cannot be extended stops here, before anything is changed
+        site.filled = filled
     made = [(level, site, cfg.tuner(cfg, site)) for level, cfg, site in chosen]
     for level, _, tuner in made:
         tuner.part = level

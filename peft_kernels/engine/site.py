@@ -56,6 +56,7 @@ class Site:
     one; None: unknown.   padding: the module whose attention_mask tells padding here, or None: it does not matter.
     heads: of an attention's output linear the key-value heads; each is as many of its input features. None elsewhere.
     kind: "linear" (also transformers' Conv1D), "conv", "embedding", "norm", "span" or "module".
+    filled: the tuner's numbers are to come from a file, so what else it would begin with need not exist.
     """
 
     entry: nn.Module | None = None
@@ -65,6 +66,7 @@ class Site:
     causal: bool | None = None
     padding: nn.Module | None = None
     heads: int | None = None
+    filled: bool = False
 
     def __init__(self, name: str, module: nn.Module, role: str = "", rows: Rows | None = None, seed: int = 0):
         self.name, self.module, self.role, self.rows, self.seed = name, module, role, rows, seed

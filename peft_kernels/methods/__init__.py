@@ -14,6 +14,7 @@ from .full import FullTuning, Head
 from .gated import Gated
 from .houlsby import Houlsby
 from .ia3 import IA3
+from .ipt import IPT
 from .krona import KronA, KronARes
 from .layertype import LayerType
 from .lets import LeTS
@@ -28,11 +29,13 @@ from .parallel import ParallelAdapter
 from .pfeiffer import Pfeiffer
 from .prefix import PrefixTuning
 from .prompt import PromptTuning
+from .ptuning import PTuning
 from .qlora import QLoRA
 from .random import RandomMask
 from .s4 import S4
 from .said import SAID
 from .sparseadapter import SparseAdapter
+from .spot import SPoT
 from .structured import StructuredPruning
 from .svd import SVD
 from .toplayers import TopLayers
@@ -42,6 +45,7 @@ from .unipelt import UniPELT
 __all__ = [
     "FAR",
     "IA3",
+    "IPT",
     "LST",
     "LTSFT",
     "MAM",
@@ -72,10 +76,12 @@ __all__ = [
     "MovementPruning",
     "ParallelAdapter",
     "Pfeiffer",
+    "PTuning",
     "PrefixTuning",
     "PromptTuning",
     "QLoRA",
     "RandomMask",
+    "SPoT",
     "SparseAdapter",
     "StructuredPruning",
     "TopLayers",

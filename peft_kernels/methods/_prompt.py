@@ -32,7 +32,7 @@ from ._prompted import (
     kept,
     takes_embeddings,
 )
-from ._sequence import CACHE, indented, moved, numbered, rest, room, seen_by, shortened, take
+from ._sequence import CACHE, indented, make_room, moved, numbered, rest, seen_by, shortened, take
 
 _ENTERED = "peft_prompts"  # in vars(cache): mark of a prompt in it -> rows that the cache has and its tokens have not
 
@@ -109,7 +109,9 @@ class PromptTuner(Tuner):
         self.positions(module, given, rows, n)
         if (types := given.get("token_type_ids")) is not None:
             given["token_type_ids"] = F.pad(types, (rows, 0))
-        given["attention_mask"] = seen_by(mask, l, rows, self.causal, room(cache, rows, n))
+        if rows:
+            make_room(cache, l, n, getattr(module.config, "sliding_window", None))
+        given["attention_mask"] = seen_by(mask, l, rows, self.causal, cache)
         x = self.place(x) if rows else x
         queries: slice | Tensor = slice(rows, None)
         keys: slice | Tensor = slice(l, None)

@@ -13,35 +13,36 @@ from torch import Tensor, nn
 CACHE = "past_key_values"
 
 
-def seen_by(mask: Any, l: int, rows: int, causal: bool, width: int | None) -> Any:  # noqa: E741
+def seen_by(mask: Any, l: int, rows: int, causal: bool, cache: Any) -> Any:  # noqa: E741
     """An attention mask with l columns more in front, which everyone sees, and `rows` (0 or l) rows of their own.
 
     mask: None, [batch, keys], [batch, heads, queries, keys] (bool, or added to the scores), or a mapping to such.
-    causal: the new rows see each other backwards alone, else all keys that any row sees.   width: of a static cache,
-    which has no more columns.
+    causal: the new rows see each other backwards alone, else all keys that any row sees.   cache: a static one has no
+    more columns, and its masks may stop at its length, which counts P already.
     """
     if mask is None:
         return None
     if isinstance(mask, Mapping):
-        return {key: seen_by(value, l, rows, causal, width) for key, value in mask.items()}
+        return {key: seen_by(value, l, rows, causal, cache) for key, value in mask.items()}
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"a prompt got the attention mask {shape}; expected [batch, keys] or four dimensions")
     if mask.dim() == 2:
-        return F.pad(mask, (l, 0), value=1)
+        return F.pad(mask, (l, 0), value=1)[:, : static(cache)]
     added = mask.is_floating_point()
-    yes, no = (0.0, torch.finfo(mask.dtype).min) if added else (1, 0)
-    out = F.pad(mask, (l, 0), value=yes)
+    no = torch.finfo(mask.dtype).min if added else 0
+    out = F.pad(mask, (l, 0), value=0.0 if added else 1)
     if rows and mask.shape[2] > 1:
-        if causal:
-            own = torch.full((rows, out.shape[-1]), no, dtype=mask.dtype, device=mask.device)
-            own[:, :l] = torch.where(own.new_ones(rows, l, dtype=torch.bool).tril(), own.new_full((), yes), own[:, :l])
-            own = own.expand(*mask.shape[:2], *own.shape)
-        else:
-            own = out.amax(2, keepdim=True) if added else out.any(2, keepdim=True)
-            own = own.expand(-1, -1, rows, -1)
+        own = (out.amax(2, keepdim=True) if added else out.any(2, keepdim=True)).expand(-1, -1, rows, -1)
         out = torch.cat([own, out], dim=2)
-    return out if width is None else out[..., :width]
+    width = static(cache)
+    if width is not None:
+        out = out[..., :width]
+    if causal and (rows or width is not None):
+        before = 0 if rows or cache is None else cache.get_seq_length()
+        queries, keys = (torch.arange(n, device=mask.device) for n in out.shape[2:])
+        out = out.masked_fill(keys > queries[:, None] + before, no)
+    return out
 
 
 def numbered(mask: Tensor, rows: int) -> Tensor:
@@ -120,20 +121,26 @@ def remembered(mask: Tensor, more: int, lengths: Tensor | None) -> Tensor:
     return F.pad(mask, (more, 0)).masked_fill(own, 1)
 
 
-def room(cache: Any, l: int, rows: int) -> int | None:  # noqa: E741
-    """Makes a static cache that is still empty l longer; its length, or None of a cache that grows.
+def static(cache: Any) -> int | None:
+    """The keys that a static cache has room for; None of one that grows."""
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", ())
+    sizes = [layer.max_cache_len for layer in layers if hasattr(layer, "max_cache_len")]
+    return max(sizes) if sizes else None
 
-    RuntimeError if it has been made and is too short for l more.
+
+def make_room(cache: Any, l: int, n: int, window: int | None) -> None:  # noqa: E741
+    """Makes a static cache that is empty still l longer.
+
+    RuntimeError if it has been made and is too short for l more than n tokens, or has no more than a window.
     """
-    lengths = []
     for layer in getattr(getattr(cache, "self_attention_cache", cache), "layers", ()):
-        if hasattr(layer, "max_cache_len") and not layer.is_sliding:
-            if not layer.is_initialized:
-                layer.max_cache_len += l
-            elif layer.max_cache_len < l + rows:
-                raise RuntimeError(
-                    f"a static cache of {layer.max_cache_len} is too short for {rows} tokens behind a prompt of {l}; "
-                    f"make one of {l + rows} and what is to be generated"
-                )
-            lengths.append(layer.max_cache_len)
-    return max(lengths, default=None)
+        size = getattr(layer, "max_cache_len", None)
+        if size is None:
+            continue
+        if not layer.is_initialized:
+            layer.max_cache_len = size = size + l
+        if size < l + n or layer.is_sliding and window is not None and size > window:
+            raise RuntimeError(
+                f"a static cache of {size} has no room for {n} tokens and a prompt of {l}"
+                f"{f' in a window of {window}' if layer.is_sliding else ''}; use a dynamic cache, or a longer one"
+            )
