@@ -136,7 +136,7 @@ class _Product(Tuner):
 class KronATuner(_Product, method=KronA):
     def __init__(self, cfg: KronA, site: Site):
         super().__init__(cfg, site)
-        if cfg.init == "nearest" and not self.a.is_meta:
+        if cfg.init == "nearest" and not self.a.is_meta and not site.filled:
             with torch.no_grad():
                 self.a.copy_(_nearest(site, (self.a.shape[0], self.a.shape[1])))
 

@@ -10,12 +10,12 @@ tensors, are those of PromptEncoder in Hugging Face PEFT.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..engine.attach import names_of
+from ..engine.attach import names_of, state_of
 from ..engine.life import all_tuners
 from ..engine.site import Site
 from ._phm import normal
@@ -32,15 +32,15 @@ class PTuning(Prompt, roles=("backbone",), lr=1e-3, tiny=_TINY, kinds=("module",
     """
 
     length: int = 20  # tokens of the prompt
-    encoder: str = "lstm"  # the authors'; or "mlp"
+    encoder: str = "lstm"  # the authors'; or "mlp"; "none": the rows alone, as eject leaves them
     hidden: int = 0  # m; 0: as wide as an embedding, of the lstm both directions together
     layers: int = 2  # of the lstm
     dropout: float = 0.0  # between the layers of the lstm
 
     def __post_init__(self):
         super().__post_init__()
-        if self.encoder not in ("lstm", "mlp"):
-            raise ValueError(f"PTuning encoder = {self.encoder!r}; expected 'lstm' or 'mlp'")
+        if self.encoder not in ("lstm", "mlp", "none"):
+            raise ValueError(f"PTuning encoder = {self.encoder!r}; expected 'lstm', 'mlp' or 'none'")
         if self.length < 1 or self.hidden < 0 or self.layers < 1 or not 0 <= self.dropout < 1:
             raise ValueError(
                 f"PTuning length = {self.length}, hidden = {self.hidden}, layers = {self.layers}, dropout = "
@@ -59,11 +59,16 @@ class PTuning(Prompt, roles=("backbone",), lr=1e-3, tiny=_TINY, kinds=("module",
         if not own:
             raise ValueError(f"adapter {name!r} has no prompt encoder; expected one of method ptuning, not yet ejected")
         for tuner in own:
-            training = tuner.training
-            with torch.no_grad():
-                tuner.hold(tuner.eval().prompt())
-            tuner.train(training)
+            tuner.eject()
+        adapter = state_of(model).adapters[name]
+        adapter.parts = [
+            replace(part, method=part.method.ejected()) if isinstance(part.method, PTuning) else part
+            for part in adapter.parts
+        ]
         return model
+
+    def ejected(self) -> PTuning:
+        return replace(self, encoder="none")
 
 
 class LSTM(nn.Module):
@@ -93,7 +98,7 @@ class LSTM(nn.Module):
 
 
 class PTuningTuner(PromptTuner, method=PTuning):
-    """The encoder, with the names of PEFT; after `hold` the rows alone."""
+    """The encoder, with the names of PEFT; after `eject` the rows alone."""
 
     lstm_head: LSTM | None
     mlp_head: nn.Sequential | None
@@ -101,6 +106,10 @@ class PTuningTuner(PromptTuner, method=PTuning):
 
     def __init__(self, cfg: PTuning, site: Site):
         super().__init__(cfg, site)
+        if cfg.encoder == "none":
+            self.lstm_head = self.mlp_head = None
+            self.rows = site.param(cfg.length, self.width, init=normal(1.0))
+            return
         both = cfg.encoder == "lstm"
         d, m = self.width, cfg.hidden or (-(-self.width // 2) if both else self.width)
         self.embedding = nn.Embedding(cfg.length, d, device="meta")
@@ -120,15 +129,22 @@ class PTuningTuner(PromptTuner, method=PTuning):
     def ejectable(self) -> bool:
         return self.mlp_head is not None
 
-    def hold(self, rows: Tensor) -> None:
-        """Puts these rows in the place of the encoder."""
+    def eject(self) -> None:
+        """Puts the rows that the encoder makes in its place; nothing if they are there."""
+        if self.mlp_head is not None:
+            training = self.training
+            with torch.no_grad():
+                self._hold(self.eval().prompt())
+            self.train(training)
+
+    def _hold(self, rows: Tensor) -> None:
         self.rows = nn.Parameter(rows, self.embedding.weight.requires_grad)
         self.lstm_head = self.mlp_head = None
         del self.embedding
 
     def reshape(self, values: dict[str, Tensor]) -> None:
         if "rows" in values and self.mlp_head is not None:  # the file is of an ejected one
-            self.hold(torch.empty_like(self.embedding.weight))
+            self._hold(torch.empty_like(self.embedding.weight))
 
 
 def _linear(site: Site, n_in: int, n_out: int) -> nn.Linear:

@@ -116,12 +116,13 @@ class SVDTuner(Tuner, method=SVD):
             raise ValueError(
                 f"{site.name} is offloaded or on the meta device, and SVD reads its weight; load the whole model"
             )
-        a, b = (torch.empty(size, device="meta") for size in self.sizes(cfg.rank if cfg.rank <= self.most else 0))
-        if not weight.is_meta and cfg.rank <= self.most:
+        rank = max(cfg.rank, int(site.filled))  # of an energy any: `reshape` gives the file's
+        a, b = (torch.empty(size, device="meta") for size in self.sizes(rank if rank <= self.most else 0))
+        if not weight.is_meta and cfg.rank <= self.most and not site.filled:
             found = self.factored(weight, cfg.rank, 0.0 if cfg.rank else cfg.energy)
             a, b = found if len(found[0]) <= self.most else (a, b)
-        self.a = site.param(*a.shape, init=lambda p, _: p.copy_(a) if p.numel() else p)
-        self.b = site.param(*b.shape, init=lambda p, _: p.copy_(b) if p.numel() else p)
+        self.a = site.param(*a.shape, init=lambda p, _: p if a.is_meta else p.copy_(a))
+        self.b = site.param(*b.shape, init=lambda p, _: p if b.is_meta else p.copy_(b))
 
     def sizes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the factors of so many terms."""

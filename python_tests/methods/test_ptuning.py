@@ -1,5 +1,7 @@
 """P-tuning: the prompt encoder of Hugging Face PEFT, and the rows that are left of it."""
 
+import json
+
 import pytest
 import torch
 from models import close, make, perturb
@@ -118,6 +120,22 @@ def test_eject_leaves_the_rows_and_every_bit_of_the_output(encoder, family, tmp_
         pk.PTuning.eject(case.model)
 
 
+def test_the_file_of_an_ejected_adapter_says_so(tmp_path):
+    """And where it does not, as of one inside a union, its tensors do."""
+    case = attached()
+    pk.save(pk.PTuning.eject(case.model), tmp_path / "alone")
+    (part,) = json.loads((tmp_path / "alone" / "adapter_config.json").read_text())["parts"]
+    assert part["method"]["encoder"] == "none"
+    case = make("bert")
+    pk.attach(case.model, pk.Union(pk.LoRA(rank=2), pk.PTuning(length=5, hidden=6)))
+    perturb(case.model)
+    expected = case.call(case.model)
+    pk.save(pk.PTuning.eject(case.model), tmp_path / "union")
+    again = pk.load(make("bert").model, tmp_path / "union")
+    assert torch.equal(case.call(again), expected)
+    assert pk.counts(again).stored == pk.counts(case.model).stored
+
+
 def test_eject_takes_the_named_adapter_alone():
     case = attached(dropout=0.5)
     pk.attach(case.model, pk.LoRA(), name="lora")
@@ -167,7 +185,7 @@ def test_it_learns(encoder):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"encoder": "gru"}, "expected 'lstm' or 'mlp'"),
+        ({"encoder": "gru"}, "expected 'lstm', 'mlp' or 'none'"),
         ({"length": 0}, "length = 0"),
         ({"dropout": 1.0}, "a probability below 1"),
     ],

@@ -241,3 +241,24 @@ def test_refusals(tmp_path):
     pk.save(pk.attach(layer(nn.Linear(16, 16)), pk.SVD(rank=2), ("0",)), tmp_path / "a")
     with pytest.raises(ValueError, match="a is .2, 16. and b .16, 2.; expected"):
         pk.load(layer(nn.Linear(20, 20)), tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("method", "function"),
+    [
+        (pk.SVD(rank=2), "svd.truncated_svd"),
+        (pk.SVD(energy=0.5), "svd.truncated_svd"),
+        (pk.SVD(energy=0.3, form="kron"), "svd.truncated_svd"),
+        (pk.KronA(init="nearest"), "krona.nearest_kronecker"),
+    ],
+)
+def test_loading_factorises_nothing(method, function, tmp_path, monkeypatch):
+    case = make("bert")
+    pk.attach(case.model, method)
+    perturb(case.model)
+    expected = case.call(case.model)
+    where = pk.save(case.model, tmp_path / "adapter")
+    monkeypatch.delattr(f"peft_kernels.methods.{function}")
+    again = make("bert")
+    pk.load(again.model, where)
+    assert torch.equal(case.call(again.model), expected)
