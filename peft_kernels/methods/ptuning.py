@@ -125,6 +125,10 @@ class PTuningTuner(PromptTuner, method=PTuning):
         x = self.embedding.weight
         return self.mlp_head(x if self.lstm_head is None else self.lstm_head(x))
 
+    @property
+    def ejectable(self) -> bool:
+        return self.mlp_head is not None
+
     def eject(self) -> None:
         """Puts the rows that the encoder makes in its place; nothing if they are there."""
         if self.mlp_head is not None:
