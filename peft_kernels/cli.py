@@ -29,9 +29,10 @@ RELATED = (
     "tqdm",
     "triton",
     "peft",
+    "cma",
 )
 # What --sweep can vary besides the fields of the method.
-SWEPT = ("lr", "epochs", "batch_size", "temperature", "teacher_weight")
+SWEPT = ("lr", "epochs", "batch_size", "temperature", "teacher_weight", "sigma")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -149,6 +150,13 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
         metavar="FIELD=V1,V2,...",
         help=f"one run per value of a field of the method, or of {', '.join(SWEPT)}; repeatable: every combination",
     )
+    tune.add_argument(
+        "--search",
+        metavar="N",
+        help="no gradients: CMA-ES within N evaluations, or seconds as 60s; for few numbers",
+    )
+    tune.add_argument("--sigma", type=float, help="of --search: the first distance of candidates; default 0.1")
+    tune.add_argument("--draw", type=int, metavar="BATCHES", help="of --search: anew for each generation; default all")
     tune.add_argument("--epochs", type=int, default=1, help="default %(default)s")
     tune.add_argument("--batch-size", type=int, default=32, help="default %(default)s")
     tune.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches per step; default %(default)s")

@@ -29,6 +29,9 @@ def table(summary: dict[str, Any]) -> str:
     packed = f"{layers}; dense it is {size(base['dense_bytes'])}" if layers else "dense"
     epochs = len(summary["epochs"])
     stopped = f", stopped early of {settings['epochs']}" if epochs < settings["epochs"] else ""
+    done = f"epochs x texts: {epochs} x {data['train']:,}{stopped}"
+    if found := summary["search"]:
+        done = f"no gradients: {found['evaluations']:,} evaluations, stopped by {found['stopped']}"
     resumed = "; since it was resumed" if seconds["resumed"] else ""
     index = summary["index_bytes"]
     stored = f", {size(n.bytes - index)}, and {size(index)} that say which numbers they are" if index else ""
@@ -45,7 +48,7 @@ def table(summary: dict[str, Any]) -> str:
         (
             "training",
             f"{seconds['training']:.1f} s",
-            f"{seconds['training_cpu']:.0f} s of CPU; epochs x texts: {epochs} x {data['train']:,}{stopped}{resumed}",
+            f"{seconds['training_cpu']:.0f} s of CPU; {done}{resumed}",
         ),
         (
             "peak memory",
