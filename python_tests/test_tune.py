@@ -93,6 +93,7 @@ OF_OTHERS = {
     "compacterpp": "reduction_factor=4",
     "qlora": "rank=8",  # no layer of the model takes the default
     "gated": "inner=lora",
+    "s4": "budget=20",  # the model is small
     "union": "members=lora,ia3",
     "bylayer": 'members=[{"method": {"method": "lora", "rank": 2}, "layers": [0]}, "ia3"]',
 }

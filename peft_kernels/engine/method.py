@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -155,6 +156,10 @@ class Method:
         """A low-rank method with these ranks, by Site.address; written where the tuner has `factors`."""
         raise NotImplementedError(f"{self.key} has no rank")
 
+    def solved(self, model: nn.Module, part: Part) -> Method:
+        """What `pk.attach` attaches as `part`, and `pk.save` saves: the method with what follows from the model."""
+        return self
+
     def phases(self, total_steps: int) -> list[Phase]:
         """How a training of `total_steps` optimizer steps is divided; the steps of the phases add up to it."""
         return [Phase("train", total_steps)]
@@ -209,30 +214,53 @@ def fields(method: Method | type[Method]) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(method)  # type: ignore[arg-type]  # every subclass is a dataclass
 
 
+def needed(method: type[Method]) -> list[str]:
+    """The fields that have no default."""
+    return [f.name for f in fields(method) if f.default is f.default_factory is dataclasses.MISSING]
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A method with the targets it is attached to; empty targets are the method's own."""
+    """A method with the targets it is attached to; empty targets are the method's own.
+
+    lines: of a part from a recipe file, where each of these fields is written there, for errors.
+    """
 
     method: Method
     targets: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
+    lines: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Within the `with`, a ValueError begins with the place in the recipe file, if there is one."""
+        try:
+            yield
+        except ValueError as error:
+            if not self.lines:
+                raise
+            word = str(error).partition(" ")[0]  # of what resolve says about layers and exclude
+            place = self.lines.get(word) or self.lines.get("targets") or self.lines["method"]
+            raise ValueError(f"{place}: {error}") from None
 
     def to_json(self) -> dict[str, Any]:
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {name: _plain(getattr(self, name)) for name in _PART}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Part:
         """The inverse of to_json; all but the method may be left out. ValueError on an unknown key."""
-        known = {f.name for f in dataclasses.fields(Part)}
-        if unknown := set(data) - known:
-            raise ValueError(f"a part has no field {sorted(unknown)}; it has {sorted(known)}")
+        if unknown := set(data) - set(_PART):
+            raise ValueError(f"a part has no field {sorted(unknown)}; it has {sorted(_PART)}")
         return Part(
             Method.from_json(data["method"]),
             words(data.get("targets", ())),
             words(data.get("exclude", ())),
             numbers(data.get("layers")),
         )
+
+
+_PART = ("method", "targets", "exclude", "layers")  # of its JSON
 
 
 def _plain(value: Any) -> Any:
@@ -284,11 +312,12 @@ def overlaid(changes: Iterable[dict[Any, Changes]]) -> dict[Any, Changes]:
 
 
 class Source(NamedTuple):
-    """A module whose first input, or whose output, a tuner elsewhere sees as base.seen(what)."""
+    """A module whose first input, output or argument (by name; None: not given) a tuner sees as base.seen(what)."""
 
     what: str
     module: nn.Module
     output: bool = False
+    argument: str = ""
 
 
 class Loan(NamedTuple):
@@ -310,6 +339,8 @@ class Tuner(nn.Module):
     fresh: bool = False  # forward returns a tensor nobody else holds, which a tuner above may write into
     opaque: ClassVar[bool] = False  # forward never calls the modules below: nothing else may tune them
     needs_residual: ClassVar[bool] = False  # forward calls base.seen("residual")
+    # forward takes gate=, of shape [B, 1, 1] or, in causal stacks, [B, S, 1], by which it scales its effect itself.
+    gated: ClassVar[bool] = False
     part: int | None = None  # which part of its adapter made it; None for a tuner inside or around others
     taps: tuple[str, ...] = ()  # inputs of other modules noted for it
     # fold is linear in the distance of the numbers from those of a new tuner: several tuners' distances may be added.

@@ -14,6 +14,7 @@ from .full import FullTuning, Head
 from .gated import Gated
 from .houlsby import Houlsby
 from .ia3 import IA3
+from .ipt import IPT
 from .krona import KronA, KronARes
 from .layertype import LayerType
 from .lets import LeTS
@@ -22,25 +23,33 @@ from .lora import LoRA
 from .lst import LST
 from .ltsft import LTSFT
 from .magnitude import MagnitudePruning
+from .mam import MAM
 from .movement import MovementPruning
 from .parallel import ParallelAdapter
 from .pfeiffer import Pfeiffer
 from .prefix import PrefixTuning
 from .prompt import PromptTuning
+from .ptuning import PTuning
 from .qlora import QLoRA
 from .random import RandomMask
+from .s4 import S4
 from .said import SAID
 from .sparseadapter import SparseAdapter
+from .spot import SPoT
 from .structured import StructuredPruning
 from .svd import SVD
 from .toplayers import TopLayers
 from .union import ByLayer, Union
+from .unipelt import UniPELT
 
 __all__ = [
     "FAR",
     "IA3",
+    "IPT",
     "LST",
     "LTSFT",
+    "MAM",
+    "S4",
     "SAID",
     "SVD",
     "AdaMix",
@@ -67,13 +76,16 @@ __all__ = [
     "MovementPruning",
     "ParallelAdapter",
     "Pfeiffer",
+    "PTuning",
     "PrefixTuning",
     "PromptTuning",
     "QLoRA",
     "RandomMask",
+    "SPoT",
     "SparseAdapter",
     "StructuredPruning",
     "TopLayers",
+    "UniPELT",
     "Union",
     "methods",
 ]

@@ -91,7 +91,7 @@ def _known(cfg: PromptTuning, site: Site, generator: torch.Generator) -> Tensor:
         if bad := [i for i in ids if not 0 <= i < embedding.num_embeddings]:
             raise ValueError(f"prompt token {bad[0]}; expected numbers below {embedding.num_embeddings}")
         with torch.no_grad():  # called, as some scale its rows
-            return embedding(torch.tensor([ids], device=embedding.weight.device))[0].float().cpu()
+            return embedding(torch.tensor([ids], dtype=torch.int64, device=embedding.weight.device))[0].float().cpu()
 
     def some(count: int) -> Tensor:
         last = min(_LAST + 1, embedding.num_embeddings)
