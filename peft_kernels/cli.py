@@ -31,9 +31,10 @@ RELATED = (
     "tqdm",
     "triton",
     "peft",
+    "cma",
 )
 # What --sweep can vary besides the fields of the method.
-SWEPT = ("lr", "epochs", "batch_size", "temperature", "teacher_weight")
+SWEPT = ("lr", "epochs", "batch_size", "temperature", "teacher_weight", "sigma")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -164,6 +165,13 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
         metavar="FIELD=V1,V2,...",
         help=f"one run per value of a field of the method, or of {', '.join(SWEPT)}; repeatable: every combination",
     )
+    tune.add_argument(
+        "--search",
+        metavar="N",
+        help="no gradients: CMA-ES within N evaluations, or seconds as 60s; for few numbers",
+    )
+    tune.add_argument("--sigma", type=float, help="of --search: the first distance of candidates; default 0.1")
+    tune.add_argument("--draw", type=int, metavar="BATCHES", help="of --search: anew for each generation; default all")
     tune.add_argument("--epochs", type=int, help="default 1")
     tune.add_argument("--budget", metavar="LENGTH", help="of training instead: 60s or 2m of wall time, or 100steps")
     tune.add_argument("--batch-size", type=int, default=32, help="default %(default)s")

@@ -28,7 +28,9 @@ def table(summary: dict[str, Any]) -> str:
     layers = ", ".join(f"{n} layers in {kind}" for kind, n in base["packed"].items())
     packed = f"{layers}; dense it is {size(base['dense_bytes'])}" if layers else "dense"
     epochs = len(summary["epochs"])
-    if settings["budget"]:
+    if found := summary["search"]:
+        length = f"no gradients: {found['evaluations']:,} evaluations, stopped by {found['stopped']}"
+    elif settings["budget"]:
         length = f"{summary['steps']:,} steps in a budget of {settings['budget']}"
     else:
         stopped = f", stopped early of {settings['epochs']}" if epochs < settings["epochs"] else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from . import hf
 from .batches import IGNORED, Batches, each, stacked
 from .data import Data, Row
-from .probe import features, linear_probe, ridge_probe
+from .engine.attach import state_of, tuners
+from .methods.full import Head
+from .probe import features, linear_probe, logistic, ridge, ridge_probe, solve
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,9 @@ class Task(ABC):
         """What is predicted for each text [n], where that is one of several choices."""
         return None
 
+    def solve(self, model: nn.Module, train: Batches, seed: int) -> None:  # noqa: B027  # most tasks have no new head
+        """Fits what an adapter trains whole by other means than gradients."""
+
 
 class _Headed(Task):
     """A new head on the features of the whole text, which a probe can use without tuning."""
@@ -138,6 +144,16 @@ class _Headed(Task):
 
     @abstractmethod
     def probe(self, train: tuple[Tensor, Tensor], test: Tensor, seed: int) -> tuple[Tensor, dict[str, Any]]: ...
+
+    @abstractmethod
+    def regression(self, train: tuple[Tensor, Tensor], seed: int, bias: bool) -> tuple[Any, dict[str, Any]]: ...
+
+    def solve(self, model, train, seed):
+        whole = (t for n in state_of(model).active for _, t in tuners(model, n) if isinstance(t.cfg, Head))
+        linears = [m for t in whole for m in t.modules() if isinstance(m, nn.Linear)]
+        scores = [m for m in linears if m.out_features == model.config.num_labels]
+        if scores:
+            solve(model, scores[-1], train, functools.partial(self.regression, seed=seed))
 
     def trained(self, model):
         return hf.head(model)
@@ -212,6 +228,9 @@ class Classify(_Headed, key="classify"):
     def probe(self, train, test, seed):
         return linear_probe(train, test, seed)
 
+    def regression(self, train, seed, bias):
+        return logistic(train, seed, bias)
+
 
 class Regress(_Headed, key="regress"):
     """One number per text."""
@@ -263,6 +282,9 @@ class Regress(_Headed, key="regress"):
 
     def probe(self, train, test, seed):
         return ridge_probe(train, test)
+
+    def regression(self, train, seed, bias):
+        return ridge(train, bias)
 
 
 class LanguageModel(Task, key="lm"):

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ from .data import Columns, Data, Row, read_data, read_test
 from .engine.attach import attach, detach, tuners
 from .engine.calibrate import calibrate
 from .engine.counts import counts
-from .engine.fit import fit
+from .engine.fit import OnEpoch, fit
 from .engine.life import eject
 from .engine.merge import merge, unmerge
 from .engine.method import Method
+from .engine.search import search
 from .engine.store import CONFIG, WEIGHTS, save
 from .files import output
+from .methods.full import Head
 from .quant import footprint
 from .resume import Checkpoint, digest
 from .tasks import Task, tasks
@@ -34,6 +36,18 @@ from .teacher import Teacher
 
 LOG, PICTURE, SUMMARY = "log.jsonl", "curves.png", "summary.json"
 PRECISIONS = ("fp32", "bf16", "fp16")
+# Of the job, what only a training by gradients has.
+_OF_GRADIENTS = (
+    "teacher",
+    "budget",
+    "patience",
+    "epochs",
+    "accumulate",
+    "lr",
+    "precision",
+    "checkpointing",
+    "model_dropout",
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,9 @@ class Job:
     temperature: float | None = None  # of the teacher's and the student's predictions; None: that of Distillation
     teacher_weight: float | None = None  # of the teacher in the loss; None: that of Distillation
     patience: int | None = None  # epochs without a lower validation loss before training stops
+    search: str | None = None  # without gradients: evaluations, as "2000", or seconds, as "60s"
+    sigma: float | None = None  # of the search; None: that of pk.search
+    draw: int | None = None  # batches of the search, anew for each generation; None: all
     epochs: int | None = None  # None: 1, or what the budget comes to
     budget: str | None = None  # of training: 60s, 2m or 100steps
     batch_size: int = 32
@@ -95,6 +112,16 @@ class Job:
             raise ValueError(f"--temperature {self.temperature:g}; expected a positive number")
         if self.teacher_weight is not None and not 0 <= self.teacher_weight <= 1:
             raise ValueError(f"--teacher-weight {self.teacher_weight:g}; expected a number from 0 to 1")
+        if self.search is None:
+            for name in ("sigma", "draw"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(f"--{name} {value} needs --search EVALUATIONS")
+        else:
+            self.bounds()
+            for field in fields(self):
+                if field.name in _OF_GRADIENTS and (value := getattr(self, field.name)) != field.default:
+                    name = field.name.replace("_", "-")
+                    raise ValueError(f"--{name} is of training by gradients, and --search takes none; leave one out")
         if self.patience is not None and self.validation is None:
             raise ValueError("--patience stops on the validation loss; add --validation FRACTION")
         if self.label_column is not None and not tasks()[self.task].labelled:
@@ -105,6 +132,16 @@ class Job:
         for name in names:
             if not name or names.count(name) > 1 or name in ("train", "validation", "test"):
                 raise ValueError(f"--eval-data {name}=...; expected a name of its own, other than train and test")
+
+    def bounds(self) -> dict[str, Any]:
+        """Where the search ends, as pk.search takes it."""
+        text = str(self.search)
+        try:
+            if text.endswith("s"):
+                return {"evaluations": None, "seconds": float(text[:-1])}
+            return {"evaluations": int(text)}
+        except ValueError:
+            raise ValueError(f"--search {text}; expected evaluations, such as 2000, or seconds, such as 60s") from None
 
     @property
     def duration(self) -> dict[str, Any]:
@@ -276,22 +313,25 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
     if setup.teacher is not None:
         teacher = setup.teacher.distillation(job.temperature, job.teacher_weight)
         taught = setup.teacher.facts(teacher)
-    log = fit(
-        model,
-        setup.batches("train", job.batch_size),
-        teacher=teacher,
-        **job.duration,
-        lr=job.lr,
-        seed=job.seed,
-        progress=progress,
-        on_epoch=on_epoch,
-        accumulate=job.accumulate,
-        precision=None if job.precision == "fp32" else job.precision,
-        patience=job.patience,
-        checkpoint=place,
-        checkpoint_every=job.checkpoint_every,
-        resume=True,  # of what begin() left there
-    )
+    if job.search:
+        log = _searched(job, setup, model, on_epoch, checkpoint, progress)
+    else:
+        log = fit(
+            model,
+            setup.batches("train", job.batch_size),
+            teacher=teacher,
+            **job.duration,
+            lr=job.lr,
+            seed=job.seed,
+            progress=progress,
+            on_epoch=on_epoch,
+            accumulate=job.accumulate,
+            precision=None if job.precision == "fp32" else job.precision,
+            patience=job.patience,
+            checkpoint=place,
+            checkpoint_every=job.checkpoint_every,
+            resume=True,  # of what begin() left there
+        )
     seconds = time.perf_counter() - wall - away[0]
     cpu_seconds = time.process_time() - cpu - away[1]
 
@@ -334,6 +374,7 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
             for name, file in job.eval_data
         },
         "epochs": [row for row in log if f"{watched}_loss" in row],
+        "search": log[-2] if job.search else None,
         "steps": sum("lr" in row for row in log),
         "counts": {**asdict(found), "trainable": trainable},
         "index_bytes": _index_bytes(model),
@@ -356,6 +397,34 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
     report.draw(directory / PICTURE, log, summary)
     (directory / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def _searched(
+    job: Job, setup: Setup, model: nn.Module, on_epoch: OnEpoch, checkpoint: Checkpoint, progress: bool
+) -> list[dict[str, Any]]:
+    """The log of a search instead of a training, with a row of its end like that of an epoch.
+
+    A head is not searched: it has too many numbers, and a regression finds them.
+    """
+    if not checkpoint.resumed:
+        setup.task.solve(model, setup.batches("train"), job.seed)
+    for _, tuner in tuners(model, "default"):
+        if isinstance(tuner.cfg, Head):
+            tuner.requires_grad_(False)
+    chosen: dict[str, Any] = {} if job.sigma is None else {"sigma": job.sigma}
+    log = search(
+        model,
+        setup.batches("train", job.batch_size),
+        draw=job.draw,
+        seed=job.seed,
+        progress=progress,
+        checkpoint=checkpoint.directory,
+        checkpoint_every=job.checkpoint_every or 50,
+        resume=True,
+        **job.bounds(),
+        **chosen,
+    )
+    return [*({**row, "epoch": 1} for row in log), {"epoch": 1, "loss": log[-1]["loss"], **on_epoch(1, model)}]
 
 
 def _index_bytes(model: nn.Module) -> int:

@@ -2,16 +2,20 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 from models import make
+from texts import WRITTEN, gpt2, interrupted, numbers, refused, run, same, toy, write
 from torch import nn
 from toys import Toy, ToyTuner, toys  # noqa: F401  # a fixture
 
 import peft_kernels as pk
+from peft_kernels import probe, train
 from peft_kernels.engine.attach import tuners
+from peft_kernels.engine.search import _Search
 
 pytest.importorskip("cma")
 cross_entropy = nn.functional.cross_entropy
@@ -312,3 +316,105 @@ def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "cma", None)
     with pytest.raises(ImportError, match=r'cma is not installed; pip install "peft-kernels\[search\]"'):
         search(tuned())
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data") / "toy.tsv", toy())
+
+
+def words(model, data, out, *more, method="prompt"):
+    settings = ("--set", "length=4", "--set", "subspace=8") if method == "prompt" else ()
+    base = ("--model", model, "--data", data, "--out", out, "--method", method, *settings, "--batch-size", 32)
+    return ("tune", *base, "--search", 61, *more)
+
+
+def test_tune_searches(capsys, model_dir, data_file, tmp_path):
+    """The head comes from a regression on its inputs, and is saved; what is searched is the prompt alone."""
+    code, text, err = run(capsys, *words(model_dir, data_file, tmp_path / "out", "--json"))
+    assert code == 0, err
+    summary = json.loads(text)
+    assert summary["counts"]["trainable"] == 8 < summary["counts"]["stored"]
+    assert summary["search"]["evaluations"] == 61 and summary["search"]["stopped"] == "evaluations"
+    assert summary["test"]["accuracy"] > 0.7 and set(summary["files"]) == WRITTEN
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert log[3]["loss"] < log[0]["loss"] and [row["step"] for row in log[:-1]] == [0, 1, 2, 3]
+    assert log[-1]["test_accuracy"] == summary["test"]["accuracy"] and "step" not in log[-1]
+    _, text, _ = run(capsys, *words(model_dir, data_file, tmp_path / "again", "--draw", 2, "--sigma", 0.2))
+    assert "no gradients: 61 evaluations, stopped by evaluations" in text
+
+
+@pytest.mark.parametrize(("task", "rows"), [("regress", numbers), ("lm", toy)])
+def test_other_tasks(capsys, model_dir, tmp_path, task, rows):
+    data = write(tmp_path / "rows.tsv", rows())
+    model = gpt2(tmp_path / "gpt2") if task == "lm" else model_dir
+    code, text, err = run(capsys, *words(model, data, tmp_path / "out", "--task", task, "--json"))
+    assert code == 0, err
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert log[3]["loss"] < log[0]["loss"]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_the_head_is_solved_on_what_goes_into_it(model_dir, data_file, tmp_path, kind):
+    """A decoder scores every token, of which one per text counts."""
+    where = gpt2(tmp_path / "gpt2") if kind == "gpt2" else model_dir
+    job = train.Job(str(where), str(data_file), pk.BitFit(), str(tmp_path / "out"))
+    setup = train.Setup(job)
+    layer, batches = setup.model.score if kind == "gpt2" else setup.model.classifier, setup.batches("train")
+    before = setup.task.scores(setup.model, batches)
+
+    def regression(rows, bias):
+        x, wanted = rows
+        assert torch.allclose(layer(x), before, atol=1e-5) and bias == (kind == "bert")
+        assert wanted.tolist() == [example["labels"] for example in batches.examples]
+        return SimpleNamespace(coef_=x[:1].numpy(), intercept_=numpy.ones(1)), {}
+
+    with torch.no_grad():
+        probe.solve(setup.model, layer, batches, regression)
+    assert torch.equal(layer.weight[0], -layer.weight[1]) and layer.weight.any()
+    assert kind == "gpt2" or layer.bias.tolist() == [-0.5, 0.5]
+
+
+def test_an_interrupted_search_goes_on(capsys, model_dir, data_file, tmp_path, monkeypatch):
+    whole = words(model_dir, data_file, tmp_path / "whole")
+    assert run(capsys, *whole)[0] == 0
+    calls, loss = [], _Search._loss
+
+    def stopping(self, numbers, step):
+        calls.append(step)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+        return loss(self, numbers, step)
+
+    monkeypatch.setattr(_Search, "_loss", stopping)
+    line = interrupted(capsys, *words(model_dir, data_file, tmp_path / "out", "--json"))
+    assert "--resume continues from there" in line
+    assert run(capsys, *words(model_dir, data_file, tmp_path / "out", "--resume"))[0] == 0
+    assert same(tmp_path / "whole", tmp_path / "out") and len(calls) == 30 + 40
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--search", "ten"), "--search ten; expected evaluations"),
+        (("--search", "tens"), "expected evaluations, such as 2000, or seconds"),
+        (("--search", "0"), "evaluations = 0"),
+        (("--epochs", "2"), "--epochs is of training by gradients"),
+        (("--lr", "0.1"), "--lr is of training by gradients"),
+        (("--precision", "bf16"), "--precision is of training by gradients"),
+        (("--draw", "99"), "draw = 99; expected at most"),
+        (("--sigma", "-1"), "sigma = -1.0"),
+        (("--method", "full"), "numbers are trainable; a search takes 1 to 10,000"),
+    ],
+)
+def test_bad_words_are_one_line(capsys, model_dir, data_file, tmp_path, more, says):
+    base = words(model_dir, data_file, tmp_path / "out", method="bitfit")
+    assert says in refused(capsys, tmp_path, *base, *more)
+
+
+def test_words_of_a_search_without_one(capsys, model_dir, data_file, tmp_path):
+    base = ("tune", "--model", model_dir, "--data", data_file, "--out", tmp_path / "out", "--method", "bitfit")
+    assert "--draw 2 needs --search" in refused(capsys, tmp_path, *base, "--draw", 2)

@@ -52,7 +52,7 @@ def search(
     evaluations: int | None = 8000,
     seconds: float | None = None,
     population: int = 20,
-    sigma: float = 1.0,
+    sigma: float = 0.1,
     diagonal: bool | None = None,
     draw: int | None = None,
     loss_fn: LossFn | None = None,

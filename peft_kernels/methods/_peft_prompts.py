@@ -20,7 +20,7 @@ from .prompt import PromptTuning
 
 PREFIX, ROWS = "base_model.", "prompt_embeddings"
 # task_type -> the end of the name of transformers' class for it, and the modules that PEFT then takes for a head.
-_TASKS = {
+_TASKS: dict[str, tuple[str | tuple[str, ...], tuple[str, ...]]] = {
     "SEQ_CLS": ("ForSequenceClassification", ("classifier", "score")),
     "TOKEN_CLS": ("ForTokenClassification", ("classifier", "score")),
     "QUESTION_ANS": ("ForQuestionAnswering", ("qa_outputs",)),
