@@ -76,6 +76,7 @@ def test_a_comparison(capsys, model_dir, data_file, second, tmp_path, inside):
     assert code == 1, "adapterdrop wants more layers than there are"
     summary = json.loads(text)
     assert summary == json.loads((out / "comparison.json").read_text())
+    assert summary["model"] == str(model_dir) and {"device_name", "commit"} <= summary["machine"].keys()
     assert {p.name for p in out.iterdir()} == {"comparison.json", "comparison.png"}
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     rows = {row["method"]: row for row in summary["rows"]}
@@ -90,6 +91,8 @@ def test_a_comparison(capsys, model_dir, data_file, second, tmp_path, inside):
         assert row["second_task"] == pytest.approx(row["second_accuracy"] / summary["second"])
     assert rows["lora"]["settings"]["rank"] == pk.LoRA().rank and rows["lora"]["family"] == "reparametrised"
     assert rows["head"]["second_task"] == 1.0, "its adapter is behind the features"
+    inside.clear()
+    assert run(capsys, *words, "--resume")[0] == 1 and inside == ["adapterdrop"], "what failed is tried again"
     table = comparison.table(summary)
     for word in (*comparison.COLUMNS, "head only", "nearest class mean", "failed: ", "left out: gated: needs"):
         assert word in table
