@@ -50,9 +50,10 @@ def compare(
 ) -> dict[str, Any]:
     """Runs each job and returns the summary, which is OUT/comparison.json, written anew after each method.
 
-    jobs: the same but for the method.   left_out: method -> why it is not compared.   model: its name in the log; None: its path.
-    second: a file with another task,
-    on whose texts a linear probe shows what an adapter that stays on has left of the base's features.
+    jobs: the same but for the method.   left_out: method -> why it is not compared.
+    model: its name in the log; None: its path.
+    second: a file with another task, on whose texts a linear probe shows what an adapter that stays on has left of the
+        base's features.
     threads: of each process.   seconds: for each measurement of the inference time.
     A method that fails is a row with its reason; with resume=True in the jobs it is tried again, and the methods that
     have figures in an earlier log are not. FileExistsError; ValueError for a log of another comparison.
