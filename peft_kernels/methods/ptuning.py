@@ -116,6 +116,10 @@ class PTuningTuner(PromptTuner, method=PTuning):
         x = self.embedding.weight
         return self.mlp_head(x if self.lstm_head is None else self.lstm_head(x))
 
+    @property
+    def ejectable(self) -> bool:
+        return self.mlp_head is not None
+
     def hold(self, rows: Tensor) -> None:
         """Puts these rows in the place of the encoder."""
         self.rows = nn.Parameter(rows, self.embedding.weight.requires_grad)
