@@ -352,6 +352,7 @@ def _compare(args: argparse.Namespace) -> int:
     if args.task != "classify":
         raise ValueError(f"--task {args.task}; a comparison needs classes, --task classify")
     keys = compare.chosen(args.method)
+    name = args.model or hf.DEMO
     args.model, args.out = args.model or hf.demo_model(), args.out or "comparison"
     jobs, left_out = [], {}
     for key in dict.fromkeys((*compare.BESIDE, *keys)):
@@ -361,7 +362,9 @@ def _compare(args: argparse.Namespace) -> int:
             left_out[key] = str(error).removeprefix(f"--method {key} ")
             continue
         jobs.append(_job(args, {}, method))
-    summary = compare.compare(jobs, left_out, second=args.second, threads=args.threads, progress=not args.json)
+    summary = compare.compare(
+        jobs, left_out, model=name, second=args.second, threads=args.threads, progress=not args.json
+    )
     files = f"{args.out}: {compare.LOG}, {compare.PICTURE}"
     _print(args, summary, lambda: f"{comparison.table(summary)}\n\n{files}")
     return int(any("failed" in row for row in summary["rows"]))

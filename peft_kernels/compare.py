@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -41,6 +42,7 @@ def compare(
     jobs: Sequence[Job],
     left_out: dict[str, str],
     *,
+    model: str | None = None,
     second: str | None = None,
     threads: int | None = None,
     seconds: float = 2.0,
@@ -48,8 +50,10 @@ def compare(
 ) -> dict[str, Any]:
     """Runs each job and returns the summary, which is OUT/comparison.json, written anew after each method.
 
-    jobs: the same but for the method.   left_out: method -> why it is not compared.   second: a file with another task,
-    on whose texts a linear probe shows what an adapter that stays on has left of the base's features.
+    jobs: the same but for the method.   left_out: method -> why it is not compared.
+    model: its name in the log; None: its path.
+    second: a file with another task, on whose texts a linear probe shows what an adapter that stays on has left of the
+        base's features.
     threads: of each process.   seconds: for each measurement of the inference time.
     A method that fails is a row with its reason; with resume=True in the jobs it is tried again, and the methods that
     have figures in an earlier log are not. FileExistsError; ValueError for a log of another comparison.
@@ -58,10 +62,10 @@ def compare(
     from tqdm.auto import tqdm
 
     job = jobs[0]
-    log = Log(job, second, threads, left_out)
+    log = Log(job, model or job.model, second, threads, left_out)
     wanted = [one for one in jobs if not log.has(one)]
     todo: list[tuple[str, Job]] = [(one.method.key, one) for one in wanted]
-    if not log.has_baselines(second):
+    if not log.has_baselines():
         todo.insert(0, ("baselines", job))
     with (
         tqdm(total=len(todo), desc="methods", disable=not progress, dynamic_ncols=True) as bar,
@@ -103,8 +107,9 @@ def trial(words: dict[str, Any], tell: Tell) -> dict[str, Any]:
         found: dict[str, Any] = {}
         try:
             assert child.stdin is not None and child.stdout is not None
-            child.stdin.write(json.dumps(words))
-            child.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it is dead already, and says why below
+                child.stdin.write(json.dumps(words))
+                child.stdin.close()
             for line in child.stdout:
                 event = json.loads(line)
                 if "stage" in event:
@@ -128,17 +133,17 @@ def trial(words: dict[str, Any], tell: Tell) -> dict[str, Any]:
 class Log:
     """OUT/comparison.json: what was compared, and a row for each method that is through."""
 
-    def __init__(self, job: Job, second: str | None, threads: int | None, left_out: dict[str, str]):
+    def __init__(self, job: Job, model: str, second: str | None, threads: int | None, left_out: dict[str, str]):
         self.out = Path(job.out).expanduser().resolve()
         self.path = self.out / LOG
         alike = {
             k: v for k, v in job_to(job).items() if k not in ("method", "out", "resume", "force", "checkpoint_every")
         }
-        alike |= {"threads": threads, "second": second}
+        alike |= {"model": model, "threads": threads, "second": second}
         alike |= {"sha256 of the data": [digest(file) for file in filter(None, (job.data, second))]}
         self.alike = json.loads(json.dumps(alike))
         self.summary: dict[str, Any] = {
-            "model": job.model,
+            "model": model,
             "data": job.data,
             "machine": about("cuda" if job.on_cuda else "cpu"),
             "versions": {},
@@ -185,7 +190,7 @@ class Log:
         row = self._row(job.method.key)
         return row is not None and "failed" not in row and row["settings"] == _settings(job)
 
-    def has_baselines(self, second: str | None) -> bool:
+    def has_baselines(self) -> bool:
         return all(self._row(key) for key in BASELINES)
 
     def done(self, jobs: Sequence[Job]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def notes(summary: Row) -> list[str]:
     return [
         *lines,
         f"second: of the base's accuracy on another task ({Path(file).name}, {second:.1%}), what a linear probe on the "
-        "features reaches while the adapter is on; with it off, or on a base without merged adapter, that is 100 %",
+        "features reaches while the adapter is on; with it off that is 100 % by construction",
     ]
 
 
@@ -113,25 +114,46 @@ def notes(summary: Row) -> list[str]:
 
 
 def draw(path: Path, summary: Row) -> None:
-    """Accuracy over trainable numbers, a colour per family; the baselines are lines."""
+    """Accuracy over trainable numbers, a colour per family; the baselines are lines.
+
+    A few that are far below all others are triangles at the lower edge, with their accuracy in words: the crowd is what
+    needs the room.
+    """
     done = ranked(summary)
     points = [row for row in done if row["family"] != "baseline" and row["trainable"] > 0]
     lines = [row for row in done if row["family"] == "baseline"]
     figure, axes = new_figure((13, 8))
     axes.set(xscale="log", xlabel="trainable numbers (without the head)", ylabel="accuracy (%)")
     axes.set_title(title(summary), fontsize=10)
+    floor = _floor([row["accuracy"] for row in points], [row["accuracy"] for row in lines])
+    marks = []
     for family, colour in COLOURS.items():
         own = [row for row in points if row["family"] == family]
-        places = [row["trainable"] for row in own], [100 * row["accuracy"] for row in own]
-        axes.plot(*places, "o", color=colour, markersize=5, label=family if own else None)
+        for mark, below in (("o", False), ("v", True)):
+            side = [row for row in own if (row["accuracy"] < floor) == below]
+            heights = [100 * max(row["accuracy"], floor) for row in side]
+            axes.plot([row["trainable"] for row in side], heights, mark, color=colour, markersize=5, zorder=4)
+            names = [f"{row['method']} {row['accuracy']:.1%}" if below else row["method"] for row in side]
+            marks += [(r["trainable"], y, name, colour) for r, y, name in zip(side, heights, names, strict=True)]
+        if own:
+            axes.plot([], [], "o", color=colour, label=family)
     for row, style in zip(lines, ("-", "--", "-.", ":"), strict=False):
         name = f"{NAMES[row['method']]}, {row['accuracy']:.1%}"
         axes.axhline(100 * row["accuracy"], color="0.6", linestyle=style, linewidth=1, zorder=0, label=name)
     axes.margins(x=0.12, y=0.08)
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4, fontsize=9)
     figure.canvas.draw()  # the layout and the limits are final, and sizes in pixels known
-    label(axes, [(r["trainable"], 100 * r["accuracy"], r["method"], COLOURS[r["family"]]) for r in points])
+    label(axes, marks)
     figure.savefig(path, dpi=150)
+
+
+def _floor(values: Sequence[float], lines: Sequence[float]) -> float:
+    """The accuracy below which a point is an outlier, by its distance from the quartiles; no line is below it."""
+    if len(values) < 8:
+        return min([*values, *lines], default=0.0)
+    first, _, third = statistics.quantiles(values, n=4)
+    near = [value for value in values if value >= first - 2 * (third - first)]
+    return min([*near, *lines])
 
 
 def label(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
@@ -150,6 +172,7 @@ def label(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
             textcoords="offset pixels",
             fontsize=8,
             color=colour,
+            bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5},
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkB": 3},
         )
         box = Text.get_window_extent(text, renderer)

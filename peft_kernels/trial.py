@@ -26,6 +26,7 @@ from .engine.attach import attach, detach
 from .engine.calibrate import calibrate
 from .engine.counts import counts
 from .engine.fit import fit
+from .engine.life import eject
 from .engine.merge import merge
 from .engine.method import Method
 from .engine.store import WEIGHTS, save
@@ -123,9 +124,9 @@ def method_row(job: Job, setup: Setup, second: SecondTask | None, seconds: float
     wall, cpu = watch.read()
     peak = memory.peak()
     say("scoring", 0.0)
+    trained = max([counts(model).trainable, *(row["trainable"] for row in log if "phase" in row)])
+    found = counts(eject(model))  # what training alone needed is not stored, nor in what follows
     figures, _ = task.evaluate(model, setup.batches("test"))
-    found = counts(model)
-    trained = max([found.trainable, *(row["trainable"] for row in log if "phase" in row)])
     row = {
         **{name: figures[name] for name in ("accuracy", "macro_f1")},
         "trainable": trained - head["trainable"],

@@ -40,6 +40,9 @@ def second(tmp_path_factory):
     return write(tmp_path_factory.mktemp("second") / "second.tsv", rows)
 
 
+DRAW = comparison.draw
+
+
 class Tried(list):
     """The trials so far."""
 
@@ -61,6 +64,7 @@ def inside(monkeypatch):
             return {"failed": str(error)}
 
     monkeypatch.setattr(compare, "trial", own)
+    monkeypatch.setattr(comparison, "draw", lambda path, summary: path.touch())  # it takes longer than the trials
     return tried
 
 
@@ -76,8 +80,10 @@ def test_a_comparison(capsys, model_dir, data_file, second, tmp_path, inside):
     assert code == 1, "adapterdrop wants more layers than there are"
     summary = json.loads(text)
     assert summary == json.loads((out / "comparison.json").read_text())
+    assert summary["model"] == str(model_dir) and {"device_name", "commit"} <= summary["machine"].keys()
     assert {p.name for p in out.iterdir()} == {"comparison.json", "comparison.png"}
-    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    DRAW(tmp_path / "drawn.png", summary)
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
     rows = {row["method"]: row for row in summary["rows"]}
     assert rows.keys() == {"class_mean", "linear_probe", "full", "head", "lora", "bitfit", "houlsby", "adapterdrop"}
     failed = rows.pop("adapterdrop")
@@ -90,6 +96,8 @@ def test_a_comparison(capsys, model_dir, data_file, second, tmp_path, inside):
         assert row["second_task"] == pytest.approx(row["second_accuracy"] / summary["second"])
     assert rows["lora"]["settings"]["rank"] == pk.LoRA().rank and rows["lora"]["family"] == "reparametrised"
     assert rows["head"]["second_task"] == 1.0, "its adapter is behind the features"
+    inside.clear()
+    assert run(capsys, *words, "--resume")[0] == 1 and inside == ["adapterdrop"], "what failed is tried again"
     table = comparison.table(summary)
     for word in (*comparison.COLUMNS, "head only", "nearest class mean", "failed: ", "left out: gated: needs"):
         assert word in table
@@ -198,6 +206,13 @@ def test_bad_words(capsys, model_dir, data_file, tmp_path, inside, case):
 )
 def test_budgets(text, wanted):
     assert train.budget(text) == wanted
+
+
+def test_a_far_outlier_takes_no_room():
+    crowd = [0.70 + 0.01 * n for n in range(9)]
+    assert comparison._floor([*crowd, 0.3], [0.66, 0.77]) == 0.66
+    assert comparison._floor([*crowd, 0.69], [0.8]) == 0.69
+    assert comparison._floor([0.7, 0.3], [0.8]) == 0.3, "too few to say"
 
 
 def test_labels_do_not_cover_each_other():
