@@ -198,10 +198,11 @@ TIED_HEADS = ("gpt2", "t5", "opt", "gemma", "falcon", "bloom", "bart", "whisper"
 
 # A gate depends on the input, and a nonlinearity (an adapter's own, or beside KronARes) leaves no weight.
 UNMERGEABLE = {"compacter", "compacterpp", "gated", "krona_res", "lst"}
+UNMERGEABLE |= {"prompt"}
 UNMERGEABLE |= {"adamix", "adapterdrop", "adapterl", "houlsby", "parallel", "pfeiffer", "sparseadapter"}
 
 # The plain MLP has no layers, and its residual is not known.
-NO_MLP = {"adapterdrop", "bylayer", "lst", "pfeiffer"}
+NO_MLP = {"adapterdrop", "bylayer", "lst", "pfeiffer", "prompt"}
 
 
 def mergeable(key, family):

@@ -3,7 +3,8 @@
 A pattern is matched against the end of a module's path; `#` stands for a number. `path[q]` is one block of output rows
 of a fused linear, `entry>exit` the span between two linears where a family has no module of its own for it.
 
-`stack` is no pattern of the table: it is each module that holds a list of blocks, such as an encoder.
+`stack` and `backbone` are no patterns of the table: the one is each module that holds a list of blocks, such as an
+encoder, the other the nearest module from there upward that takes embeddings in the place of tokens, or makes them.
 
 A target is a role, a glob or an address (`Site.address`): `@path` is exactly one module, `role@path`
 the same with its role, for a fused linear the rows of that role.
@@ -12,6 +13,7 @@ the same with its role, for a fused linear the rows of that role.
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +38,7 @@ ROLES: tuple[str, ...] = (
     "embed",
     "block",
     "stack",
+    "backbone",
     "head",
     "model",
 )
@@ -423,6 +426,10 @@ def _picks(model: nn.Module, modules: dict[str, nn.Module], target: str) -> Iter
         blocks = (path for (path, _, _), _ in _picks(model, modules, "block"))
         for path in dict.fromkeys(".".join(block.split(".")[:-2]) for block in blocks):
             yield (path, None, None), target
+    elif target == "backbone" and (family(model) or not any(matches(path, target) for path in modules if path)):
+        stacks = [path for (path, _, _), _ in _picks(model, modules, "stack")]
+        for path in dict.fromkeys(_backbone(modules, stack) for stack in stacks):
+            yield (path, None, None), target
     elif target in ROLES and (family(model) or not any(matches(path, target) for path in modules if path)):
         for pattern in _patterns(model, target):
             for path in modules:
@@ -442,9 +449,21 @@ def _picks(model: nn.Module, modules: dict[str, nn.Module], target: str) -> Iter
                 yield key, _role(model, modules, key)
 
 
+def _backbone(modules: dict[str, nn.Module], stack: str) -> str:
+    """The path of the nearest module from a stack upward that takes or makes embeddings."""
+    for path in [*reversed(_prefixes(stack)), ""] if stack else [""]:
+        module = modules[path]
+        if "inputs_embeds" in inspect.signature(module.forward).parameters or "embeddings" in module._modules:
+            return path
+    others = ", ".join(
+        f"'@{p}'" for p, m in modules.items() if "inputs_embeds" in inspect.signature(m.forward).parameters
+    )
+    raise ValueError(f"{stack} takes no embeddings, so it has no backbone; target {others or 'another module'} alone")
+
+
 def _listed(row: Family | None, role: str) -> bool:
-    """Whether a row of the table has a role; a stack is where its blocks are."""
-    return row is not None and ("block" if role == "stack" else role) in row.roles
+    """Whether a row of the table has a role; stack and backbone are where its blocks are."""
+    return row is not None and ("block" if role in ("stack", "backbone") else role) in row.roles
 
 
 def _patterns(model: nn.Module, role: str) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from .magnitude import MagnitudePruning
 from .movement import MovementPruning
 from .parallel import ParallelAdapter
 from .pfeiffer import Pfeiffer
+from .prompt import PromptTuning
 from .qlora import QLoRA
 from .random import RandomMask
 from .said import SAID
@@ -65,6 +66,7 @@ __all__ = [
     "MovementPruning",
     "ParallelAdapter",
     "Pfeiffer",
+    "PromptTuning",
     "QLoRA",
     "RandomMask",
     "SparseAdapter",
