@@ -109,7 +109,7 @@ def _bart(kind, **changes):
 def _whisper(kind):
     from transformers import WhisperForConditionalGeneration
 
-    sizes = dict(num_mel_bins=4, max_source_positions=5, max_target_positions=8, vocab_size=50)
+    sizes = dict(num_mel_bins=4, max_source_positions=5, max_target_positions=16, vocab_size=50)
     model = WhisperForConditionalGeneration(_config(kind, **_STACKS, **sizes, decoder_start_token_id=0))
     return model, {"input_features": torch.randn(2, 4, 10), "decoder_input_ids": _tokens()}
 
@@ -196,13 +196,15 @@ METHODS = pk.methods()
 
 TIED_HEADS = ("gpt2", "t5", "opt", "gemma", "falcon", "bloom", "bart", "whisper")  # to the embedding
 
+PROMPTS = {"prompt"}  # rows in the sequence of embeddings
+
 # A gate depends on the input, and a nonlinearity (an adapter's own, or beside KronARes) leaves no weight.
 UNMERGEABLE = {"compacter", "compacterpp", "gated", "krona_res", "lst"}
-UNMERGEABLE |= {"prompt"}
+UNMERGEABLE |= PROMPTS
 UNMERGEABLE |= {"adamix", "adapterdrop", "adapterl", "houlsby", "parallel", "pfeiffer", "sparseadapter"}
 
 # The plain MLP has no layers, and its residual is not known.
-NO_MLP = {"adapterdrop", "bylayer", "lst", "pfeiffer", "prompt"}
+NO_MLP = {"adapterdrop", "bylayer", "lst", "pfeiffer"} | PROMPTS
 
 
 def mergeable(key, family):
@@ -211,6 +213,8 @@ def mergeable(key, family):
 
 
 def targets_of(key, family):
+    if family == "whisper" and key in PROMPTS:  # its encoder takes no embeddings
+        return ("*.decoder",)
     if family != "mlp" or key == "full":
         return None
     own = {"head": ("out",), "bitfit": ("first", "ln"), "layertype": ("first", "ln"), "krona_res": ("first>second",)}

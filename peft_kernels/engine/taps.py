@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class _Local(threading.local):
-    inputs: dict[str, Tensor] | None = None  # class-level default: every thread has its own
+    inputs: dict[str, Any] | None = None  # class-level default: every thread has its own
 
 
 _local = _Local()
@@ -34,7 +34,7 @@ class OutputTap(_Noting):
         note(self.key, output[0] if isinstance(output, tuple) else output)
 
 
-def note(key: str, value: Tensor) -> None:
+def note(key: str, value: Any) -> None:
     """What `seen` returns from now on in this thread, until `forget`."""
     _local.inputs = {**(_local.inputs or {}), key: value}
 
@@ -65,6 +65,11 @@ def seen(key: str) -> Tensor:
     if inputs is None or key not in inputs:
         raise RuntimeError(f"the {key} was not computed in this call; call the model, not the module alone")
     return inputs[key]
+
+
+def noted(key: str) -> Any:
+    """What was noted in this thread, or None."""
+    return None if _local.inputs is None else _local.inputs.get(key)
 
 
 def forget(keys: tuple[str, ...]) -> None:

@@ -3,29 +3,38 @@
     h = model([P; e(tokens)])[l:]                   P [l, d]   e [n, d]   h [n, d]
 
 The rows of P are gone from what comes out, so heads, labels and poolers see what they know. In an encoder-decoder model
-the encoder alone has P and its output keeps these rows, to which the decoder attends.
+the encoder alone has P and its output keeps these rows, to which the decoder attends. A model of images, whose patches
+have their positions already, has P behind them.
 """
 
 from __future__ import annotations
 
 import inspect
-import itertools
-from dataclasses import dataclass
-from typing import Any
+import uuid
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine.method import Method, Tuner
-from ..engine.roles import roles_of
-from ..engine.rows import RowBase
+from ..engine.rows import Routing, RowBase, by_rows
 from ..engine.site import Base, Site, base_modules
-from ._sequence import CACHE, numbered, room, seen_by, shortened
+from ..engine.taps import forget, note
+from ._prompted import (
+    Appended,
+    AppendedTuner,
+    Filled,
+    Memory,
+    MemoryTuner,
+    crosses,
+    embeddings_of,
+    kept,
+    takes_embeddings,
+)
+from ._sequence import CACHE, indented, make_room, moved, numbered, rest, seen_by, shortened, take
 
-STATES = "encoder_hidden_states"
-_ENTERED = "peft_prompts"  # in vars(cache): number of a prompt in it -> how many more rows it has than tokens
-_numbers = itertools.count(1)
+_ENTERED = "peft_prompts"  # in vars(cache): mark of a prompt in it -> rows that the cache has and its tokens have not
 
 
 class Prompt(Method):
@@ -34,21 +43,28 @@ class Prompt(Method):
     identity = False
 
     def select(self, sites: list[Site]) -> list[Site]:
-        """The modules that get P, and the decoders that attend to one of those."""
+        """The modules that get P, the decoders that attend to one of those, and where P enters a model of images."""
         sites = super().select(sites)
         behind = [site for site in sites if crosses(site.module)]
         if len(behind) < len(sites):
             for site in behind:
                 site.role = Memory.key
-        return sites
+        images = [site for site in sites if not takes_embeddings(site)]
+        return [*sites, *map(embeddings_of, images)]
 
     def at(self, site: Site) -> Method:
-        return Memory() if site.role == Memory.key else self
+        return {Memory.key: Memory, Appended.key: Appended}.get(site.role, lambda: self)()
 
     def attached(self, tuners: list[Tuner]) -> None:
-        if any(isinstance(tuner, MemoryTuner) for tuner in tuners):
-            for tuner in tuners:
-                vars(tuner)["keep"] = True
+        feeds = any(isinstance(tuner, MemoryTuner) for tuner in tuners)
+        places = {tuner.site_name: tuner for tuner in tuners}
+        for tuner in tuners:
+            if isinstance(tuner, PromptTuner):
+                tuner.keep = feeds
+            elif isinstance(tuner, MemoryTuner):  # past nn.Module, which would register a submodule
+                vars(tuner)["prompt"] = next(t for t in tuners if isinstance(t, PromptTuner))
+            elif isinstance(tuner, AppendedTuner):
+                tuner.mark = cast(PromptTuner, places[tuner.site_name.rpartition(".")[0]]).mark
 
 
 class PromptTuner(Tuner):
@@ -57,16 +73,20 @@ class PromptTuner(Tuner):
     length: rows of P.   width: their features, those of the module's embeddings.   keep: its output has them too.
     """
 
+    module: nn.Module
     length: int
     width: int
     keep: bool = False
 
     def __init__(self, cfg: Any, site: Site):
         super().__init__(cfg, site)
+        vars(self)["module"] = site.module
         self.length, self.width = cfg.length, width_of(site)
         self.names = tuple(inspect.signature(site.module.forward).parameters)
-        self.causal = any(getattr(m, "is_causal", False) for _, m in base_modules(site.module))
-        self.number = next(_numbers)
+        known = [m.is_causal for _, m in base_modules(site.module) if hasattr(m, "is_causal")]
+        self.causal = any(known) if known else CACHE in self.names
+        self.first = getattr(getattr(site.module, "embeddings", None), "padding_idx", -1) + 1  # position of RoBERTa
+        self.mark = uuid.uuid4().hex
 
     def prompt(self) -> Tensor:
         """P [length, width] or [batch, length, width]."""
@@ -74,93 +94,113 @@ class PromptTuner(Tuner):
 
     def forward(self, base: Base | RowBase, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        module = base.site.module
+        module: Any = base.site.module
         dictionary = given.pop("return_dict", getattr(module.config, "return_dict", True))
-        out = self.around(base, module, {**given, "return_dict": True})
+        around = self.around if "inputs_embeds" in self.names else self.behind
+        out = around(base, module, {**given, "return_dict": True})
         return out.to_tuple() if dictionary is False else out
 
     def around(self, base: Base | RowBase, module: Any, given: dict[str, Any]) -> Any:
         """The module's output for what it was given by name, P in it."""
-        l, cache = self.length, given.get(CACHE)  # noqa: E741
-        x = given.get("inputs_embeds")
-        if x is None:
-            x = base.beside(module.get_input_embeddings(), given["input_ids"])
-        start = self.entered(base.site, cache)
-        rows, n = 0 if start else l, x.shape[1]
-        width = room(cache, rows, n)
+        l, cache, mask = self.length, given.get(CACHE), cast(Tensor, given.get("attention_mask"))  # noqa: E741
+        x = self.embedded(base, module, given)
+        n = x.shape[1]
+        rows = 0 if self.entered(base.site, cache, given, n) else l
         self.positions(module, given, rows, n)
         if (types := given.get("token_type_ids")) is not None:
             given["token_type_ids"] = F.pad(types, (rows, 0))
-        given["attention_mask"] = seen_by(given.get("attention_mask"), l, rows, self.causal, width)
-        given |= {"input_ids": None, "inputs_embeds": self.place(x) if rows else x}
-        out = base(**given)
+        if rows:
+            make_room(cache, l, n, getattr(module.config, "sliding_window", None))
+        given["attention_mask"] = seen_by(mask, l, rows, self.causal, cache)
+        x = self.place(x) if rows else x
+        queries: slice | Tensor = slice(rows, None)
+        keys: slice | Tensor = slice(l, None)
+        if rows and not self.causal and "position_ids" not in self.names and indented(mask):
+            index = moved(mask, l, n)  # the distance of P to the text is part of the model
+            queries = keys = rest(mask, l, n)
+            x = take(x, index, 1)
+            given["attention_mask"] = take(given["attention_mask"], index, 1)
+        out = base(**{**given, "input_ids": None, "inputs_embeds": x})
         self.enter_cache(getattr(out, CACHE, None) if cache is None else cache, rows, n)
-        return out if self.keep else shortened(out, l, rows, getattr(module, "pooler", None))
+        return out if self.keep else shortened(out, queries, keys, getattr(module, "pooler", None))
+
+    def embedded(self, base: Base | RowBase, module: Any, given: dict[str, Any]) -> Tensor:
+        """The embeddings [batch, n, width] that were given, or those of the tokens."""
+        x = given.get("inputs_embeds")
+        return base.beside(module.get_input_embeddings(), given["input_ids"]) if x is None else x
 
     def place(self, x: Tensor) -> Tensor:
         """The sequence [batch, length + n, width] of P and the embeddings x [batch, n, width]."""
-        p = self.prompt().to(x.dtype)
-        return torch.cat([p.expand(len(x), *p.shape[-2:]), x], dim=1)
+        return torch.cat([self.of(x), x], dim=1)
+
+    def of(self, x: Tensor) -> Tensor:
+        """P [batch, length, width] in the dtype of the embeddings x."""
+        p = self.prompt().to(x)
+        return p.expand(len(x), *p.shape[-2:])
 
     def positions(self, module: Any, given: dict[str, Any], rows: int, n: int) -> None:
-        """P is numbered from the first position, and the text behind it, padding on its left left out."""
+        """P has the first positions, and the text those behind it, whatever padding there is on its left."""
         mask, own = given.get("attention_mask"), given.get("position_ids")
         if "position_ids" not in self.names:
             return
         if own is None and isinstance(mask, Tensor) and mask.dim() == 2:
-            own = numbered(mask, n)
+            own = numbered(mask, n) + self.first
         if own is not None:
-            before = torch.arange(rows, device=own.device, dtype=own.dtype).expand(len(own), rows)
-            given["position_ids"] = torch.cat([before, own + self.length], dim=1)
+            before = torch.arange(self.first, self.first + rows, device=own.device, dtype=own.dtype)
+            given["position_ids"] = torch.cat([before.expand(len(own), rows), own + self.length], dim=1)
 
-    # -- key-value caches ---------------------------------------------------------------------------------------------
+    def behind(self, base: Base | RowBase, module: Any, given: dict[str, Any]) -> Any:
+        """The same of a model that makes its embeddings inside, from an image."""
+        if isinstance(mask := given.get("attention_mask"), Tensor):
+            given["attention_mask"] = F.pad(mask, (0, self.length), value=1)
+        note(self.mark, self.prompt())
+        try:
+            out = base(**given)
+        finally:
+            forget((self.mark,))
+        text = slice(None, -self.length)
+        return shortened(out, text, text, None)
 
-    def entered(self, site: Site, cache: Any) -> bool:
-        """Whether P is in the cache; RuntimeError if that was filled without it."""
+    # -- key-value caches: P is in them from the first call on --------------------------------------------------------
+
+    def entered(self, site: Site, cache: Any, given: dict[str, Any], n: int) -> bool:
+        """Whether P is in the cache; RuntimeError if that was filled without it, or is of other tokens."""
         if cache is None:
             return False
-        length, known = cache.get_seq_length(), vars(cache).get(_ENTERED, {})
-        if isinstance(length, Tensor):  # of a static cache; a graph must not depend on it
-            length = int(self.number in known) if torch.compiler.is_compiling() else int(length)
-        if length and self.number not in known:
+        known, length, mask = vars(cache).get(_ENTERED, {}), cache.get_seq_length(), given.get("attention_mask")
+        if isinstance(length, Tensor):  # of a static cache, on which a graph must not depend
+            length, mask = int(self.mark in known) if torch.compiler.is_compiling() else int(length), None
+        if not length:
+            return False
+        if self.mark not in known:
             raise RuntimeError(f"{site} gets a key-value cache that was filled without this prompt; begin a new one")
-        return bool(length)
+        before = length - known[self.mark]
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != before + n:
+            raise RuntimeError(
+                f"{site} gets {n} tokens under a mask of {mask.shape[1]} and a key-value cache of {before} behind the "
+                "prompt; generate in one go, as the tokens in a cache cannot be counted by its length"
+            )
+        return True
 
     def enter_cache(self, cache: Any, rows: int, n: int) -> None:
+        """Notes in a cache that P is in it, and how many rows more than tokens it has."""
         if cache is not None and rows:
-            vars(cache)[_ENTERED] = {**vars(cache).get(_ENTERED, {}), self.number: rows}
+            length = cache.get_seq_length()
+            more = rows if isinstance(length, Tensor) else length - n
+            vars(cache)[_ENTERED] = {**vars(cache).get(_ENTERED, {}), self.mark: more}
+
+    # -- routes: encoder outputs of one length, the rows of shorter prompts beginning with zeros ----------------------
+
+    @classmethod
+    def forward_many(cls, base: Any, tuners: dict[int, Tuner], route: Routing, *args: Any, **kwargs: Any) -> Any:
+        longest = kept(base.site.module)
+        if not longest:
+            return by_rows(base, tuners, route, args, kwargs)
+        padded = {number: cast(Tuner, Filled(tuner, longest)) for number, tuner in tuners.items()}
+        return by_rows(cast(Base, Filled(base, longest)), padded, route, args, kwargs)
 
 
 def width_of(site: Site) -> int:
-    """Features of the embeddings that a module takes."""
-    embedding = site.module.get_input_embeddings() if hasattr(site.module, "get_input_embeddings") else None
-    if embedding is None:
-        raise ValueError(f"{site.name or 'the model'} has no embeddings of tokens; target the role backbone")
-    return getattr(embedding, "embedding_dim", None) or site.module.config.hidden_size
-
-
-def crosses(module: nn.Module) -> bool:
-    """Whether there is attention to another module's output in it."""
-    config = getattr(module, "config", None)
-    return any("cross.attn" in roles_of(config, path) for path, _ in base_modules(module))
-
-
-@dataclass(frozen=True)
-class Memory(Method):
-    """At a decoder: the rows of a prompt in the encoder's output are seen."""
-
-    key = "memory"
-
-
-class MemoryTuner(Tuner, method=Memory):
-    def __init__(self, cfg: Method, site: Site):
-        super().__init__(cfg, site)
-        self.names = tuple(inspect.signature(site.module.forward).parameters)
-
-    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        states, mask = given.get(STATES), given.get("encoder_attention_mask")
-        if states is not None and mask is not None:
-            more = states.shape[1] - mask.shape[-1]
-            given["encoder_attention_mask"] = seen_by(mask, more, 0, False, None)
-        return base(**given)
+    """Features of the embeddings that a module takes or makes."""
+    module: Any = site.module
+    return getattr(module.get_input_embeddings(), "embedding_dim", None) or module.config.hidden_size

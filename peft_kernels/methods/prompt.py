@@ -11,7 +11,9 @@ from ._prompt import Prompt, PromptTuner
 
 
 @dataclass(frozen=True)
-class PromptTuning(Prompt, roles=("backbone",), lr=0.1, tiny={"length": 3}, key="prompt", kinds=None):
+class PromptTuning(
+    Prompt, roles=("backbone",), lr=0.1, tiny={"length": 3}, family="additive", key="prompt", kinds=None
+):
     """Learned rows in front of the tokens' embeddings. Lester et al. 2021, arXiv:2104.08691."""
 
     length: int = 20  # rows
