@@ -16,6 +16,24 @@ if not torch.cuda.is_available():  # GPU kernels run on the CPU; before any kern
     if "PEFT_KERNELS_EMULATED" not in os.environ and (library := emulation.kernels()):
         os.environ["PEFT_KERNELS_EMULATED"] = str(library)
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+
+    patched, patch = set(), interpreter._patch_lang
+
+    def patch_once(fn):
+        """Triton's patch of its language for one kernel; its device functions, which need no other, do not redo it."""
+        languages = {id(interpreter.tl), id(interpreter.tl.core)} & {id(value) for value in fn.__globals__.values()}
+        if languages <= patched:
+            return interpreter._LangPatchScope()
+        scope, new = patch(fn), languages - patched
+        patched.update(new)
+        restore = scope.restore
+        scope.restore = lambda: (restore(), patched.difference_update(new))
+        return scope
+
+    interpreter._patch_lang = patch_once
+
 # What torch.empty gives is NaN, and so is what C++ allocates, by glibc's M_PERTURB: an output that a kernel leaves
 # unwritten fails its law.
 if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):

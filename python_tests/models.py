@@ -201,10 +201,13 @@ PROMPTS = {"prompt"}  # rows in the sequence of embeddings
 # A gate depends on the input, and a nonlinearity (an adapter's own, or beside KronARes) leaves no weight.
 UNMERGEABLE = {"compacter", "compacterpp", "gated", "krona_res", "lst"}
 UNMERGEABLE |= PROMPTS
-UNMERGEABLE |= {"adamix", "adapterdrop", "adapterl", "houlsby", "parallel", "pfeiffer", "sparseadapter"}
+UNMERGEABLE |= {"adamix", "adapterdrop", "adapterl", "houlsby", "parallel", "pfeiffer", "prefix", "sparseadapter"}
 
 # The plain MLP has no layers, and its residual is not known.
-NO_MLP = {"adapterdrop", "bylayer", "lst", "pfeiffer"} | PROMPTS
+NO_MLP = {"adapterdrop", "bylayer", "lst", "pfeiffer", "prefix"} | PROMPTS
+
+# Attention there does not go through transformers' AttentionInterface.
+NO_SEAM = {"prefix": ("falcon", "bloom")}
 
 
 def mergeable(key, family):
@@ -229,7 +232,7 @@ def over(families):
         return () if family in ("mlp", FAMILIES[1 + i % 4], FAMILIES[1 + (i + 1) % 4]) else pytest.mark.slow
 
     fitting = [(i, k, f) for (i, k), f in itertools.product(enumerate(METHODS), families)]
-    fitting = [(i, k, f) for i, k, f in fitting if f != "mlp" or k not in NO_MLP]
+    fitting = [(i, k, f) for i, k, f in fitting if not (f == "mlp" and k in NO_MLP or f in NO_SEAM.get(k, ()))]
     return [pytest.param(k, f, id=f"{k}-{f}", marks=marks(i, f)) for i, k, f in fitting]
 
 

@@ -330,6 +330,7 @@ OTHER_VALUES = {
     },
     "parallel": {**_BOTTLENECK, "scale": 3.0, "learned": True},
     "pfeiffer": _BOTTLENECK,
+    "prefix": {"length": 4, "hidden": 0},
     "prompt": {"length": 4},
     "qlora": {
         **_LORA,

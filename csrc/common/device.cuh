@@ -174,6 +174,8 @@ inline bool can_cluster(void (*kernel)(P...)) {
 
 namespace pk {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 __device__ inline float widen(f16 x) { return __half2float(__ushort_as_half(x.bits)); }

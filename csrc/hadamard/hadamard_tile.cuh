@@ -280,8 +280,6 @@ __global__ void __launch_bounds__(threads_of<M>, 1024 / threads_of<M>)
 constexpr int least_tile = 12;
 constexpr int narrowest = 4;  // bits of a tile's columns: 64 bytes of fp32
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline int levels_of(int64_t n) {
   int m = 0;
   while (int64_t{1} << m < n) ++m;

@@ -6,8 +6,6 @@
 
 namespace pk {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // x of type T by factors of type F. Of one type numbers are multiplied as they are, and what comes between two products
 // is rounded to it. Beside 16 bits, fp32 is cut into PARTS bf16 parts: three lose 2^-24, two 2^-16.
 template <class T, class F, int PARTS>

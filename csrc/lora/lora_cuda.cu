@@ -13,8 +13,6 @@ constexpr int decode_warps = 8;
 constexpr int wgrad_pitch = 65;     // of 64 columns in shared memory, against bank conflicts
 constexpr int blocks_wanted = 264;  // two for each SM of an H100
 
-int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
-
 // What a kernel needs of a streamed array, and of a factor.
 struct Stream {
   void* data;
@@ -464,7 +462,7 @@ int lora_shrink_splits(const LoraRows& rows, const LoraStream& u) {
                          ceil_div(rows.r_max, ranks_at_once(rows));
   const int64_t wanted = std::min<int64_t>(blocks_wanted / std::max<int64_t>(blocks, 1), u.columns / 256);
   const int chunk = ceil_div(u.columns, std::clamp<int64_t>(wanted, 1, 16));
-  return std::max(1, ceil_div(u.columns, std::max(1, ceil_div(chunk, 32) * 32)));
+  return std::max<int>(1, ceil_div(u.columns, std::max<int>(1, ceil_div(chunk, 32) * 32)));
 }
 
 cudaError_t lora_shrink_cuda(const LoraRows& rows, const LoraStream& u, const LoraFactor<const void>& f, float scale,

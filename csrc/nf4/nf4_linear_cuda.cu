@@ -15,8 +15,6 @@ constexpr int linear_rows = 32 * linear_warps / linear_shares;
 constexpr int dgrad_warps = 4;
 constexpr int blocks_wanted = 264;  // two for each SM of an H100
 
-int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
-
 template <class T>
 __device__ inline uint32_t pair_of(float low, float high) {
   if constexpr (std::is_same_v<T, bf16>)
@@ -353,7 +351,7 @@ int chunk_of(int size, int splits, int turn) { return ceil_div(ceil_div(size, sp
 
 int splits_of(int size, int blocks, int least, int turn) {
   const int wanted = std::clamp(std::min(blocks_wanted / std::max(blocks, 1), size / least), 1, 16);
-  return std::max(1, ceil_div(size, std::max(1, chunk_of(size, wanted, turn))));
+  return std::max<int>(1, ceil_div(size, std::max(1, chunk_of(size, wanted, turn))));
 }
 
 template <class T>

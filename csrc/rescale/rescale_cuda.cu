@@ -10,8 +10,6 @@ namespace {
 constexpr int columns = 32, rows_at_once = 8;
 constexpr int64_t max_chunks = 128;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <int N, class X, class L>
 __global__ void rescale_fwd_kernel(const X* x, const L* l, X* y, int64_t rows, int64_t n) {
   const int64_t c = (static_cast<int64_t>(blockIdx.x) * columns + threadIdx.x) * N;

@@ -335,8 +335,6 @@ __global__ void __launch_bounds__(step_threads) sparse_adamw_kernel(AdamwArgs ar
 
 // -- launching --------------------------------------------------------------------------------------------------------
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class I>
 cudaError_t sddmm_of(const SddmmCuda& s, float* out, int splits, cudaStream_t stream) {
   const int64_t column_tiles = ceil_div(s.n, tile_columns), blocks = ceil_div(s.m, tile_rows) * column_tiles * splits;

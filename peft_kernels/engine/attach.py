@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .method import Method, Part, Source, Tuner, method_of, numbers, words
+from .loans import Lent, lend, restore
+from .method import Loan, Method, Part, Source, Tuner, method_of, numbers, words
 from .packed import Packed
 from .roles import resolve
 from .rows import Key, routing
@@ -65,6 +66,7 @@ class State:
     key: Key = field(default_factory=Key)  # for routes
     stash: dict[str, Any] | None = None  # the base's tensors before the merge; None: a parameter the merge created
     bank: Bank | None = None
+    lent: list[Lent] = field(default_factory=list)
 
 
 _KEY = "_peft_kernels"  # in vars(root)
@@ -169,6 +171,7 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
     for level, _, tuner in made:
         tuner.part = level
     sources = [(site, source) for _, site, tuner in made for source in _sources(tuner, site)]
+    loans = [loan for _, site, tuner in made for loan in _loans(tuner, site)]
     built = _by_module(made)
     with torch.no_grad():
         for level, (part, _) in enumerate(adapter.expanded()):
@@ -185,6 +188,7 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
         tap(source, site.key(what), output)
         top = adapters_of(site.module).tuners[name]  # type: ignore[union-attr]  # swapped above
         top.taps = (*top.taps, site.key(what))
+    lend(state.lent, name, loans)
     state.adapters[name] = adapter
     state.active.append(name)
     vars(model)[_KEY] = state
@@ -267,6 +271,11 @@ def _sources(tuner: Tuner, site: Site) -> list[Source]:
             raise ValueError(f"{tuner.cfg.key} needs the residual at {site.name}, which is not known there; use a role")
         sources.append(Source("residual", site.residual))
     return [*sources, *(source for t in inner for source in t.sources(site))]
+
+
+def _loans(tuner: Tuner, site: Site) -> list[Loan]:
+    """What a tuner here, or one inside it, wants lent."""
+    return [loan for t in tuner.modules() if isinstance(t, Tuner) for loan in t.lends(site)]
 
 
 def _guard(model: nn.Module, chosen: list[tuple[int, Method, Site]]) -> None:
@@ -367,6 +376,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     taps -= _taps(model)
     for module in model.modules() if taps else ():
         untap(module, taps)
+    restore(state.lent, names)
     for n in names:
         del state.adapters[n]
     if state.bank is not None and state.bank.name in names:
@@ -412,6 +422,8 @@ def rename(model: nn.Module, old: str, new: str) -> nn.Module:
         adapters.tuners.update(renamed)
     state.adapters = {(new if n == old else n): a for n, a in state.adapters.items()}
     state.active = [new if n == old else n for n in state.active]
+    for held in state.lent:
+        held.adapters = [new if n == old else n for n in held.adapters]
     state.merged = [new if n == old else n for n in state.merged]
     refresh(model)
     return model

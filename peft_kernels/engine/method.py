@@ -135,6 +135,10 @@ class Method:
         """What attaching this method as `part` comes to; a recipe has several parts."""
         return [part]
 
+    def ejected(self) -> Method:
+        """What is left of it once what only training needed is gone, as the network that makes a prefix."""
+        return self
+
     @property
     def curvature(self) -> bool:
         """Whether `pk.calibrate` is to measure Stats.curved, by a second pass over the batches."""
@@ -280,6 +284,14 @@ class Source(NamedTuple):
     output: bool = False
 
 
+class Loan(NamedTuple):
+    """An attribute of a module that has another value while a tuner is attached; detach puts the old object back."""
+
+    module: nn.Module
+    name: str
+    value: Any
+
+
 class Tuner(nn.Module):
     """The trainable part of a method at one site. Write at least one of `fold` and `forward`.
 
@@ -328,6 +340,10 @@ class Tuner(nn.Module):
 
     def sources(self, site: Site) -> list[Source]:
         """What forward reads by base.seen of modules that run inside its site; asked for once, by attach."""
+        return []
+
+    def lends(self, site: Site) -> list[Loan]:
+        """Attributes of modules that it needs to have another value; asked for once, by attach."""
         return []
 
     @property

@@ -507,6 +507,18 @@ def beside(model: nn.Module, path: str, role: str, wanted: Iterable[str]) -> lis
     return found
 
 
+def within(site: Site, config: nn.Module, role: str) -> list[Site]:
+    """The linears of a role in the module at a site. config: a module that keeps the model's config."""
+    row, found = family(config), []
+    for path, module in base_modules(site.module, site.name):
+        for place, _, part in (p.partition("[") for p in (row.roles.get(role, ()) if row else ())):
+            if _match(place, path):
+                own = Site(path, module, role)
+                own.rows = _rows(config, own, part[:-1]) if part else None
+                found.append(own)
+    return found
+
+
 def _has(model: nn.Module, modules: dict[str, nn.Module], target: str) -> bool:
     """False for a role that the model's family does not have, or this model of it."""
     row = family(model)

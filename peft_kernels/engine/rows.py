@@ -144,8 +144,7 @@ def by_rows(base: Base, tuners: dict[int, Tuner], route: Routing, args: tuple, k
     if leading is None and len(set(route.numbers)) > 1:
         raise ValueError(f"the route names several adapters, but {where} gets no tensor with batch rows")
     rows = route.rows(1 if leading is None else leading, where)
-    if leading != rows:
-        args, kwargs = together([(args, kwargs)], lambda ts: _expanded(ts[0], rows))
+    args, kwargs = in_rows((args, kwargs), rows)
     shared, call = _Once(base, args, kwargs), (args, kwargs)
     if torch.compiler.is_compiling():
         ids, out = route.expanded(rows), shared()
@@ -335,6 +334,12 @@ def _rows_of(ts: Sequence[Tensor], lengths: list[int]) -> list[Tensor]:
             "compute a loss from its logits"
         )
     return found
+
+
+def in_rows(call: Call, rows: int) -> Call:
+    """The call, one row for all in it as so many."""
+    leading = next((t.shape[0] for t in tensors(call) if t.dim() > 1), 1)
+    return call if leading == rows else together([call], lambda ts: _expanded(ts[0], rows))
 
 
 def _expanded(t: Tensor, rows: int) -> Tensor:

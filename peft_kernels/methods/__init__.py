@@ -25,6 +25,7 @@ from .magnitude import MagnitudePruning
 from .movement import MovementPruning
 from .parallel import ParallelAdapter
 from .pfeiffer import Pfeiffer
+from .prefix import PrefixTuning
 from .prompt import PromptTuning
 from .qlora import QLoRA
 from .random import RandomMask
@@ -66,6 +67,7 @@ __all__ = [
     "MovementPruning",
     "ParallelAdapter",
     "Pfeiffer",
+    "PrefixTuning",
     "PromptTuning",
     "QLoRA",
     "RandomMask",

@@ -40,6 +40,9 @@ class Gated(
         own, *others = self.inner.expand(replace(part, method=self.inner))
         return [replace(own, method=self), *others]
 
+    def ejected(self) -> Gated:
+        return replace(self, inner=self.inner.ejected())
+
     def select(self, sites: list[Site]) -> list[Site]:
         return super().select(self.inner.select(sites))
 

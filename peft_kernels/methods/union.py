@@ -26,6 +26,9 @@ class Union(Recipe, roles=(), lr=2e-3, tiny={"members": (LoRA(rank=2), IA3())}, 
     def parts(self) -> tuple[Part, ...]:
         return self.members
 
+    def ejected(self) -> Method:
+        return replace(self, members=tuple(replace(own, method=own.method.ejected()) for own in self.members))
+
 
 @dataclass(frozen=True, init=False)
 class ByLayer(Union, roles=(), lr=2e-3, tiny={"layers": {0: LoRA(rank=2), 1: IA3()}}, kinds=None, family="hybrid"):

@@ -1,0 +1,179 @@
+"""The seam of attention: transformers' AttentionInterface, by which keys and values can be put before a module's own.
+
+While a tuner borrows it, the attention module's `config` is a stand-in that names our function as the implementation.
+That function runs after rotation and cache, so what it adds is neither rotated nor cached, and it hands everything to
+the implementation that the true config names: sdpa, the modelling file's own eager one, flash attention.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..engine.method import Loan
+from ..engine.roles import within
+from ..engine.site import Site, adapters_of, base_class, base_modules
+from ..engine.taps import noted
+
+NAME = "peft_kernels"
+_INTERFACE, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
+_files: dict[str, dict[str, Any]] = {}  # modelling file -> its globals
+
+
+class Prefix(NamedTuple):
+    """Keys and values before an attention module's own: k, v [1 or rows, l, width], every row's l the same.
+
+    mask [rows, l] bool: which of them a row has; None: all.
+    """
+
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+
+
+class Seam(NamedTuple):
+    """The module that calls the AttentionInterface at a site, and the width of its keys."""
+
+    module: nn.Module
+    width: int
+    hidden: int  # features of what the keys are made from
+    file: str
+
+    def loan(self, key: str) -> Loan:
+        config = vars(self.module)["config"]
+        return Loan(self.module, "config", config if isinstance(config, Config) else Config(config, key, self.file))
+
+
+def seam(site: Site, method: str) -> Seam:
+    """ValueError where attention does not go through transformers' AttentionInterface."""
+    for _, module in base_modules(site.module):
+        cls: Any = type(module) if adapters_of(module) is None else base_class(module)
+        names = getattr(inspect.unwrap(cls.forward), "__globals__", {})
+        if "config" in vars(module) and _INTERFACE in names and (keys := within(site, module, "k")):
+            _files[cls.__module__] = names
+            names[_INTERFACE].register(NAME, attention)
+            return Seam(module, keys[0].n_out, keys[0].n_in, cls.__module__)
+    raise ValueError(
+        f"{method} at {site.name}: {type(site.module).__name__} does not call transformers' AttentionInterface, "
+        "so nothing can be put before its keys; exclude it or choose another method"
+    )
+
+
+class Config:
+    """The config of an attention module whose calls come to `attention`; in all else the true config."""
+
+    _attn_implementation = NAME
+
+    def __init__(self, config: Any, key: str, file: str):
+        vars(self).update(true=config, key=key, file=file)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.true, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.true, name, value)
+
+    def __reduce__(self) -> tuple:
+        return _again, (self.true, self.key, self.file)
+
+
+def _again(config: Any, key: str, file: str) -> Config:
+    if file not in _files:
+        _files[file] = vars(importlib.import_module(file))
+        _files[file][_INTERFACE].register(NAME, attention)
+    return Config(config, key, file)
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The true implementation, on keys and values [rows, heads, n, d] with the noted prefixes before them.
+
+    Attention weights that it returns are those of the module's own keys.
+    """
+    config: Any = module.config
+    if not isinstance(config, Config):
+        raise ValueError(
+            f"attention {NAME!r} is no implementation of its own; choose sdpa or eager and attach a method"
+        )
+    name, names = config.true._attn_implementation, _files[config.file]
+    prefixes: tuple[Prefix, ...] = noted(config.key) or ()
+    if name == "flex_attention" or kwargs.get("cache") is not None:
+        raise ValueError(f"a prefix does not work with {name} here; choose sdpa, eager or flash_attention_2")
+    length = sum(prefix.k.shape[1] for prefix in prefixes)
+    if prefixes:
+        n, causal = query.shape[2], kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if attention_mask is None and causal and n > 1 and "flash" not in name:
+            key, value = key[:, :, :n], value[:, :, :n]  # a static cache is longer than what is in it
+            attention_mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()[None, None]
+        attention_mask = _extended(attention_mask, prefixes, query, key, name)
+        key = torch.cat([*(_heads(prefix.k, key) for prefix in prefixes), key], dim=2)
+        value = torch.cat([*(_heads(prefix.v, value) for prefix in prefixes), value], dim=2)
+        if kwargs.get("position_bias") is not None:  # of T5, by relative position: a prefix has none
+            bias = kwargs["position_bias"]
+            kwargs["position_bias"] = F.pad(bias[..., : key.shape[2] - length], (length, 0))
+    if name == "eager" and getattr(module, "reorder_and_upcast_attn", False):  # GPT-2's, beside the interface
+        out, weights = module._upcast_and_reordered_attn(query, key, value, attention_mask)  # type: ignore[operator]
+    else:
+        run = names[_INTERFACE].get_interface(name, names[_EAGER])
+        seen = module if "flash" not in name else _Seen(module, config.true)
+        out, weights = run(seen, query, key, value, attention_mask, **kwargs)
+    return out, weights[..., length:] if isinstance(weights, Tensor) and length else weights
+
+
+class _Seen:
+    """A module with its true config, whose implementation flash attention reads there."""
+
+    def __init__(self, module: nn.Module, config: Any):
+        self.module, self.config = module, config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+def _heads(flat: Tensor, like: Tensor) -> Tensor:
+    """[1 or rows, l, width] -> [rows, heads, l, d] of keys or values."""
+    rows, heads, _, d = like.shape
+    if flat.shape[0] not in (1, rows):
+        raise RuntimeError(f"a prefix of {flat.shape[0]} rows before keys of {rows}; route the whole batch alike")
+    return flat.to(like.dtype).unflatten(-1, (heads, d)).transpose(1, 2).expand(rows, heads, flat.shape[1], d)
+
+
+def _extended(
+    mask: Tensor | None, prefixes: tuple[Prefix, ...], query: Tensor, key: Tensor, name: str
+) -> Tensor | None:
+    """The mask of keys that have the prefixes before them: bool, additive, or flash attention's of [rows, keys]."""
+    if all(prefix.mask is None for prefix in prefixes):
+        length = sum(prefix.k.shape[1] for prefix in prefixes)
+        return (
+            None if mask is None else F.pad(mask, (length, 0), value=1 if mask.dim() == 2 else mask.dtype == torch.bool)
+        )
+    rows = query.shape[0]
+    front = torch.cat([_present(prefix, rows) for prefix in prefixes], dim=1)  # [rows, l]
+    if "flash" in name:
+        mask = front.new_ones(rows, key.shape[2]) if mask is None else mask
+        return torch.cat([front.to(mask.dtype), mask], dim=1)
+    if mask is None:
+        mask = front.new_ones(1, 1, 1, key.shape[2])
+    if mask.dtype == torch.bool and name == "eager":
+        mask = _additive(mask, query.dtype)
+    own = front[:, None, None] if mask.dtype == torch.bool else _additive(front[:, None, None], mask.dtype)
+    _, heads, n, keys = mask.shape
+    return torch.cat([own.expand(rows, heads, n, -1), mask.expand(rows, heads, n, keys)], dim=-1)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=mask.device).where(mask, torch.finfo(dtype).min)
+
+
+def _present(prefix: Prefix, rows: int) -> Tensor:
+    l = prefix.k.shape[1]
+    return prefix.k.new_ones(rows, l, dtype=torch.bool) if prefix.mask is None else prefix.mask.expand(rows, l)
