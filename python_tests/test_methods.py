@@ -287,6 +287,7 @@ OTHER_VALUES = {
     "dora": _LORA,
     "houlsby": {**_BOTTLENECK, "norms": False},
     "ia3": {"feedforward": ("v", "down")},
+    "infix": {"length": 4},
     "krona": {"factor": 2, "scale": 3.0, "init": "nearest"},
     "krona_res": {"factor": 2, "scale": 3.0, "residual": False},
     "layertype": {"types": ("o",)},
@@ -355,6 +356,15 @@ OTHER_VALUES = {
     "structured": {"neurons": 0.25, "heads": 1.0, "score": "gradient", "scope": "global"},
     "svd": {"rank": 3, "energy": 0.5, "form": "kron", "factor": 2},
     "toplayers": {"n": 2},
+    "warp": {
+        "length": 5,
+        "front": 0,
+        "behind": 0,
+        "mask_token": 7,
+        "tokens": (8,),
+        "classes": ((3, 4), (5,), (6,)),
+        "num_labels": 1,
+    },
 }
 # (method, field) -> other fields with which alone it is read
 BESIDE = {
@@ -373,7 +383,7 @@ BESIDE = {
     ("svd", "factor"): {"form": "kron"},
 }
 # (method, field) -> (family, targets) of the sites where alone it is read
-ELSEWHERE = {("lokr", "use_effective_conv2d"): ("vit", "embed")}
+ELSEWHERE = {("infix", "length"): ("gpt2", None), ("lokr", "use_effective_conv2d"): ("vit", "embed")}
 
 
 @every_method

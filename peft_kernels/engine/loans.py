@@ -10,6 +10,8 @@ from torch import nn
 
 from .method import Loan
 
+_CLASS = "of the class"  # the original of what an instance does not have, as a method
+
 
 @dataclass
 class Lent:
@@ -26,7 +28,7 @@ def lend(lent: list[Lent], adapter: str, loans: Iterable[Loan]) -> None:
     for module, name, value in loans:
         held = next((one for one in lent if one.module is module and one.name == name), None)
         if held is None:
-            held = Lent(module, name, vars(module)[name], [])
+            held = Lent(module, name, vars(module).get(name, _CLASS), [])
             lent.append(held)
             vars(module)[name] = value
         if adapter not in held.adapters:
@@ -38,5 +40,8 @@ def restore(lent: list[Lent], adapters: Iterable[str]) -> None:
     for held in list(lent):
         held.adapters = [name for name in held.adapters if name not in adapters]
         if not held.adapters:
-            vars(held.module)[held.name] = held.original
+            if held.original == _CLASS:
+                del vars(held.module)[held.name]
+            else:
+                vars(held.module)[held.name] = held.original
             lent.remove(held)

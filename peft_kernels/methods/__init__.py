@@ -14,6 +14,7 @@ from .full import FullTuning, Head
 from .gated import Gated
 from .houlsby import Houlsby
 from .ia3 import IA3
+from .infix import InfixTuning
 from .krona import KronA, KronARes
 from .layertype import LayerType
 from .lets import LeTS
@@ -35,6 +36,7 @@ from .structured import StructuredPruning
 from .svd import SVD
 from .toplayers import TopLayers
 from .union import ByLayer, Union
+from .warp import WARP
 
 __all__ = [
     "FAR",
@@ -43,6 +45,7 @@ __all__ = [
     "LTSFT",
     "SAID",
     "SVD",
+    "WARP",
     "AdaMix",
     "AdapterDrop",
     "AdapterL",
@@ -57,6 +60,7 @@ __all__ = [
     "Gated",
     "Head",
     "Houlsby",
+    "InfixTuning",
     "KronA",
     "KronARes",
     "LayerType",
