@@ -43,7 +43,7 @@ RUN = ROOT / "benchmarks" / "results" / "cpu.jsonl"
 GROUPS = {
     "Attaching": "attach detach active set_active disabled rename",
     "Routing": "route shared_trunk AdapterBank checkpoint_context",
-    "Training": "fit Distillation calibrate penalty hf.Callback",
+    "Training": "fit search Distillation calibrate penalty hf.Callback",
     "Saving": "save load hf.save hf.load",
     "Quantising": "quantize NF4Linear Int8Linear footprint Footprint",
     "Merging and combining": "merge unmerge MergeReport combine CombineReport shrink",

@@ -15,6 +15,7 @@ from .engine.merge import MergeReport, merge, unmerge
 from .engine.method import Method, Phase, Stats, Tuner
 from .engine.recipe import at
 from .engine.route import checkpoint_context, route
+from .engine.search import search
 from .engine.store import load, save
 from .engine.trunk import shared_trunk
 from .explain import explain
@@ -150,6 +151,7 @@ __all__ = [
     "rename",
     "route",
     "save",
+    "search",
     "set_active",
     "shared_trunk",
     "shrink",

@@ -200,8 +200,8 @@ PROMPTS = {"infix", "prompt", "warp"}  # rows in the sequence of embeddings
 
 # A gate depends on the input, and a nonlinearity (an adapter's own, or beside KronARes) leaves no weight.
 UNMERGEABLE = {"compacter", "compacterpp", "gated", "krona_res", "lst"}
-UNMERGEABLE |= PROMPTS
 UNMERGEABLE |= {"adamix", "adapterdrop", "adapterl", "houlsby", "parallel", "pfeiffer", "prefix", "sparseadapter"}
+UNMERGEABLE |= PROMPTS
 
 # The plain MLP has no layers, and its residual is not known.
 NO_MLP = {"adapterdrop", "bylayer", "lst", "pfeiffer", "prefix"} | PROMPTS

@@ -43,7 +43,7 @@ FLOORS = {
 EXTERNAL = {
     "kernels": {"torch", "triton"},
     "ops": {"torch"},
-    "engine": {"torch", "safetensors", "tqdm"},
+    "engine": {"torch", "safetensors", "tqdm", "cma"},
     "quant": {"torch", "tqdm"},
     "methods": {"torch"},
 }
@@ -137,7 +137,7 @@ def test_import_is_quiet_and_light():
     """No output, no network, and none of the heavy optional packages."""
     code = (
         "import sys, peft_kernels; "
-        "heavy = {'transformers', 'triton', 'matplotlib', 'sklearn', 'peft'}; "
+        "heavy = {'transformers', 'triton', 'matplotlib', 'sklearn', 'peft', 'cma'}; "
         "print(sorted({m.split('.')[0] for m in sys.modules} & heavy))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

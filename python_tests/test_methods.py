@@ -331,7 +331,7 @@ OTHER_VALUES = {
     },
     "parallel": {**_BOTTLENECK, "scale": 3.0, "learned": True},
     "pfeiffer": _BOTTLENECK,
-    "prefix": {"length": 4, "hidden": 0},
+    "prefix": {"length": 4, "hidden": 0, "shift": True},
     "prompt": {"length": 4},
     "qlora": {
         **_LORA,
@@ -449,7 +449,7 @@ def test_the_kernels_of_a_method_are_those_that_it_runs_on(key):
     if not cls.roles:  # those of its members
         return
     with recording() as choices:
-        case = attached(key, "bert")
+        case = attached(key, "bert" if fits(key, "bert") else "gpt2")
         case.model.train()
         case.loss(case.model).backward()
     assert {OPS[choice["op"]].family for choice in choices} <= set(cls.kernel)

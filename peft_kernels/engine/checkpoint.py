@@ -29,8 +29,21 @@ TENSORS, RECORD = "training.safetensors", "training.json"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What decides the numbers of a training: a resume must have the same."""
+class Comparable:
+    """What a resume must have in common with what was written."""
+
+    def check(self, written: dict[str, Any], directory: Path | None) -> None:
+        for field, value in json.loads(json.dumps(dataclasses.asdict(self))).items():
+            if written.get(field) != value:
+                raise ValueError(
+                    f"{directory} was written with {field}={written.get(field)!r}, this training has {value!r}; "
+                    "resume with the same settings"
+                )
+
+
+@dataclass(frozen=True)
+class Settings(Comparable):
+    """What decides the numbers of a training."""
 
     epochs: int
     lr: float | None
@@ -45,14 +58,6 @@ class Settings:
     batches: int  # per epoch
     method: dict[str, Any]  # by adapter
     teacher: dict[str, Any] | None = None
-
-    def check(self, written: dict[str, Any], directory: Path | None) -> None:
-        for field, value in json.loads(json.dumps(dataclasses.asdict(self))).items():
-            if written.get(field) != value:
-                raise ValueError(
-                    f"{directory} was written with {field}={written.get(field)!r}, this training has {value!r}; "
-                    "resume with the same settings"
-                )
 
 
 @dataclass

@@ -10,7 +10,9 @@ from torch import nn
 
 from .method import Loan
 
-_CLASS = "of the class"  # the original of what an instance does not have, as a method
+
+class Absent:
+    """Stands for the value of an attribute that the module itself does not have, as a method of its class."""
 
 
 @dataclass
@@ -28,7 +30,7 @@ def lend(lent: list[Lent], adapter: str, loans: Iterable[Loan]) -> None:
     for module, name, value in loans:
         held = next((one for one in lent if one.module is module and one.name == name), None)
         if held is None:
-            held = Lent(module, name, vars(module).get(name, _CLASS), [])
+            held = Lent(module, name, vars(module).get(name, Absent), [])
             lent.append(held)
             vars(module)[name] = value
         if adapter not in held.adapters:
@@ -40,7 +42,7 @@ def restore(lent: list[Lent], adapters: Iterable[str]) -> None:
     for held in list(lent):
         held.adapters = [name for name in held.adapters if name not in adapters]
         if not held.adapters:
-            if held.original == _CLASS:
+            if held.original is Absent:
                 del vars(held.module)[held.name]
             else:
                 vars(held.module)[held.name] = held.original

@@ -107,26 +107,30 @@ def attention(
     prefixes: tuple[Prefix, ...] = noted(config.key) or ()
     if name == "flex_attention" or kwargs.get("cache") is not None:
         raise ValueError(f"a prefix does not work with {name} here; choose sdpa, eager or flash_attention_2")
-    length = sum(prefix.k.shape[1] for prefix in prefixes)
+    length, lead = sum(prefix.k.shape[1] for prefix in prefixes), 0
     if prefixes:
         n, causal = query.shape[2], kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        if attention_mask is None and causal and n > 1 and "flash" not in name:
+        if attention_mask is None and causal and n > 1 and name != "eager" and "flash" not in name:
             key, value = key[:, :, :n], value[:, :, :n]  # a static cache is longer than what is in it
-            attention_mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()[None, None]
+            if all(prefix.mask is None for prefix in prefixes):
+                lead = length  # so many queries of 0 in front keep the triangle, which is faster than a mask
+                query = F.pad(query, (0, 0, lead, 0))
+            else:
+                attention_mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()[None, None]
         attention_mask = _extended(attention_mask, prefixes, query, key, name)
         key = torch.cat([*(_heads(prefix.k, key) for prefix in prefixes), key], dim=2)
         value = torch.cat([*(_heads(prefix.v, value) for prefix in prefixes), value], dim=2)
         if kwargs.get("position_bias") is not None:  # of T5, by relative position: a prefix has none
             bias = kwargs["position_bias"]
-            kwargs["position_bias"] = F.pad(bias[..., : key.shape[2] - length], (length, 0))
+            kwargs["position_bias"] = F.pad(bias[..., : key.shape[2] - length], (length, 0, lead, 0))
     if name == "eager" and getattr(module, "reorder_and_upcast_attn", False):  # GPT-2's, beside the interface
         out, weights = module._upcast_and_reordered_attn(query, key, value, attention_mask)  # type: ignore[operator]
     else:
         run = names[_INTERFACE].get_interface(name, names[_EAGER])
         seen = module if "flash" not in name else _Seen(module, config.true)
         out, weights = run(seen, query, key, value, attention_mask, **kwargs)
-    return out, weights[..., length:] if isinstance(weights, Tensor) and length else weights
+    return out[:, lead:], weights[..., length:] if isinstance(weights, Tensor) else weights
 
 
 class _Seen:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..engine.attach import names_of, state_of
 from ..engine.life import all_tuners
-from ..engine.method import Loan, Method, Tuner
+from ..engine.method import Loan, Method, Part, Tuner
 from ..engine.rows import Routing, RowBase, in_rows, refuse
 from ..engine.site import Base, Site
 from ..engine.stack import Known
@@ -26,6 +26,7 @@ from ..engine.taps import forget, note, noted
 from ._attention import Prefix, seam
 from ._phm import normal
 from ._shared import SharedTuner, share
+from ._shift import Shift
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class PrefixTuning(
 
     length: int = 30  # l
     hidden: int = 512  # m of the network that makes the prefix; 0: the prefix itself is trained
+    shift: bool = False  # the positions of the text begin behind the prefix, as in the authors' code and HF PEFT
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,6 +50,10 @@ class PrefixTuning(
             raise ValueError(f"PrefixTuning length = {self.length}, hidden = {self.hidden}; expected at least 1 and 0")
 
     identity = False
+
+    def expand(self, part: Part) -> list[Part]:
+        positions = Part(Shift(self.length), Shift.roles)
+        return [part, positions] if self.shift else [part]
 
     def select(self, sites: list[Site]) -> list[Site]:
         return [site for site in sites if site.role in ("attn", "cross.attn")]
