@@ -198,7 +198,12 @@ class Setup:
     def attach(self, job: Job) -> nn.Module:
         self.renew(job)
         train = job.trained(self.task, self.model)
-        return attach(self.model, job.method, job.targets, seed=job.seed, train=train)
+        return attach(self.model, self.method(job), job.targets, seed=job.seed, train=train)
+
+    def method(self, job: Job) -> Method:
+        """The job's, which knows the tokens of its words."""
+        names = getattr(self.task, "classes", ())
+        return job.method.spelled(lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"], names)
 
     def look(self) -> None:
         """Takes the figures before tuning."""
@@ -279,7 +284,7 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
         "task": task.key,
         "model": job.model,
         "data": setup.facts(job),
-        "method": job.method.to_json(),
+        "method": setup.method(job).to_json(),
         "targets": list(job.targets or job.method.roles),
         "settings": {
             "train": list(job.trained(task, model)),

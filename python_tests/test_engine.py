@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from models import assert_same, attached, close, make, perturb, snapshot
+from models import assert_same, attached, close, fits, make, perturb, snapshot
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 

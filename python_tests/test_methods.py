@@ -18,6 +18,7 @@ from models import (
     attached,
     calibrated,
     close,
+    fits,
     make,
     mergeable,
     over,
@@ -332,7 +333,14 @@ OTHER_VALUES = {
     "parallel": {**_BOTTLENECK, "scale": 3.0, "learned": True},
     "pfeiffer": _BOTTLENECK,
     "prefix": {"length": 4, "hidden": 0, "shift": True},
-    "prompt": {"length": 4},
+    "prompt": {
+        "length": 4,
+        "init": "vocabulary",
+        "text": "four",
+        "tokens": (4, 5),
+        "classes": ((4, 5),),
+        "subspace": 3,
+    },
     "qlora": {
         **_LORA,
         "kind": "int8",
@@ -379,6 +387,9 @@ BESIDE = {
     ("movement", "scores_lr"): {"mode": "soft"},
     ("movement", "threshold"): {"mode": "soft", "scores_lr": 0.5},
     ("movement", "penalty"): {"mode": "soft", "scores_lr": 0.5},
+    ("prompt", "text"): {"init": "text", "text": "five!"},
+    ("prompt", "tokens"): {"init": "text", "tokens": (3,)},
+    ("prompt", "classes"): {"init": "labels", "classes": ((3,),)},
     ("svd", "energy"): {"rank": 0},
     ("svd", "factor"): {"form": "kron"},
 }
@@ -392,6 +403,7 @@ def test_every_field_is_read(key):
 
     def fingerprint(family, targets, **fields):
         case, cfg = make(family), METHODS[key](**{**METHODS[key].tiny, **fields})
+        cfg = cfg.spelled(lambda text: [len(text)], ())
         pk.attach(case.model, cfg, targets, train=("head",) if cfg.samples else ())
         for m in case.model.modules():
             if isinstance(m, torch.nn.Dropout):
@@ -407,7 +419,7 @@ def test_every_field_is_read(key):
     for field in dataclasses.fields(METHODS[key]):
         beside, other = BESIDE.get((key, field.name), {}), {field.name: OTHER_VALUES[key][field.name]}
         where = ELSEWHERE.get((key, field.name), ("bert", None))
-        assert not torch.allclose(fingerprint(*where, **beside), fingerprint(*where, **beside, **other)), field.name
+        assert not torch.allclose(fingerprint(*where, **beside), fingerprint(*where, **{**beside, **other})), field.name
 
 
 @every_method

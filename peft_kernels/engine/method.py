@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -130,6 +130,13 @@ class Method:
         whole: paths of the modules that the same adapter trains whole.
         """
         return False
+
+    def spelled(self, encode: Callable[[str], list[int]], names: Sequence[str]) -> Method:
+        """Before a training on texts attaches it: the method with the tokens that its words mean.
+
+        encode: text -> ids without special tokens.   names: of the classes; empty where the task has none.
+        """
+        return self
 
     def expand(self, part: Part) -> list[Part]:
         """What attaching this method as `part` comes to; a recipe has several parts."""
