@@ -366,10 +366,12 @@ OTHER_VALUES = {
     "toplayers": {"n": 2},
     "warp": {
         "length": 5,
-        "front": 0,
+        "front": 2,
         "behind": 0,
         "mask_token": 7,
+        "text": "five!",
         "tokens": (8,),
+        "init": "labels",
         "classes": ((3, 4), (5,), (6,)),
         "num_labels": 1,
     },
@@ -393,6 +395,8 @@ BESIDE = {
     ("svd", "energy"): {"rank": 0},
     ("svd", "factor"): {"form": "kron"},
 }
+BESIDE |= {("warp", "init"): {"classes": ((3,), (5,), (6,))}}
+BESIDE |= {("warp", "classes"): {"init": "labels", "classes": ((7,), (5,), (6,))}}
 # (method, field) -> (family, targets) of the sites where alone it is read
 ELSEWHERE = {("infix", "length"): ("gpt2", None), ("lokr", "use_effective_conv2d"): ("vit", "embed")}
 

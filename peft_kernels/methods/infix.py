@@ -118,6 +118,9 @@ class InfixTuner(SplicedTuner, method=InfixTuning):
 class Outer(InfixTuning):
     """What the whole model is told of where the output begins: its labels, and the text that it is to continue."""
 
+    def select(self, sites: list[Site]) -> list[Site]:
+        return sites
+
 
 class OuterTuner(Tuner, method=Outer):
     def __init__(self, cfg: Method, site: Site):

@@ -181,10 +181,12 @@ def test_class_embeddings_begin_as_the_words_of_classes():
     classes = ((7,), (8, 9), (10, 11, 12))
     for model in (masked("electra"), classifier("bert")):
         decoder = model.get_output_embeddings() or model.get_input_embeddings()
-        own = started(model, classes=classes)["weight"]
+        own = started(model, init="labels", classes=classes, num_labels=3)["weight"]
         close(own, torch.stack([decoder.weight[list(tokens)].mean(0) for tokens in classes]))
-    with pytest.raises(ValueError, match="embeddings have 8 features and hidden states 16; leave classes out"):
-        started(classifier("electra"), classes=classes)
+    with pytest.raises(ValueError, match="3 classes, rows of 8 numbers; expected 3 classes, rows of 16; use random"):
+        started(classifier("electra"), init="labels", classes=classes)
+    with pytest.raises(ValueError, match="0 classes, rows of 16 numbers; expected 3 classes"):
+        started(classifier("bert"), init="labels")
     assert started(classifier("bert"))["weight"].shape == (CLASSES, 16)  # as many as its config says
 
 
@@ -205,13 +207,27 @@ def test_counts_of_roberta_large():
 
 
 def test_places():
-    assert pk.WARP().places == (5, 5, 10)  # of the paper's 20
-    assert pk.WARP(8).places == (2, 2, 4)
-    assert pk.WARP(3, front=0, behind=0).places == (0, 3, 0)
+    assert pk.WARP().cloze().places == (5, 5, 10)  # of the paper's 20
+    assert pk.WARP(8).cloze().places == (2, 2, 4)
+    assert pk.WARP(3, front=0, behind=0).cloze().places == (0, 3, 0)
     with pytest.raises(ValueError, match="length = 4, front = 3, behind = 2; expected a length"):
         pk.WARP(4, 3, 2)
-    with pytest.raises(ValueError, match="num_labels = 3, but 2 classes have tokens"):
-        pk.WARP(classes=((3,), (4,)), num_labels=3)
+    with pytest.raises(ValueError, match="init = 'zeros'; expected random or labels"):
+        pk.WARP(init="zeros")
+
+
+def test_the_tokenizer_is_asked():
+    class Words:
+        mask = 9
+
+        def __call__(self, text):
+            return [len(text)]
+
+    cfg = pk.WARP(text="four", init="labels").spelled(Words(), ("a", "bc"))
+    assert (cfg.mask_token, cfg.tokens, cfg.classes) == (9, (4,), ((1,), (2,)))
+    assert pk.WARP(mask_token=7).spelled(Words(), ()) == pk.WARP(mask_token=7)
+    with pytest.raises(ValueError, match="needs a model with a .MASK., and the tokenizer has none; use PromptTuning"):
+        pk.WARP().spelled(len, ())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5", "bart", "vit"])
