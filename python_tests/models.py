@@ -196,18 +196,19 @@ METHODS = pk.methods()
 
 TIED_HEADS = ("gpt2", "t5", "opt", "gemma", "falcon", "bloom", "bart", "whisper")  # to the embedding
 
-PROMPTS = {"infix", "prompt", "warp"}  # rows in the sequence of embeddings
+PROMPTS = {"infix", "ipt", "prompt", "ptuning", "spot", "warp"}  # rows in the sequence of embeddings
+HYBRIDS = {"mam", "s4", "unipelt"}
 
 # A gate depends on the input, and a nonlinearity (an adapter's own, or beside KronARes) leaves no weight.
 UNMERGEABLE = {"compacter", "compacterpp", "gated", "krona_res", "lst"}
 UNMERGEABLE |= {"adamix", "adapterdrop", "adapterl", "houlsby", "parallel", "pfeiffer", "prefix", "sparseadapter"}
-UNMERGEABLE |= PROMPTS
+UNMERGEABLE |= PROMPTS | HYBRIDS
 
 # The plain MLP has no layers, and its residual is not known.
-NO_MLP = {"adapterdrop", "bylayer", "lst", "pfeiffer", "prefix"} | PROMPTS
+NO_MLP = {"adapterdrop", "bylayer", "lst", "pfeiffer", "prefix"} | PROMPTS | HYBRIDS
 
 # Attention there does not go through transformers' AttentionInterface.
-NO_SEAM = {"prefix": ("falcon", "bloom")}
+NO_SEAM = dict.fromkeys(("prefix", *HYBRIDS), ("falcon", "bloom"))
 # A text there is read in both directions, or is none.
 NO_SEAM["infix"] = ("bert", "roberta", "distilbert", "t5", "bart", "vit", "whisper")
 # Nobody there was taught to fill in a [MASK].

@@ -34,10 +34,13 @@ FLOORS = {
         "tasks": 7,
         "report": 8,
         "teacher": 8,
+        "comparison": 9,
         "train": 9,
         "sweep": 10,
-        "cli": 11,
-        "__main__": 12,
+        "trial": 10,
+        "compare": 11,
+        "cli": 12,
+        "__main__": 13,
     },
 }
 EXTERNAL = {

@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from models import (
     snapshot,
     targets_of,
 )
+from prompts import decoder, prompt
 
 import peft_kernels as pk
 from peft_kernels.engine.attach import tuners
@@ -252,10 +254,22 @@ def test_gradient_checkpointing_repeats_the_draw(key, family):
         close(checkpointed[n], g)
 
 
-# method -> field -> another value than that of `tiny`
+def _two():
+    return prompt(0), prompt(1)
+
+
+# method -> field -> another value than that of `tiny`, or a function that makes it
 _LORA = {"rank": 3, "alpha": 3.0, "dropout": 0.7, "rslora": True, "rank_pattern": {"q": 1}, "alpha_pattern": {"v": 5.0}}
 _COMPACTER = {"n": 4, "reduction_factor": 4, "rank": 0, "activation": "tanh", "norms": False}
 _BOTTLENECK = {"reduction_factor": 4, "size": 3, "activation": "tanh", "init": "bert", "dropout": 0.5}
+_PROMPT = {
+    "length": 4,
+    "init": "vocabulary",
+    "text": "four",
+    "tokens": (4, 5),
+    "classes": ((4, 5),),
+    "subspace": 3,
+}
 OTHER_VALUES = {
     "adamix": {
         **_BOTTLENECK,
@@ -283,12 +297,13 @@ OTHER_VALUES = {
     },
     "far": {"ratio": 0.6, "prime": 0.5},
     "fishmask": {"keep_ratio": 0.4, "pattern": "1:4", "expected": True, "samples": 1, "count_head": False},
-    "gated": {"inner": pk.LoRA(rank=3)},
+    "gated": {"inner": pk.LoRA(rank=3), "reads": "output"},
     "union": {"members": [pk.LoRA(rank=1)]},
     "dora": _LORA,
     "houlsby": {**_BOTTLENECK, "norms": False},
     "ia3": {"feedforward": ("v", "down")},
     "infix": {"length": 4},
+    "ipt": {"length": 4, "k": 5, "inner": 6, "decoder": decoder},
     "krona": {"factor": 2, "scale": 3.0, "init": "nearest"},
     "krona_res": {"factor": 2, "scale": 3.0, "residual": False},
     "layertype": {"types": ("o",)},
@@ -309,6 +324,7 @@ OTHER_VALUES = {
     "lora": _LORA,
     "lst": {"reduction": 4, "drop": 0, "keep": (0,), "temperature": 1.0, "init": "random"},
     "ltsft": {"keep_ratio": 0.4, "pattern": "1:4", "prime": 0.3, "l1": 100.0},
+    "mam": {"length": 4, "hidden": 0, "size": 3, "scale": 3.0},
     "magnitude": {
         "keep_ratio": 0.4,
         "pattern": "1:4",
@@ -333,14 +349,8 @@ OTHER_VALUES = {
     "parallel": {**_BOTTLENECK, "scale": 3.0, "learned": True},
     "pfeiffer": _BOTTLENECK,
     "prefix": {"length": 4, "hidden": 0, "shift": True},
-    "prompt": {
-        "length": 4,
-        "init": "vocabulary",
-        "text": "four",
-        "tokens": (4, 5),
-        "classes": ((4, 5),),
-        "subspace": 3,
-    },
+    "prompt": _PROMPT,
+    "ptuning": {"length": 4, "encoder": "mlp", "hidden": 5, "layers": 1, "dropout": 0.5},
     "qlora": {
         **_LORA,
         "kind": "int8",
@@ -350,6 +360,7 @@ OTHER_VALUES = {
         "quantization_aware": False,
     },
     "random": {"keep_ratio": 0.4, "pattern": "1:4"},
+    "s4": {"budget": 12.0, "members": [pk.LoRA(rank=2)]},
     "said": {"d": 500, "structure_aware": False, "compat_grad_scale": True},
     "sparseadapter": {
         **_BOTTLENECK,
@@ -361,9 +372,17 @@ OTHER_VALUES = {
         "rounds": 1,
         "samples": 1,
     },
+    "spot": {
+        **_PROMPT,
+        "source": partial(prompt, 0),
+        "weights": (1.0, 3.0),
+        "nearest": partial(prompt, 9),
+        "top": 2,
+    },
     "structured": {"neurons": 0.25, "heads": 1.0, "score": "gradient", "scope": "global"},
     "svd": {"rank": 3, "energy": 0.5, "form": "kron", "factor": 2},
     "toplayers": {"n": 2},
+    "unipelt": {"rank": 1, "length": 4, "hidden": 0, "reduction_factor": 4},
     "warp": {
         "length": 5,
         "front": 2,
@@ -392,6 +411,11 @@ BESIDE = {
     ("prompt", "text"): {"init": "text", "text": "five!"},
     ("prompt", "tokens"): {"init": "text", "tokens": (3,)},
     ("prompt", "classes"): {"init": "labels", "classes": ((3,),)},
+    ("spot", "text"): {"init": "text", "text": "five!"},
+    ("spot", "tokens"): {"init": "text", "tokens": (3,)},
+    ("spot", "classes"): {"init": "labels", "classes": ((3,),)},
+    **{("spot", name): {"source": _two} for name in ("weights", "nearest")},
+    ("spot", "top"): {"source": _two, "nearest": partial(prompt, 9)},
     ("svd", "energy"): {"rank": 0},
     ("svd", "factor"): {"form": "kron"},
 }
@@ -406,6 +430,7 @@ def test_every_field_is_read(key):
     """Changing a field changes what is built or saved: no field is decoration."""
 
     def fingerprint(family, targets, **fields):
+        fields = {name: value() if callable(value) else value for name, value in fields.items()}
         case, cfg = make(family), METHODS[key](**{**METHODS[key].tiny, **fields})
         cfg = cfg.spelled(lambda text: [len(text)], ())
         pk.attach(case.model, cfg, targets, train=("head",) if cfg.samples else ())

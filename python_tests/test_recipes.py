@@ -127,10 +127,15 @@ def test_gate():
     close(bias(60.0), full, torch.float64)
     linear = case.model.bert.encoder.layer[0].attention.self.query
     tuner = linear.peft.tuners["gated"]
-    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    linear.register_forward_hook(lambda module, args, y: calls.append((args[0], y)))
+    calls: list = []
+    bias(0.3)
+    ((x, y),) = calls
     gate = torch.sigmoid(x @ tuner.w + tuner.b).mean(1)[:, None, None]
     delta = x @ tuner.inner.a.T @ tuner.inner.b.T * tuner.inner.scale
-    close(linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias) + gate * delta, torch.float64)
+    close(y, torch.nn.functional.linear(x, linear.weight, linear.bias) + gate * delta, torch.float64)
+    with pytest.raises(RuntimeError, match="call the model, not the module alone"):
+        linear(x)
     with pytest.raises(RuntimeError, match="cannot be merged"):
         pk.merge(case.model, "gated")
 

@@ -95,6 +95,7 @@ OF_OTHERS = {
     "qlora": "rank=8",  # no layer of the model takes the default
     "warp": "mask_token=4",  # its tokenizer has none
     "gated": "inner=lora",
+    "s4": "budget=20",  # the model is small
     "union": "members=lora,ia3",
     "bylayer": 'members=[{"method": {"method": "lora", "rank": 2}, "layers": [0]}, "ia3"]',
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -137,14 +137,15 @@ def attach(
     targets = method.roles if targets is None else words(targets)
     if not targets and method.roles:
         raise ValueError("targets is empty; expected roles or globs over module paths")
-    parts = [Part(method, targets, words(exclude), numbers(layers))]
+    part = Part(method, targets, words(exclude), numbers(layers))
+    parts = [replace(part, method=method.solved(model, part))]
     if train := words(train):
         parts.append(Part(method_of("head")(), train))
     return attach_parts(model, name, Adapter(parts, seed))
 
 
-def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
-    """Attaches a complete Adapter, all or nothing."""
+def attach_parts(model: nn.Module, name: str, adapter: Adapter, *, filled: bool = False) -> nn.Module:
+    """Attaches a complete Adapter, all or nothing.   filled: its numbers are to come from a file (Site.filled)."""
     state = vars(model).get(_KEY) or State()
     check_name(name)
     if name in state.adapters:
@@ -167,6 +168,7 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
         chosen = chosen_sites(model, adapter)  # sites know their modules' layouts
     for _, _, site in chosen:
         adapted(type(site.module))  # a class that cannot be extended stops here, before anything is changed
+        site.filled = filled
     made = [(level, site, cfg.tuner(cfg, site)) for level, cfg, site in chosen]
     for level, _, tuner in made:
         tuner.part = level
@@ -184,10 +186,10 @@ def attach_parts(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
         p.requires_grad_(False)
     for site, tuner in built:
         _swap(site).tuners[name] = tuner.train(site.module.training)
-    for site, (what, source, output) in sources:
-        tap(source, site.key(what), output)
+    for site, source in sources:
+        tap(source.module, site.key(source.what), source.output, source.argument)
         top = adapters_of(site.module).tuners[name]  # type: ignore[union-attr]  # swapped above
-        top.taps = (*top.taps, site.key(what))
+        top.taps = (*top.taps, site.key(source.what))
     lend(state.lent, name, loans)
     state.adapters[name] = adapter
     state.active.append(name)

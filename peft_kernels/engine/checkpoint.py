@@ -58,6 +58,8 @@ class Settings(Comparable):
     batches: int  # per epoch
     method: dict[str, Any]  # by adapter
     teacher: dict[str, Any] | None = None
+    steps: int | None = None
+    seconds: float | None = None
 
 
 @dataclass
@@ -72,7 +74,10 @@ class Position:
     best: float | None = None  # lowest value of the monitor
     waited: int = 0  # epochs since
     stopped: bool = False
-    seconds: float = 0.0
+    seconds: float = 0.0  # since the beginning
+    spent: float = 0.0  # of them on steps
+    pace: float = 0.0  # of a step, lately
+    begins: int | None = None  # the step before which the phase under way was entered
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

@@ -27,11 +27,11 @@ from .life import (
     penalty,
     prepared,
     scheduled,
-    timeline,
     trained,
     unmerged,
 )
 from .method import Tuner
+from .plan import Plan, timed
 from .store import described
 
 OnEpoch = Callable[[int, nn.Module], dict[str, Any]]
@@ -70,6 +70,8 @@ def fit(
     batches: Iterable,
     *,
     epochs: int = 1,
+    steps: int | None = None,
+    seconds: float | None = None,
     lr: float | None = None,
     warmup: float = 0.1,
     weight_decay: float = 0.0,
@@ -92,6 +94,10 @@ def fit(
     batches: what each epoch iterates over; dicts (loss = model(**batch).loss), or (inputs, target) pairs with
         loss_fn(model(inputs), target). `batches.set_epoch(epoch)` is called if it exists; without `len(batches)` one
         epoch is run to count.
+    steps: end after so many optimizer steps, within an epoch or after several, whatever `epochs` is.
+    seconds: end after so much wall time of steps (on_epoch and checkpoints do not count) instead. How many steps that
+        will be is estimated anew at each step from the time that the last ones took; phases and the learning rate
+        follow the estimate and end with it. Such a training cannot be repeated to the bit. At least one step.
     lr: None takes each method's own; heads keep theirs.   warmup: fraction of all steps.   clip: gradient norm.
     teacher: pk.Distillation(model): what it predicts is a part of the loss.
     on_epoch(epoch, model) -> dict: merged into the epoch's row of the log.
@@ -118,9 +124,14 @@ def fit(
     names = trained(model)
     if not names:
         raise ValueError("nothing is trainable; load the adapter with trainable=True or activate it")
-    for label, number in (("accumulate", accumulate), ("patience", patience), ("checkpoint_every", checkpoint_every)):
+    whole = {"accumulate": accumulate, "steps": steps, "patience": patience, "checkpoint_every": checkpoint_every}
+    for label, number in whole.items():
         if number is not None and number < 1:
             raise ValueError(f"{label} = {number}; expected at least 1")
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise ValueError(f"seconds = {seconds}; expected a positive number")
+    if steps is not None and seconds is not None:
+        raise ValueError(f"steps = {steps} and seconds = {seconds}; expected one of them")
     if precision is not None and precision not in _PRECISIONS:
         raise ValueError(f"precision {precision!r}; expected None, {' or '.join(map(repr, _PRECISIONS))}")
     if patience is not None and on_epoch is None and monitor != "loss":
@@ -149,6 +160,8 @@ def fit(
         per_epoch,
         adapters,
         taught,
+        steps,
+        seconds,
     )
     run = _Run(model, batches, settings, loss_fn, teacher, on_epoch, directory, checkpoint_every)
     saved = None if directory is None else files.read(directory)
@@ -159,7 +172,7 @@ def fit(
         run.start()
     else:
         run.resume(*saved)
-    with tqdm(total=run.total, initial=run.at.step, disable=not progress, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=run.plan.total, initial=run.at.step, disable=not progress, unit="step", dynamic_ncols=True) as bar:
         try:
             run.train(bar)
         except KeyboardInterrupt:
@@ -191,9 +204,7 @@ class _Run:
         self.device = next(p for n in self.names for _, t in tuners(model, n) for p in t.parameters()).device
         if settings.precision == "fp16" and self.device.type != "cuda":
             raise ValueError(f"precision 'fp16' on {self.device.type}; it needs CUDA, use 'bf16' here")
-        self.total = settings.epochs * -(-settings.batches // settings.accumulate)
-        self.entries = timeline(model, self.names, self.total)
-        self.last_start = max((e.start for e in self.entries if e.phase.steps), default=0)
+        self.plan = Plan(model, self.names, settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.at, self.log = files.Position(), list[dict[str, Any]]()
         self.best: dict[str, Tensor] = {}
@@ -211,10 +222,11 @@ class _Run:
         self.settings.check(record["settings"], self.directory)
         self.at, self.log = files.Position(**record["position"]), record["log"]
         self.began = time.perf_counter() - self.at.seconds
-        for entry in self.entries[: self.at.entered]:
+        for entry in self.plan.entries[: self.at.entered]:
             entry.enter(self.model)
+        self.plan.follow(self.at)
         if self.at.step:
-            advance(scheduled(self.model, self.names), self.at.step / self.total)
+            advance(scheduled(self.model, self.names), self.plan.progress(self.at))
         files.set_weights(self.model, self.names, files.below(values, "now/"), self.directory)
         if self.at.entered:
             self._begin()
@@ -261,11 +273,11 @@ class _Run:
     # -- training -----------------------------------------------------------------------------------------------------
 
     def train(self, bar: Any) -> None:
-        while self.at.epoch <= self.settings.epochs and not self.at.stopped:
+        while (self.at.begun or not self.plan.over(self.at)) and not self.at.stopped:
             self._epoch(bar)
         if self.best:
             files.set_weights(self.model, self.names, self.best, self.directory)
-        self._enter(self.entries[self.at.entered :])  # phases without steps at the end
+        self._enter(self.plan.entries[self.at.entered :])  # phases without steps at the end
 
     def _epoch(self, bar: Any) -> None:
         at, settings = self.at, self.settings
@@ -279,15 +291,17 @@ class _Run:
             for _ in range(at.batch):
                 self._next(iterator)
             files.set_rng_state(self.rng, self.device)
-        while at.batch < settings.batches:
-            due = [e for e in self.entries[at.entered :] if e.start == at.step]
-            if due:
+        while at.batch < settings.batches and not self.plan.over(at):
+            began = time.perf_counter()
+            if due := self.plan.due(at):
                 with files.uninterrupted():
                     self._enter(due)
+                    at.begins = at.step
                     self._begin()
                     at.begun = True
                     self._mark()
-            self._step(iterator)
+            self._step(iterator, began)
+            bar.total = self.plan.total
             bar.set_postfix(epoch=at.epoch, loss=f"{self.log[-1]['loss']:.3f}", refresh=False)
             bar.update()
             if self.every and at.step % self.every == 0:
@@ -304,9 +318,9 @@ class _Run:
             self._mark()
         self.save()
 
-    def _step(self, iterator: Iterator) -> None:
-        """One optimizer step on the next batches."""
-        at, settings = self.at, self.settings
+    def _step(self, iterator: Iterator, began: float) -> None:
+        """One optimizer step on the next batches.   began: when what it needs first did."""
+        at, settings, start = self.at, self.settings, time.perf_counter()
         size = min(settings.accumulate, settings.batches - at.batch)
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
@@ -315,7 +329,8 @@ class _Run:
             losses.append(finite(loss, f"step {at.step + 1}", "lower the learning rate"))
             self.scaler.scale(loss / size).backward()
         with files.uninterrupted():
-            factor = _triangle(at.step - self.begins, self.ends - self.begins, settings.warmup)
+            begins = at.begins or 0
+            factor = _triangle(at.step - begins, self.plan.ends(at) - begins, settings.warmup)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             self.scaler.unscale_(self.optimizer)
@@ -323,7 +338,10 @@ class _Run:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             at.step, at.batch, at.begun = at.step + 1, at.batch + size, True
-            advance(self.scheduled, at.step / self.total)
+            at.spent += time.perf_counter() - began
+            timed(at, time.perf_counter() - start)
+            self.plan.follow(at)
+            advance(self.scheduled, self.plan.progress(at))
             self._mark()
             row = {"step": at.step, "epoch": at.epoch, "loss": sum(losses) / size}
             self.log.append({**row, "lr": self.optimizer.param_groups[0]["lr"], "seconds": at.seconds})
@@ -352,19 +370,22 @@ class _Run:
     # -- phases and early stopping ------------------------------------------------------------------------------------
 
     def _enter(self, entries: list[Entry]) -> None:
-        several = len(self.entries) > len({(e.adapter, e.part) for e in self.entries})
+        several = len(self.plan.entries) > len({(e.adapter, e.part) for e in self.plan.entries})
         for entry in entries:
             entry.enter(self.model)
             self.at.entered += 1
         trainable = sum(p.numel() for group in param_groups(self.model) for p in group["params"])
-        rows = [{"phase": e.phase.name, "step": e.start + 1, "trainable": trainable} for e in entries]
+        rows = [
+            {"phase": e.phase.name, "step": max(e.start, self.at.step) + 1, "trainable": trainable} for e in entries
+        ]
         if several:
             self.log += [row for i, row in enumerate(rows) if row not in rows[:i]]  # methods may enter one together
 
     def _begin(self) -> None:
         """A new optimizer and schedule, up to where the next phase begins."""
-        entered, coming = self.entries[: self.at.entered], self.entries[self.at.entered :]
-        self.begins, self.ends = entered[-1].start, coming[0].start if coming else self.total
+        entered = self.plan.entries[: self.at.entered]
+        if self.at.begins is None:  # of a checkpoint of an earlier version, which knew no other length than epochs
+            self.at.begins = entered[-1].start
         groups = param_groups(self.model, self.settings.lr, entered)
         if not groups:
             raise ValueError(f"nothing is trainable in phase {entered[-1].phase.name!r}")
@@ -379,7 +400,7 @@ class _Run:
     def _watch(self, row: dict[str, Any]) -> None:
         """Keeps the weights of the best epoch, and stops when none has been better for too long."""
         settings, at = self.settings, self.at
-        if settings.patience is None or at.step <= self.last_start:
+        if settings.patience is None or at.step <= self.plan.last_start():
             return
         if settings.monitor not in row:
             raise ValueError(f"patience watches {settings.monitor!r}; on_epoch returned {', '.join(row)}")

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .attach import all_adapters, names_of, refresh, refuse_routed, state_of
-from .method import NotMergeable, Tuner, as_matrix, promoted
+from .attach import all_adapters, names_of, refresh, refuse_routed, state_of, tuners
+from .method import Method, NotMergeable, Tuner, as_matrix, promoted
 from .packed import Packed
 from .site import Adapters, Unpacked, base_modules, base_parameters, base_values, unpack
 from .stack import union
@@ -68,7 +68,7 @@ def merge(model: nn.Module, name: str | None = None, *, into: str | None = None,
         raise RuntimeError(f"{idle[0]} is not active; pk.set_active(model, ...) before merging it")
     places = [(path, a) for path, a in all_adapters(model) if any(n in a.tuners for n in names)]
     for path, adapters in places:
-        _check(path, adapters, names, state.active)
+        _check(model, path, adapters, names)
     _check_ties(model, places)
 
     for path, adapters in places:  # first pass: nothing is written until every weight is known to fit its dtype
@@ -137,8 +137,8 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check(path: str, adapters: Adapters, names: list[str], active: list[str]) -> None:
-    stack = [n for n in adapters.tuners if n in active]
+def _check(model: nn.Module, path: str, adapters: Adapters, names: list[str]) -> None:
+    stack = [n for n in adapters.tuners if n in state_of(model).active]
     below = [n for n in stack[: 1 + max(stack.index(n) for n in names if n in stack)] if n not in names]
     if below:
         raise RuntimeError(
@@ -147,13 +147,27 @@ def _check(path: str, adapters: Adapters, names: list[str], active: list[str]) -
     for n in names:
         if n in adapters.tuners and not adapters.tuners[n].mergeable:
             inner = [t for t in adapters.tuners[n].modules() if isinstance(t, Tuner) and not t.mergeable][-1]
-            raise NotMergeable(f"{path}: {type(inner).__name__} of {n!r} has no weight-space form; it cannot be merged")
+            what = f"{type(inner).__name__} of {n!r} has no weight-space form; it cannot be merged"
+            raise NotMergeable(f"{path}: {what}{_parts(model, n)}")
         if n in adapters.tuners and not adapters.tuners[n].opaque and not adapters.site.plain:
             kind = type(adapters.module).__name__
             raise NotMergeable(f"{path}: {kind} has a forward of its own, so weights alone do not describe it")
     offloaded = any(p.device.type == "meta" for p in adapters.module.parameters(recurse=False))
     if adapters.site.lifted is not None and offloaded:
         raise RuntimeError(f"{path}: its weights are offloaded; load the whole model before merging")
+
+
+def _parts(model: nn.Module, name: str) -> str:
+    """Of an adapter with several parts, which of them cannot be merged."""
+    parts = [part.method for part, own in state_of(model).adapters[name].expanded() if own]
+    if len(parts) == 1:
+        return ""
+    inside = [t for _, top in tuners(model, name) for t in top.modules() if isinstance(t, Tuner) and t.part is not None]
+    lost = {t.part for t in inside if not t.mergeable}
+    inner = [getattr(m, "inner", None) for m in parts]
+    keys = [f"{m.key}({i.key})" if isinstance(i, Method) else m.key for m, i in zip(parts, inner, strict=True)]
+    can, cannot = (", ".join(dict.fromkeys(k for i, k in enumerate(keys) if (i in lost) == no)) for no in (False, True))
+    return f"; of its parts {cannot} cannot" + (f" and {can} could, as an adapter of their own" if can else "")
 
 
 def _check_ties(model: nn.Module, places: list[tuple[str, Adapters]]) -> None:

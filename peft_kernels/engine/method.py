@@ -156,6 +156,10 @@ class Method:
         """A low-rank method with these ranks, by Site.address; written where the tuner has `factors`."""
         raise NotImplementedError(f"{self.key} has no rank")
 
+    def solved(self, model: nn.Module, part: Part) -> Method:
+        """What `pk.attach` attaches as `part`, and `pk.save` saves: the method with what follows from the model."""
+        return self
+
     def phases(self, total_steps: int) -> list[Phase]:
         """How a training of `total_steps` optimizer steps is divided; the steps of the phases add up to it."""
         return [Phase("train", total_steps)]
@@ -285,11 +289,12 @@ def overlaid(changes: Iterable[dict[Any, Changes]]) -> dict[Any, Changes]:
 
 
 class Source(NamedTuple):
-    """A module whose first input, or whose output, a tuner elsewhere sees as base.seen(what)."""
+    """A module whose first input, output or argument (by name; None: not given) a tuner sees as base.seen(what)."""
 
     what: str
     module: nn.Module
     output: bool = False
+    argument: str = ""
 
 
 class Loan(NamedTuple):
@@ -311,6 +316,8 @@ class Tuner(nn.Module):
     fresh: bool = False  # forward returns a tensor nobody else holds, which a tuner above may write into
     opaque: ClassVar[bool] = False  # forward never calls the modules below: nothing else may tune them
     needs_residual: ClassVar[bool] = False  # forward calls base.seen("residual")
+    # forward takes gate=, of shape [B, 1, 1] or, in causal stacks, [B, S, 1], by which it scales its effect itself.
+    gated: ClassVar[bool] = False
     part: int | None = None  # which part of its adapter made it; None for a tuner inside or around others
     taps: tuple[str, ...] = ()  # inputs of other modules noted for it
     # fold is linear in the distance of the numbers from those of a new tuner: several tuners' distances may be added.

@@ -28,18 +28,17 @@ class Recipe(Method):
 
     def expand(self, part: Part) -> list[Part]:
         """Every part under the targets, excludes and layers given at attach; what a part says itself comes first."""
-        return [
-            inner
-            for own in self.parts()
-            for inner in own.method.expand(
-                dataclasses.replace(
-                    own,
-                    targets=own.targets or part.targets or own.method.roles,
-                    exclude=(*own.exclude, *part.exclude),
-                    layers=part.layers if own.layers is None else own.layers,
-                )
-            )
-        ]
+        return [inner for own in self.parts() for inner in own.method.expand(under(part, own))]
+
+
+def under(part: Part, own: Part) -> Part:
+    """A part of the recipe that is attached as `part`, with what it does not say itself from there."""
+    return dataclasses.replace(
+        own,
+        targets=own.targets or part.targets or own.method.roles,
+        exclude=(*own.exclude, *part.exclude),
+        layers=part.layers if own.layers is None else own.layers,
+    )
 
 
 def as_parts(given: Iterable[Method | Part]) -> tuple[Part, ...]:

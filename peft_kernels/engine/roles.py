@@ -386,6 +386,7 @@ def resolve(
         site = Site(path, modules[path], chosen[path, rows, entry], rows, seed)
         site.entry = None if entry is None else modules[entry]
         site.norm, site.prenorm, site.residual = _norm(model, modules, path)
+        site.causal, site.padding = _sight(model, modules, path)
         if site.role in ("o", "cross.o"):
             site.heads = _heads(cast(Any, model.config), path)
         sites.append(site)
@@ -639,6 +640,23 @@ def _sublayer(
         before,
         norm if before else first(row.roles[{"ffn": "up", "attn": "q", "cross.attn": "cross.q"}[sublayer]]),
     )
+
+
+def _sight(model: nn.Module, modules: dict[str, nn.Module], path: str) -> tuple[bool | None, nn.Module | None]:
+    """(is the attention around the module at `path` causal, the module whose attention_mask tells what is padding)."""
+    if (row := family(model)) is None:
+        return None, None
+
+    def named(role: str, paths: Iterable[str]) -> list[str]:
+        return [p for p in paths if any(_match(pattern, p) for pattern in row.roles[role])]
+
+    around = named("block", _prefixes(path))
+    block = (around or named("block", modules))[-1]  # behind all blocks is what the last one made
+    # Bloom's attention does not say: it is.
+    causal = next((bool(m.is_causal) for _, m in base_modules(modules[block]) if hasattr(m, "is_causal")), True)
+    # Not the block: checkpointing repeats what is in it, without its own hooks.
+    attention = modules[named("attn", (p for p in modules if p.startswith(f"{block}.")))[0]]
+    return causal, (None if causal else attention) if around else model
 
 
 def _in_layers(sites: list[Site], layers: Sequence[int] | None) -> list[Site]:

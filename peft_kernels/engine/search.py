@@ -283,7 +283,7 @@ class _Search:
         with files.uninterrupted():
             self._tell(candidates, losses)
             self.put(self.result())
-            row = {"step": step, "evaluations": 1 + step * len(losses)}
+            row: dict[str, Any] = {"step": step, "evaluations": 1 + step * len(losses)}
             row |= {"loss": self.lowest if self.settings.draw is None else min(losses)}
             row |= {"mean": sum(losses) / len(losses), "sigma": float(self.strategy.sigma)}
             self.log.append({**row, "seconds": time.perf_counter() - self.began})

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .method import Tuner, as_matrix, promoted
 from .packed import Packed, stand_in, unpacked
 from .rows import Key, routing
-from .taps import forget, seen
+from .taps import forget, renote, seen
 
 
 def matches(path: str, pattern: str) -> bool:
@@ -52,15 +52,21 @@ class Site:
     norm: the LayerNorm of the sublayer that the module belongs to, or None.   prenorm: True: the norm's input is the
     residual and its output enters the sublayer; False: the norm comes after the addition; None: unknown.
     residual: the module whose input is what the model adds to the sublayer's output, or None.
+    causal: whether a position sees no later ones, in the block that the module is in or, outside of blocks, in the last
+    one; None: unknown.   padding: the module whose attention_mask tells padding here, or None: it does not matter.
     heads: of an attention's output linear the key-value heads; each is as many of its input features. None elsewhere.
     kind: "linear" (also transformers' Conv1D), "conv", "embedding", "norm", "span" or "module".
+    filled: the tuner's numbers are to come from a file, so what else it would begin with need not exist.
     """
 
     entry: nn.Module | None = None
     norm: nn.Module | None = None
     prenorm: bool | None = None
     residual: nn.Module | None = None
+    causal: bool | None = None
+    padding: nn.Module | None = None
     heads: int | None = None
+    filled: bool = False
 
     def __init__(self, name: str, module: nn.Module, role: str = "", rows: Rows | None = None, seed: int = 0):
         self.name, self.module, self.role, self.rows, self.seed = name, module, role, rows, seed
@@ -169,6 +175,8 @@ class Site:
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The frozen module itself."""
+        if self.module._forward_pre_hooks:
+            renote(self.module, args, kwargs)
         if self.lifted is not None:
             return self.lifted(*args, **kwargs)
         return base_class(self.module).forward(self.module, *args, **kwargs)
@@ -315,7 +323,7 @@ class Base:
             return self.site.call(*args, **kwargs)
         return self.tuner(self.below, *args, **kwargs)
 
-    def seen(self, what: str) -> Tensor:
+    def seen(self, what: str) -> Any:
         """In this call: "residual", what the model adds to the sublayer's output; "entry", the input of the span; what
         Tuner.sources names."""
         return seen(self.site.key(what)) if self.below is None else self.below.seen(what)

@@ -102,7 +102,7 @@ def attach_filled(
     model: nn.Module, name: str, adapter: Adapter, values: dict[str, Tensor], directory: Path, trainable: bool
 ) -> nn.Module:
     """Attaches an adapter with these tensors, all or nothing; ValueError names the directory they are from."""
-    attach_parts(model, name, adapter)
+    attach_parts(model, name, adapter, filled=True)
     try:
         fill(model, name, values, directory)
     except ValueError:

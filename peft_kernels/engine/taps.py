@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class _Local(threading.local):
@@ -27,6 +28,19 @@ class Tap(_Noting):
         note(self.key, args[0] if args else next(iter(kwargs.values())))
 
 
+class ArgumentTap(_Noting):
+    """A forward pre-hook that notes the module's argument `name`; None where it is not given."""
+
+    def __init__(self, key: str, module: nn.Module, name: str):
+        super().__init__(key)
+        self.name, named = name, list(inspect.signature(module.forward).parameters)
+        self.place = named.index(name) if name in named else None
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = args[self.place : self.place + 1] if self.place is not None else ()
+        note(self.key, given[0] if given else kwargs.get(self.name))
+
+
 class OutputTap(_Noting):
     """A forward hook that notes the module's output, of a tuple the first."""
 
@@ -39,15 +53,23 @@ def note(key: str, value: Any) -> None:
     _local.inputs = {**(_local.inputs or {}), key: value}
 
 
-def tap(module: nn.Module, key: str, output: bool = False) -> None:
-    """Installs a Tap, or of the output an OutputTap; a second one with the same key is not needed."""
+def tap(module: nn.Module, key: str, output: bool = False, argument: str = "") -> None:
+    """Installs a Tap, of the output an OutputTap, or an ArgumentTap; a second one with the same key is not needed."""
     hooks = module._forward_hooks if output else module._forward_pre_hooks
     if any(isinstance(hook, _Noting) and hook.key == key for hook in hooks.values()):
         return
     if output:
         module.register_forward_hook(OutputTap(key))
     else:
-        module.register_forward_pre_hook(Tap(key), with_kwargs=True)
+        hook = ArgumentTap(key, module, argument) if argument else Tap(key)
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def renote(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """The module runs on these arguments without its hooks, perhaps for a second time: its ArgumentTaps see them."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, ArgumentTap):
+            hook(module, args, kwargs)
 
 
 def untap(module: nn.Module, keys: set[str]) -> None:
@@ -59,7 +81,7 @@ def untap(module: nn.Module, keys: set[str]) -> None:
                 module._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
-def seen(key: str) -> Tensor:
+def seen(key: str) -> Any:
     """What was noted; RuntimeError if its module has not run in this call."""
     inputs = _local.inputs
     if inputs is None or key not in inputs:

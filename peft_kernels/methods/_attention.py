@@ -28,12 +28,13 @@ _files: dict[str, dict[str, Any]] = {}  # modelling file -> its globals
 class Prefix(NamedTuple):
     """Keys and values before an attention module's own: k, v [1 or rows, l, width], every row's l the same.
 
-    mask [rows, l] bool: which of them a row has; None: all.
+    mask [rows, l] bool: which of them a row has; None: all.   gate [rows, queries, 1]: a factor of both for each query.
     """
 
     k: Tensor
     v: Tensor
     mask: Tensor | None = None
+    gate: Tensor | None = None
 
 
 class Seam(NamedTuple):
@@ -108,6 +109,10 @@ def attention(
     if name == "flex_attention" or kwargs.get("cache") is not None:
         raise ValueError(f"a prefix does not work with {name} here; choose sdpa, eager or flash_attention_2")
     length, lead = sum(prefix.k.shape[1] for prefix in prefixes), 0
+    gates = [prefix.gate for prefix in prefixes if prefix.gate is not None]
+    if gates:
+        kwargs["scaling"] = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+        query = torch.cat([query, *(query * gate[:, None].to(query.dtype) for gate in gates)], dim=-1)
     if prefixes:
         n, causal = query.shape[2], kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -119,8 +124,11 @@ def attention(
             else:
                 attention_mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()[None, None]
         attention_mask = _extended(attention_mask, prefixes, query, key, name)
-        key = torch.cat([*(_heads(prefix.k, key) for prefix in prefixes), key], dim=2)
-        value = torch.cat([*(_heads(prefix.v, value) for prefix in prefixes), value], dim=2)
+        keys = [*(_heads(prefix.k, key) for prefix in prefixes), key]
+        values = [*(_heads(prefix.v, value) for prefix in prefixes), value]
+        if gates:
+            keys, values = _apart(keys, prefixes), _apart(values, prefixes)
+        key, value = torch.cat(keys, dim=2), torch.cat(values, dim=2)
         if kwargs.get("position_bias") is not None:  # of T5, by relative position: a prefix has none
             bias = kwargs["position_bias"]
             kwargs["position_bias"] = F.pad(bias[..., : key.shape[2] - length], (length, 0, lead, 0))
@@ -130,7 +138,23 @@ def attention(
         run = names[_INTERFACE].get_interface(name, names[_EAGER])
         seen = module if "flash" not in name else _Seen(module, config.true)
         out, weights = run(seen, query, key, value, attention_mask, **kwargs)
-    return out[:, lead:], weights[..., length:] if isinstance(weights, Tensor) else weights
+    out = out[:, lead:]
+    if gates:
+        own, *gated = out.unflatten(-1, (1 + len(gates), -1)).unbind(-2)
+        out = sum((o * gate[:, :, None].to(o.dtype) for o, gate in zip(gated, gates, strict=True)), own)
+    return out, weights[..., length:] if isinstance(weights, Tensor) else weights
+
+
+def _apart(ts: list[Tensor], prefixes: tuple[Prefix, ...]) -> list[Tensor]:
+    """Keys or values whose features are zeros but for a block of their own where a prefix has a gate.
+
+    Beside a query q its copy g q finds that block: the logits are g q k, and the values come out beside the others'.
+    """
+    gates, made = [prefix.gate is not None for prefix in prefixes], []
+    for i, t in enumerate(ts):
+        place, d = sum(gates[: i + 1]) if i < len(gates) and gates[i] else 0, t.shape[-1]
+        made.append(F.pad(t, (place * d, (sum(gates) - place) * d)))
+    return made
 
 
 class _Seen:

@@ -124,7 +124,8 @@ def remembered(mask: Tensor, more: int, lengths: Tensor | None) -> Tensor:
 def static(cache: Any) -> int | None:
     """The keys that a static cache has room for; None of one that grows."""
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", ())
-    return max((layer.max_cache_len for layer in layers if hasattr(layer, "max_cache_len")), default=None)
+    sizes = [layer.max_cache_len for layer in layers if hasattr(layer, "max_cache_len")]
+    return max(sizes) if sizes else None
 
 
 def make_room(cache: Any, l: int, n: int, window: int | None) -> None:  # noqa: E741

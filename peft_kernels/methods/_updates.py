@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,13 +106,18 @@ _MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
-def _peft(config: Mapping[str, Any], values: dict[str, Tensor], where: str) -> Iterator[Update]:
-    kind = str(getattr(config["peft_type"], "value", config["peft_type"]))
-    other = [key for key in _OTHER if config.get(key)]
+def unlike(config: Mapping[str, Any], known: Iterable[str] = ()) -> list[str]:
+    """What a configuration of LORA has that makes it more than LoRA of the base as it is, but for what is known."""
+    other = [key for key in _OTHER if config.get(key) and key not in known]
     if config.get("bias", "none") != "none":
         other.append(f"bias={config['bias']!r}")
     if str(config.get("init_lora_weights", True)).lower().startswith(_MOVES_THE_BASE):
         other.append(f"init_lora_weights={config['init_lora_weights']!r}")
+    return other
+
+
+def _peft(config: Mapping[str, Any], values: dict[str, Tensor], where: str) -> Iterator[Update]:
+    kind, other = str(getattr(config["peft_type"], "value", config["peft_type"])), unlike(config)
     if kind != "LORA" or other:
         raise ValueError(
             f"{where} is {kind} of PEFT{' with ' if other else ''}{', '.join(other)}; a bank takes plain LORA"

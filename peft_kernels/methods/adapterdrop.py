@@ -111,6 +111,6 @@ class AdapterDropTuner(PfeifferTuner, SharedTuner, method=AdapterDrop):
             return super().forward(base, x, **how)
         state = self.lender.state
         if torch.compiler.is_compiling():  # one graph for every number: the adapter runs, times 0 or 1
-            return super().forward(base, x, scale=(state[1] <= self.layer).to(x.device, torch.float32))
+            return super().forward(base, x, scale=(state[1] <= self.layer).to(x.device, torch.float32), **how)
         dropped = self.lender._kept.once("dropped", lambda: int(state[1]), [state])
-        return base(x) if self.layer < dropped else super().forward(base, x)
+        return base(x) if self.layer < dropped else super().forward(base, x, **how)

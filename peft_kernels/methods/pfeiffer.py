@@ -42,6 +42,7 @@ class Pfeiffer(
 class PfeifferTuner(Tuner, method=Pfeiffer):
     fresh = True
     needs_residual = True
+    gated = True
     norm: nn.Module | None
 
     def __init__(self, cfg: Pfeiffer, site: Site):

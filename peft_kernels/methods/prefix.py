@@ -89,6 +89,7 @@ class PrefixTuning(
 
 
 class PrefixTuner(SharedTuner, method=PrefixTuning):
+    gated = True
     lender: PrefixTuner
     e: nn.Parameter  # [l, d], of the lender, as w1 [m, d] and b1 [m]
 
@@ -122,9 +123,10 @@ class PrefixTuner(SharedTuner, method=PrefixTuning):
         vars(self)["lender"] = self
 
     def forward(self, base: Base, x: Tensor, *args: Any, gate: Tensor | None = None, **kwargs: Any) -> Any:
-        """gate [rows, 1, 1]: a factor of the prefix for each row of the batch."""
-        k, v = (p[None] if gate is None else p * gate.to(p.dtype) for p in self.prefix())
-        return _with(self.key, Prefix(k, v), base, (_again(base, x), *args), kwargs)
+        """gate [rows, 1, 1]: a factor of the prefix for each row of the batch, or [rows, queries, 1] for each query."""
+        each = gate is not None and gate.shape[1] > 1
+        k, v = (p[None] if gate is None or each else p * gate.to(p.dtype) for p in self.prefix())
+        return _with(self.key, Prefix(k, v, gate=gate if each else None), base, (_again(base, x), *args), kwargs)
 
     @classmethod
     def forward_many(cls, base: Any, tuners: dict[int, Tuner], route: Routing, *args: Any, **kwargs: Any) -> Any:

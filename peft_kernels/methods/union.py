@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from ..engine.method import Method, Part, numbers
-from ..engine.recipe import Recipe, as_parts
+from ..engine.recipe import Recipe, as_parts, under
 from .ia3 import IA3
 from .lora import LoRA
 
@@ -28,6 +30,10 @@ class Union(Recipe, roles=(), lr=2e-3, tiny={"members": (LoRA(rank=2), IA3())}, 
 
     def ejected(self) -> Method:
         return replace(self, members=tuple(replace(own, method=own.method.ejected()) for own in self.members))
+
+    def solved(self, model: nn.Module, part: Part) -> Method:
+        solved = (replace(own, method=own.method.solved(model, under(part, own))) for own in self.members)
+        return replace(self, members=tuple(solved))
 
 
 @dataclass(frozen=True, init=False)

@@ -296,13 +296,13 @@ def test_writing_replaces_only_when_told(tmp_path):
 @pytest.mark.parametrize(
     ("family", "method", "targets", "told"),
     [
-        ("bert", pk.LoRA(rank=2), None, "has lora at"),
-        ("gpt2", pk.LoKr(), None, "PEFT's files take LoKr of whole layers"),  # rows of c_attn
+        ("bert", pk.BitFit(), None, "has bitfit; PEFT's files take LoKr, LoRA"),
+        ("gpt2", pk.LoKr(), None, "PEFT has LoKr of whole ones"),  # rows of c_attn
         ("gpt2", pk.LoKr(), "down", "is a Conv1D, which PEFT's LoKr does not know"),
         ("whisper", pk.LoKr(), "*.conv1", "has a full w2, of which PEFT makes no Kronecker product"),
-        ("bert", pk.Union(pk.LoKr(), pk.at("down", pk.LoKr(rank=1))), None, "2 parts of LoKr"),
+        ("bert", pk.Union(pk.LoKr(), pk.at("down", pk.LoKr(rank_dropout=0.5))), None, "LoKr of 2 settings"),
     ],
-    ids=["lora", "rows", "Conv1D", "conv1d", "parts"],
+    ids=["bitfit", "rows", "Conv1D", "conv1d", "parts"],
 )
 def test_what_these_files_cannot_hold_is_told_and_nothing_written(tmp_path, family, method, targets, told):
     model = pk.attach(make(family).model, method, targets)
@@ -355,8 +355,8 @@ def _empty(values):
     "spoil",
     [
         *map(_spoiled, (_strange, _lost, _three, _empty)),
-        _reconfigured("is LOHA of PEFT; expected LOKR", peft_type="LOHA"),
-        _reconfigured("is LORA of PEFT; expected LOKR; a pk.AdapterBank reads it", peft_type="LORA"),
+        _reconfigured("is LOHA of PEFT; expected one of LOKR, LORA, IA3", peft_type="LOHA"),
+        _reconfigured("which is neither LoRA nor of modules_to_save", peft_type="LORA"),
         _reconfigured("LoKr decompose_factor = 0", decompose_factor=0),
         _reconfigured("gives rank or alpha None", r=None),
         _reconfigured("does not fit this model", r=3),

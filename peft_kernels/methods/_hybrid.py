@@ -1,0 +1,19 @@
+"""Recipes that say where each of their parts sits."""
+
+from __future__ import annotations
+
+from ..engine.method import Part
+from ..engine.recipe import Recipe
+
+
+class Placed(Recipe):
+    """A recipe with targets of its own: `pk.attach` may leave out modules and layers and gives no others."""
+
+    def expand(self, part: Part) -> list[Part]:
+        if part.targets:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} puts each of its parts in a place of its own, and got targets {part.targets}; give exclude "
+                "or layers, or write pk.Union(pk.at(targets, method), ...)"
+            )
+        return super().expand(part)
