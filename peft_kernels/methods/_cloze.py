@@ -98,9 +98,14 @@ class ClozeTuner(SplicedTuner, method=Cloze):
         rows = torch.arange(self.length, device=own.device)  # the second group's place among them is behind the first
         return ordered(moved, torch.where(rows < self.groups[0], front, last) + rows, order)
 
+    def around(self, base: Base | RowBase, module: Any, given: dict[str, Any]) -> Any:
+        if noted(ASKED) is True:  # of several in a stack, the uppermost answers
+            note(ASKED, self.mark)
+        return super().around(base, module, given)
+
     def without(self, out: Any, order: Tensor, n: int) -> Any:
         short = super().without(out, order, n)
-        if noted(ASKED) is None:
+        if noted(ASKED) != self.mark:
             return short
         at = order[:, n + self.place_of_mask :][:, :1]
         note(STATE, take(out.last_hidden_state, at, 1))

@@ -112,12 +112,14 @@ class Verbaliser(Tuner, method=WARP):
         dictionary = given.pop("return_dict", getattr(base.site.module.config, "return_dict", True))
         # Of some rows of a batch all is computed anew: the others' outputs have other shapes.
         call = functools.partial(base.beside, base.site.call) if isinstance(base, RowBase) else base
+        above = noted(ASKED)  # by another WARP, which is on top of this one
         note(ASKED, True)
         try:
             out = call(**given, return_dict=True)
             h = base.seen("class word") if vars(self)["decoder"] is not None else noted(STATE)
         finally:
-            forget((ASKED, STATE))
+            if above is None:
+                forget((ASKED, STATE))
         logits = F.linear(h[:, 0], self.weight.to(h.dtype))
         loss = None if labels is None else loss_of(logits, labels)
         out = dataclasses.replace(out, logits=logits, loss=loss)

@@ -266,6 +266,23 @@ def test_rows_of_two_adapters(make_model):
             close(logits[row], model(**inputs).logits[row])
 
 
+@pytest.mark.parametrize("make_model", [masked, classifier])
+def test_the_upper_of_two_reads_its_own_mask(make_model):
+    """In a stack the lower one's rows belong to the text of the upper, whose classes come out."""
+    frozen, model, p, _ = warped(make_model("bert"))
+    pk.attach(model, pk.WARP(2, 1, 1, mask_token=MASK, num_labels=2), name="upper", seed=1)
+    upper = dict(named for _, t in tuners(model, "upper") for named in t.named_parameters())
+    inputs, texts = batch("right")
+    with torch.no_grad():
+        logits, words = model(**inputs).logits, frozen.get_input_embeddings()
+        for row, text in zip(logits, texts, strict=True):
+            e, mask, q = words(text), words(torch.tensor([MASK])), upper["rows"]
+            own = torch.cat([e[:1], q[:1], e[1:-1], mask, q[1:], e[-1:]])  # which the lower takes for its text
+            pieces = [own[:1], p[:1], own[1:-1], p[1:3], mask, p[3:], own[-1:]]
+            out = frozen.base_model(inputs_embeds=torch.cat(pieces)[None]).last_hidden_state[0][len(text) + 1]
+            close(row, upper["weight"] @ (out if make_model is classifier else transform(frozen, out)))
+
+
 def test_training_and_file(tmp_path):
     frozen, model, _, _ = warped(masked("bert"))
     inputs, _ = batch("right")
