@@ -7,18 +7,14 @@ page can go stale. `pages()` needs peft_kernels, torch and transformers, and no 
 from __future__ import annotations
 
 import argparse
-import ast
-import copy
 import dataclasses
 import functools
 import importlib
 import importlib.util
 import inspect
 import json
-import math
 import operator
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,13 +25,11 @@ from torch import nn
 import peft_kernels as pk
 from peft_kernels import cli, comparison
 from peft_kernels.bench import results
-from peft_kernels.engine.attach import tuners
 from peft_kernels.engine.method import Method, Part, Tuner, fields
 from peft_kernels.engine.recipe import Recipe
 from peft_kernels.engine.roles import FAMILIES, Family
-from peft_kernels.methods._select import kept
-from peft_kernels.methods._sparse import SparseTuner
 from peft_kernels.ops._op import BACKENDS, KERNELS, Op, _has
+from peft_kernels.overview import COUNTED, field_comments, grouped, on_copy, overview
 
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "benchmarks" / "results" / "cpu.jsonl"
@@ -54,13 +48,9 @@ GROUPS = {
     "Looking": "counts Counts explain",
     "Layers": "PHMLinear",
     "Kernels": "backend BackendError ops",
-    "Recipes": "methods at",
+    "Recipes": "methods at recipe",
     "Writing a method": "Method Tuner Phase Stats",
 }
-
-
-# Fields with which a method is counted that by default asks the values of weights; the reference models have none.
-COUNTED: dict[str, dict[str, Any]] = {"svd": {"rank": 64}}
 
 
 @functools.cache
@@ -128,18 +118,28 @@ def readme_section(name: str) -> str:
 
 
 def methods_overview() -> str:
-    rows = [
-        (
-            f"[{cls.__name__}]({key}.md)",
-            f"`{key}`",
-            " ".join(f"`{role}`" for role in cls.roles),
-            f"{cls.lr:g}",
-            prose(cls.__doc__.strip().splitlines()[0]),
-        )
-        for key, cls in pk.methods().items()
-    ]
-    text = "Every method, with the targets and the learning rate that it takes unless it is told otherwise."
-    return f"# Methods\n\n{text}\n\n{table(('class', 'key', 'default targets', 'lr', 'what it is'), rows)}\n"
+    rows = []
+    for row in grouped(overview(model=reference_models()["BERT-base"])):
+        merges = {True: "yes", False: "no", None: "as its parts"}[row["mergeable"]]
+        counts = [_number(row[name]) for name in ("trainable", "changed", "rank", "stored")]
+        if row["why"]:
+            counts = [f"not here: {escaped(row['why'])}", "", "", ""]
+        elif row["settings"]:
+            counts[0] += "".join(f" (`{name}={call(value)}`)" for name, value in row["settings"].items())
+        paper = re.sub(r"^\d{4}\.\d{4,5}$", r"arXiv:\g<0>", row["paper"])
+        cells = (f"[{row['class']}]({row['key']}.md)", f"`{row['key']}`", row["family"])
+        cells += (" ".join(f"[{name}](../ops/{name}.md)" for name in row["kernel"]), merges, *counts)
+        cells += (" ".join(map(code, row["roles"])), f"{row['lr']:g}", escaped(paper), prose(row["what"]))
+        rows.append(cells)
+    header = ("class", "key", "family", "kernel", "merges", "trainable", "changed", "rank", "stored")
+    header += ("default targets", "lr", "paper", "what it is")
+    text = (
+        "Every method by its family, with what it takes unless it is told otherwise, and its "
+        "[counts](../concepts.md#counts) on BERT-base, without those of a head: trainable is the most in one phase of "
+        "a training, the others are at its end. On the command line `peft-kernels methods --model MODEL` prints the "
+        "table for another model, `--log FILE` adds what a comparison measured, and a key shows the fields."
+    )
+    return f"# Methods\n\n{text}\n\n{table(header, rows)}\n"
 
 
 def method_page(cls: type[Method]) -> str:
@@ -213,27 +213,6 @@ def _default(field: dataclasses.Field) -> str:
     return "required" if value is dataclasses.MISSING else code(value)
 
 
-def field_comments(cls: type) -> dict[str, str]:
-    """Field -> the comment behind it, or the lines of comments above it."""
-    out: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        source = textwrap.dedent(inspect.getsource(base))
-        lines = source.splitlines()
-        for node in ast.parse(source).body[0].body:
-            if not isinstance(node, ast.AnnAssign):
-                continue
-            behind = lines[node.end_lineno - 1][node.end_col_offset :].strip()
-            above = []
-            for line in reversed(lines[: node.lineno - 1]):
-                if not line.strip().startswith("#"):
-                    break
-                above.insert(0, line.strip())
-            out[node.target.id] = " ".join(line.lstrip("# ") for line in ([behind] if behind else above))
-    return out
-
-
 @functools.cache
 def reference_models() -> dict[str, nn.Module]:
     """What methods are counted on: no weights, only shapes."""
@@ -248,30 +227,28 @@ def reference_models() -> dict[str, nn.Module]:
 
 def _measured(model: nn.Module, method: Method) -> dict[str, str]:
     """Counts of the method on a copy of a reference model, whether it merges there and what combines it, in words."""
-    model = copy.deepcopy(model)  # QLoRA quantises it
     total = sum(p.numel() for p in model.parameters())
     columns = ("trainable", "changed", "rank", "stored")
     try:
-        pk.attach(model, method)
+        counts, own = on_copy(model, method)
     except (ValueError, RuntimeError) as error:  # it is not made for this model, and says so
         refused = f"not here: {prose(str(error))}"
         return {**dict.fromkeys((*columns, "merges", "combines by"), refused), "total": f"{total:,}"}
-    for module in model.modules():
-        if isinstance(module, SparseTuner) and module.positions is None:  # a mask of the size that it will have
-            n = kept(math.prod(module.shape), module.cfg.keep_ratio, module.cfg.pattern)
-            module.set_mask(torch.empty(n, dtype=torch.int64, device="meta"))
-    n, own = pk.counts(model), [tuner for _, tuner in tuners(model, "default")]
     low_rank = [tuner.factors() is not None for tuner in own]
     additive = [tuner.additive for tuner in own]
-    pk.detach(model)
-    counts = {name: f"{getattr(n, name):,}" for name in columns}
+    cells = {name: _number(counts[name]) for name in columns}
     for name in ("trainable", "changed", "stored"):
-        counts[name] += f" ({100 * getattr(n, name) / total:.3g} %)"
+        if (n := counts[name]) is not None:
+            cells[name] += f" ({100 * n / total:.3g} %)"
     hows = "cat, svd, sum, average, ties, dare" if any(low_rank) else "sum, average, ties, dare"
     if not all(map(operator.or_, low_rank, additive)):
         hows = "nothing"
     merges = "yes" if all(t.mergeable for t in own) else "no"
-    return {**counts, "total": f"{total:,}", "merges": merges, "combines by": hows}
+    return {**cells, "total": f"{total:,}", "merges": merges, "combines by": hows}
+
+
+def _number(n: int | None) -> str:
+    return "by the values" if n is None else f"{n:,}"
 
 
 # -- ops --------------------------------------------------------------------------------------------------------------

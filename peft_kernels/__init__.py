@@ -75,6 +75,7 @@ from .methods._phm import PHMLinear
 from .methods._saved import similar_prompts
 from .ops import BackendError, backend
 from .quant import Footprint, Int8Linear, NF4Linear, footprint, quantize
+from .recipes import recipe
 from .shrink import shrink
 
 __all__ = [
@@ -161,6 +162,7 @@ __all__ = [
     "ops",
     "penalty",
     "quantize",
+    "recipe",
     "rename",
     "route",
     "save",

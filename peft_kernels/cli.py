@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import sys
 import types
 import typing
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
+from .engine.text import shown
 
 PROGRAM = "peft-kernels"
 MODEL = "PATH_OR_HUB_ID"
@@ -110,7 +112,14 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--op", nargs="+", metavar="NAME", help="default every op")
     check.add_argument("--backend", nargs="+", metavar="NAME", help="default every backend")
     _add_bench(command("bench", _bench, "time the kernels against their rivals, checking every result", True))
-    methods = command("methods", _methods, "list the methods with their fields and defaults")
+    methods = command("methods", _methods, "show what each method is, costs on a model and did when it was measured")
+    methods.add_argument("key", nargs="*", metavar="KEY", help="these alone, with their fields")
+    methods.add_argument(
+        "--model", metavar=MODEL, help="count each with its defaults on this model; only its config is read"
+    )
+    methods.add_argument(
+        "--log", metavar="FILE", help="show the figures of comparison.json, which tune --method all wrote"
+    )
     rank = "instead, of a SIZE x SIZE layer, how many numbers each method trains and the rank of its change"
     methods.add_argument("--rank", nargs="?", type=int, const=768, metavar="SIZE", help=f"{rank}; default %(const)s")
     command("info", _info, "show the environment, and which backends each op has here or why not")
@@ -195,9 +204,8 @@ def _add_method(parser: argparse.ArgumentParser, required: bool, more: str = "")
     from .methods import methods
 
     default = "" if required else "; default lora"
-    parser.add_argument(
-        "--method", required=required, metavar="NAME", help=f"one of {', '.join(methods())}{default}{more}"
-    )
+    known = f"one of {', '.join(methods())}, or a recipe file (.yaml, .json){default}{more}"
+    parser.add_argument("--method", required=required, metavar="NAME_OR_FILE", help=known)
     parser.add_argument(
         "--set",
         action="append",
@@ -212,10 +220,14 @@ def _add_method(parser: argparse.ArgumentParser, required: bool, more: str = "")
 
 
 def method_from(key: str, settings: Sequence[str]) -> Any:
-    """The method `key` with its fields set from "field=value" words; ValueError names the known methods or fields."""
-    from .engine.method import fields, method_of
+    """The method `key`, or that of a recipe file, with its fields set from "field=value" words.
 
-    cls = method_of(key)
+    ValueError names the known methods or fields.
+    """
+    from .engine.method import fields, needed
+
+    given = _method_of(key)
+    cls: Any = given if isinstance(given, type) else type(given)
     hints = typing.get_type_hints(cls)
     known = [f.name for f in fields(cls)]
     values = {}
@@ -224,18 +236,24 @@ def method_from(key: str, settings: Sequence[str]) -> Any:
         if not equals:
             raise ValueError(f"--set {word}: expected field=value")
         if name not in known:
-            raise ValueError(f"--set {word}: {key} has no field {name!r}; it has {', '.join(known) or 'none'}")
+            raise ValueError(f"--set {word}: {cls.key} has no field {name!r}; it has {', '.join(known) or 'none'}")
         try:
             values[name] = parse(hints[name], text)
         except (ValueError, TypeError):  # of json and int too, whose text says less than the line below
-            raise ValueError(f"--set {word}: expected {_shown(hints[name])}") from None
-    if missing := [f.name for f in fields(cls) if f.name not in values and _required(f)]:
-        raise ValueError(f"--method {key} needs --set {missing[0]}=..., {_shown(hints[missing[0]])} such as lora")
+            raise ValueError(f"--set {word}: expected {shown(hints[name])}") from None
+    if cls is not given:
+        return dataclasses.replace(given, **values)
+    if missing := [name for name in needed(cls) if name not in values]:
+        raise ValueError(f"--method {key} needs --set {missing[0]}=..., {shown(hints[missing[0]])} such as lora")
     return cls(**values)
 
 
-def _required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+def _method_of(key: str) -> Any:
+    """The class of a method, or the method of a recipe file."""
+    from .engine.method import method_of
+    from .recipes import is_recipe, recipe
+
+    return recipe(key) if is_recipe(key) else method_of(key)
 
 
 def parse(hint: Any, text: str) -> Any:
@@ -270,7 +288,7 @@ def parse(hint: Any, text: str) -> Any:
     elif origin is Part:
         data = json.loads(text) if text.startswith("{") else {"method": text}
         return Part.from_json(data) if isinstance(data.get("method"), dict) else Part(Method.from_json(data))
-    raise ValueError(f"{text!r} is no {_shown(hint)}")
+    raise ValueError(f"{text!r} is no {shown(hint)}")
 
 
 def _text(item: Any) -> str:
@@ -278,10 +296,6 @@ def _text(item: Any) -> str:
 
 
 _BOOL = {"true": True, "1": True, "false": False, "0": False}
-
-
-def _shown(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -294,7 +308,9 @@ def _tune(args: argparse.Namespace) -> int | None:
         import torch
 
         torch.set_num_threads(args.threads)
-    if args.method == "all" or any(mark in args.method for mark in ",*?["):
+    from .recipes import is_recipe
+
+    if args.method == "all" or not is_recipe(args.method) and any(mark in args.method for mark in ",*?["):
         return _compare(args)
     for option in ("model", "out"):
         if getattr(args, option) is None:
@@ -362,11 +378,11 @@ def _job(args: argparse.Namespace, values: dict[str, str], method: Any = None) -
 
     method: None takes --method.
     """
-    from .engine.method import fields, method_of
+    from .engine.method import fields
     from .train import Job
 
     hints = typing.get_type_hints(Job)
-    own = {f.name for f in fields(method_of(args.method))} if method is None else set()
+    own = {f.name for f in fields(_method_of(args.method))} if method is None else set()
     words = {f.name: getattr(args, f.name) for f in dataclasses.fields(Job) if f.name != "method"}
     settings = list(args.set)
     for name, text in values.items():
@@ -376,7 +392,7 @@ def _job(args: argparse.Namespace, values: dict[str, str], method: Any = None) -
         try:
             words[name] = parse(hints[name], text)
         except (ValueError, TypeError):
-            raise ValueError(f"--sweep {name}={text}: expected {_shown(hints[name])}") from None
+            raise ValueError(f"--sweep {name}={text}: expected {shown(hints[name])}") from None
     pairs = [word.partition("=") for word in args.eval_data]
     if wrong := [word for word, (_, _, file) in zip(args.eval_data, pairs, strict=True) if not file]:
         raise ValueError(f"--eval-data {wrong[0]}: expected NAME=FILE")
@@ -529,20 +545,68 @@ def _show(row: dict[str, Any], before: dict[str, Any] | None) -> None:
 
 
 def _methods(args: argparse.Namespace) -> None:
-    from .methods import methods
+    from .overview import grouped, overview
 
     if args.rank is not None:
+        if args.key or args.model or args.log:
+            raise ValueError("--rank measures every method on a layer of its own; leave KEY, --model and --log out")
         return _ranks(args)
-    found = [_described(key, cls) for key, cls in methods().items()]
+    model = None
+    if args.model:
+        from . import hf
+
+        model = hf.skeleton(os.path.expanduser(args.model))
+    found = overview(args.key, model, args.log)
 
     def text() -> str:
-        rows = [(m["key"], m["class"], " ".join(m["roles"]), f"{m['lr']:g}", m["summary"]) for m in found]
-        lines = columns([("method", "class", "targets", "lr", ""), *rows]).splitlines()
-        fields = [", ".join(map(_field, m["fields"])) for m in found]
-        below = [f"    --set {line}" if line else "" for line in ["", *fields]]
-        return "\n".join(line for pair in zip(lines, below, strict=True) for line in pair if line)
+        lines = [_overview(grouped(found), args)]
+        lines += [_details(row) for row in found] if args.key else []
+        if model is not None:
+            total = sum(p.numel() for p in model.parameters())
+            lines.append(f"{args.model}: {type(model).__name__}, {total:,} numbers; counts without a head")
+        return "\n\n".join(lines)
 
     _print(args, found, text)
+
+
+def _overview(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
+    """A line for each method; the counts only of a model, the figures only of a log."""
+    from .files import size
+
+    def number(row: dict[str, Any], name: str, form: str = ",") -> str:
+        return "-" if row.get(name) is None else f"{row[name]:{form}}"
+
+    counts = ("trainable", "changed", "rank", "stored") if args.model else ()
+    header = ["method", "family", "kernel", "merges", *counts]
+    header += ["file", "peak", "CPU", "accuracy", "inference", "merged"] if args.log else []
+    lines = [tuple([*header, "targets", "lr", "paper", ""])]
+    for row in rows:
+        merges = {True: "yes", False: "no", None: "as its parts"}[row["mergeable"]]
+        cells = [row["key"], row["family"], " ".join(row["kernel"]) or "-", merges]
+        cells += [number(row, name) for name in counts]
+        last = row["what"]
+        if args.log:
+            own = row["measured"] or {}
+            cells += ["-" if own.get(name) is None else size(own[name]) for name in ("bytes", "peak_bytes")]
+            forms = {"train_cpu_s": ".1f", "accuracy": ".1%", "inference_ratio": ".2f", "merged_ratio": ".2f"}
+            cells += [number(own, name, form) for name, form in forms.items()]
+            last = f"failed: {own['failed']}" if "failed" in own else last
+        if args.model:
+            own = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
+            last = f"not on this model: {row['why']}" if row["why"] else f"({own}) {last}" if own else last
+        lines.append((*cells, " ".join(row["roles"]) or "-", f"{row['lr']:g}", row["paper"] or "-", last))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    figures = range(4, len(header))  # are aligned to the right
+    return columns([tuple(c.rjust(widths[i]) if i in figures else c for i, c in enumerate(line)) for line in lines])
+
+
+def _details(row: dict[str, Any]) -> str:
+    """The fields of a method, a line for each."""
+    fields = [
+        (f"  --set {f['name']}={'...' if f['required'] else f['default']}", f["type"], f["comment"])
+        for f in row["fields"]
+    ]
+    return "\n".join([f"{row['key']} (pk.{row['class']}): {row['summary']}", *([columns(fields)] if fields else [])])
 
 
 def _ranks(args: argparse.Namespace) -> None:
@@ -559,31 +623,6 @@ def _ranks(args: argparse.Namespace) -> None:
         return columns(rows)
 
     _print(args, found, text)
-
-
-def _described(key: str, cls: Any) -> dict[str, Any]:
-    return {
-        "key": key,
-        "class": cls.__name__,
-        "roles": list(cls.roles),
-        "lr": cls.lr,
-        "summary": cls.__doc__.strip().splitlines()[0],
-        "fields": list(_fields(cls)),
-    }
-
-
-def _fields(cls: Any) -> typing.Iterator[dict[str, Any]]:
-    hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        described = {"name": f.name, "type": _shown(hints[f.name]), "required": _required(f)}
-        if not _required(f):
-            described["default"] = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        yield described
-
-
-def _field(described: dict[str, Any]) -> str:
-    name = described["name"]
-    return f"{name} (required)" if described["required"] else f"{name}={described['default']!r}"
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from .engine.attach import active, attach, tuners
 from .engine.calibrate import calibrate
 from .engine.counts import counts
 from .engine.life import timeline
-from .engine.method import Method, Tuner, fields, methods
+from .engine.method import Method, Tuner, methods, needed
 from .engine.site import Site
 from .methods.lora import LoRA
 from .methods.svd import SVD, SVDTuner
@@ -50,8 +49,8 @@ class _Layer(nn.Module):
 
 
 def _measured(cls: type[Method], settings: dict[str, Any], size: int) -> dict[str, Any]:
-    if needed := [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]:
-        return _without(f"needs {', '.join(needed)}")
+    if lacks := needed(cls):
+        return _without(f"needs {', '.join(lacks)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = _Layer(size)

@@ -133,11 +133,10 @@ def test_every_case_runs_and_its_rows_are_whole(case):
     rows = rows_of(case)
     figures = [row for row in rows if "wall_p50" in row]
     assert not [row for row in rows if "failed" in row]
-    assert {"ours (cpu)", figures[0]["over"]} <= {row["rival"] for row in figures}
+    ours = "ours (cpu)" if runner.LAYERS.get(case.op, case.op) else "ours (reference)"
+    assert {ours, figures[0]["over"]} <= {row["rival"] for row in figures}
     for row in figures:
-        assert row.keys() == FACTS | FIGURES | {"error"} | (
-            RATES if row["rival"] not in (rivals.FROZEN, rivals.BARE) else set()
-        )
+        assert row.keys() == FACTS | FIGURES | {"error"} | (RATES if row["rival"] not in rivals.OTHERS else set())
         assert 0 < row["wall_p20"] <= row["wall_p50"] <= row["wall_p80"] and row["rounds"] >= measure.ROUNDS
         assert json.loads(results.dumps(row)) == row
         assert results.line(row)

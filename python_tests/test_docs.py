@@ -60,13 +60,10 @@ section = generate.readme_section
 
 
 def methods_table():
-    rows = ["| `--method` | class | default targets | what it is |", "|---|---|---|---|"]
+    rows = ["| `--method` | class | family | default targets | what it is |", "|---|---|---|---|---|"]
     for key, cls in pk.methods().items():
-        rows.append(
-            f"| {key} | `pk.{cls.__name__}` | {' '.join(cls.roles)} | {cls.__doc__.splitlines()[0]} |".replace(
-                "*", "`*`"
-            )
-        )
+        cells = (key, f"`pk.{cls.__name__}`", cls.family, " ".join(cls.roles), cls.__doc__.splitlines()[0])
+        rows.append(f"| {' | '.join(cells)} |".replace("*", "`*`"))
     return "\n".join(rows) + "\n"
 
 
@@ -225,6 +222,28 @@ def test_the_page_of_a_method_tells_its_fields_and_counts(key):
     total = sum(p.numel() for p in generate.reference_models()["BERT-base"].parameters())
     assert f"| total | {total:,} |" in page
     assert re.search(r"\| merges \| (yes|no|not here)", page)
+
+
+def test_the_table_of_the_methods_tells_each_with_its_counts():
+    rows = {
+        line.split(" | ")[1]: line
+        for line in generate.pages()["methods/index.md"].splitlines()
+        if line.startswith("| [")
+    }
+    for key, cls in pk.methods().items():
+        cells = rows[f"`{key}`"].split(" | ")
+        assert cells[2] == cls.family
+        assert all(f"[{name}](../ops/{name}.md)" in cells[3] for name in cls.kernel)
+        assert re.match(r"[\d,]+( \(`.*`\))?$|not here: \S", cells[5])
+    assert f"| yes | {12 * 2 * 8 * (768 + 768):,} | {12 * 2 * 768 * 768:,} | {12 * 2 * 8} |" in rows["`lora`"]
+    assert "[arXiv:2106.09685](" in rows["`lora`"]
+
+
+def test_the_recipes_of_the_pages_can_be_attached():
+    found = [text for page in WRITTEN for text in blocks(f"docs/{page}", "yaml")]
+    assert found
+    for text in found:
+        pk.attach(make("bert").model, pk.recipe(text))
 
 
 def test_counts_on_a_page_are_those_of_the_model():

@@ -716,10 +716,11 @@ def cases(device: str) -> list[Case]:
     from .bottleneck_cases import bottleneck_cases, rescale_cases  # which are made of the parts above
     from .hadamard_cases import hadamard_cases
     from .kron_cases import kron_cases
+    from .prefix_cases import prefix_cases
     from .select_cases import select_cases
     from .split_cases import split_cases
 
-    others = (rescale_cases, select_cases, split_cases, kron_cases, hadamard_cases, bottleneck_cases)
+    others = (rescale_cases, select_cases, split_cases, kron_cases, hadamard_cases, bottleneck_cases, prefix_cases)
     return [case for family in (*FAMILIES, *others) for case in family(device)]
 
 

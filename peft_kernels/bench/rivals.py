@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 FROZEN = "frozen"  # the yardstick that has no adapter: nothing to check, and its work is another
 BARE = "bare products"  # of a bottleneck, without activation and residual: likewise
+LONGER = "longer sequence"  # a prompt's worth of tokens more, in place of a prefix: likewise
+OTHERS = (FROZEN, BARE, LONGER)
 
 Factors = Sequence[tuple[Tensor, Tensor]]  # (A [r, in], B [out, r]) of each adapter
 Layer = tuple[Tensor, Tensor, Factors]  # W [out, in], bias [out]
@@ -231,6 +233,33 @@ def ia3_layer(w: Tensor, bias: Tensor, l: Tensor, on_input: bool) -> nn.Module:
     layer: Any = model["site"]
     layer.ia3_l["default"] = nn.Parameter(l.detach().view(1, -1) if on_input else l.detach().view(-1, 1))
     return layer
+
+
+# -- prefixes ---------------------------------------------------------------------------------------------------------
+
+
+def transformer(width: int, heads: int, layers: int, positions: int, causal: bool) -> nn.Module:
+    """A frozen GPT-2 or BERT of transformers that takes embeddings, with random weights."""
+    import transformers
+
+    sizes: dict[str, Any] = {"num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": 8}
+    sizes |= {"bos_token_id": None, "eos_token_id": None, "attn_implementation": "sdpa"}
+    if causal:
+        config: Any = transformers.GPT2Config(n_embd=width, n_positions=positions, use_cache=False, **sizes)
+        model: Any = transformers.GPT2Model(config)
+    else:
+        rest: dict[str, Any] = {"intermediate_size": 4 * width, "max_position_embeddings": positions}
+        config = transformers.BertConfig(hidden_size=width, **rest, **sizes)
+        model = transformers.BertModel(config, add_pooling_layer=False)
+    return model.eval().requires_grad_(False)
+
+
+def cache_of(flat: Sequence[Tensor], x: Tensor, config: Any) -> Any:
+    """What HF PEFT hands a model for keys and values [l, width] of each layer in turn, beside an input x [rows, ..]."""
+    from transformers import DynamicCache
+
+    heads = [p.to(x.dtype).expand(len(x), *p.shape).unflatten(-1, (config.num_attention_heads, -1)) for p in flat]
+    return DynamicCache([tuple(p.transpose(1, 2) for p in pair) for pair in zip(heads[::2], heads[1::2], strict=True)])
 
 
 # -- adapter-hub ------------------------------------------------------------------------------------------------------

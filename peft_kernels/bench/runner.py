@@ -23,9 +23,10 @@ from ..check import compare
 from ..ops import BackendError, all_ops, backend
 from . import measure
 from .cases import SELECTIONS, Case, Problem, Run, cases, evaluate, roofline, timed
-from .rivals import BARE, FROZEN, missing
+from .rivals import OTHERS, missing
 
-LAYERS = {"route": "multi_lora_linear", "ia3": "rescale"}  # cases of a layer -> the op that it runs on
+# Cases of a layer or model -> the op that it runs on; "": plain torch, as the backend "reference" is.
+LAYERS = {"route": "multi_lora_linear", "ia3": "rescale", "prefix": ""}
 LOOSE = 0.05  # of the largest number: what a rival may be off before it is taken for something else
 LIMIT = 2.0  # a case is left out if a round of it takes so many times the seconds it has in all
 RIVALS = 5  # in a round, about
@@ -116,7 +117,7 @@ def _rows(case: Case, options: Options, rates: tuple[float, float]) -> Iterator[
             if own_times := times.get(name := row["rival"]):
                 row |= _figures(own_times, times.get(problem.over))
                 row["peak_bytes"] = measure.peak_bytes(calls[name][0], options.device)
-                if name not in (FROZEN, BARE):
+                if name not in OTHERS:
                     row |= _rates(costs.get(case.mode, problem.forward), own_times, rates)
             yield row
 
@@ -138,7 +139,9 @@ def _backends(case: Case, options: Options) -> list[str]:
     """Of the options, or those that are here."""
     if options.backends is not None:
         return list(options.backends)
-    op = all_ops()[LAYERS.get(case.op, case.op)]
+    if not (name := LAYERS.get(case.op, case.op)):
+        return ["reference"]
+    op = all_ops()[name]
     here = [name for name, absent in op.backends(options.device).items() if not absent]
     return [name for name in here if name != "reference"] or here
 
@@ -160,7 +163,7 @@ def _checked(
 ) -> tuple[str, float | None]:
     """("" or what is wrong, of ours the largest error over the allowed one): a rival is held to a rough agreement."""
     if row["backend"] is None:
-        if row["rival"] in (FROZEN, BARE) or not problem.same:
+        if row["rival"] in OTHERS or not problem.same:
             return "", None
         error = _error(evaluate(run, problem.g, "forward")[0], truth[0])
         return ("" if error <= LOOSE else f"off by {error:.2g} of the largest number"), None

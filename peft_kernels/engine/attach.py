@@ -214,18 +214,14 @@ def chosen_sites(model: nn.Module, adapter: Adapter) -> list[tuple[int, Method, 
     chosen: list[tuple[int, Method, Site]] = []
     parts = adapter.expanded()
     for level, (part, _) in enumerate(parts):
-        default, seed = part.targets == part.method.roles, adapter.seed + level
-        found = resolve(model, part.targets, exclude=part.exclude, layers=part.layers, seed=seed, default=default)
-        sites = part.method.select(found)
-        if not sites:
-            kinds = ", ".join(sorted({s.kind for s in found})) or "nothing"
-            raise ValueError(f"{part.method.key} cannot tune what {part.targets} match ({kinds}); choose other targets")
-        if part.method.tuner.opaque:
-            before = {site.name for _, cfg, site in chosen if cfg.tuner.opaque}
-            sites = [site for site in sites if not _inside(site.name, before)]
-            names = {site.name for site in sites}
-            chosen = [c for c in chosen if not _inside(c[2].name, names)]
-        chosen += [(level, part.method.at(site), site) for site in sites]
+        with part.located():
+            sites = _sites_of(model, part, adapter.seed + level)
+            if part.method.tuner.opaque:
+                before = {site.name for _, cfg, site in chosen if cfg.tuner.opaque}
+                sites = [site for site in sites if not _inside(site.name, before)]
+                names = {site.name for site in sites}
+                chosen = [c for c in chosen if not _inside(c[2].name, names)]
+            chosen += [(level, part.method.at(site), site) for site in sites]
     whole = {site.name for _, cfg, site in chosen if cfg.tuner.opaque}
     chosen = [c for c in chosen if not (c[2].name and _inside(c[2].name.rpartition(".")[0], whole))]
     if not any(parts[level][1] for level, _, _ in chosen):
@@ -235,10 +231,35 @@ def chosen_sites(model: nn.Module, adapter: Adapter) -> list[tuple[int, Method, 
     return chosen
 
 
+def _sites_of(model: nn.Module, part: Part, seed: int) -> list[Site]:
+    """What a part of an adapter tunes, before it is known what other parts train whole."""
+    default = part.targets == part.method.roles
+    found = resolve(model, part.targets, exclude=part.exclude, layers=part.layers, seed=seed, default=default)
+    sites = part.method.select(found)
+    if not sites:
+        kinds = ", ".join(sorted({s.kind for s in found})) or "nothing"
+        raise ValueError(f"{part.method.key} cannot tune what {part.targets} match ({kinds}); choose other targets")
+    return sites
+
+
 def _inside(path: str, names: set[str]) -> bool:
     """Whether a module is one of `names` or inside one."""
     parts = path.split(".")
     return bool(names) and ("" in names or any(".".join(parts[: i + 1]) in names for i in range(len(parts))))
+
+
+def places(chosen: list[tuple[int, Method, Site]]) -> list[str]:
+    """Where each of these tuners is in the tensors of its adapter: the path of its module and its place in there."""
+    out = []
+    for level, _, site in chosen:
+        own = sorted({(n, s.entry is not None) for n, _, s in chosen if s.name == site.name})
+        inside = [str(own.index((level, site.entry is not None)))] if len(own) > 1 else []
+        if site.rows is not None:
+            inside.append(site.role)
+        elif site.entry is not None:
+            inside.append("tuner")  # of a Spanned
+        out.append(".".join(filter(None, (site.name, *inside))))
+    return out
 
 
 def _by_module(built: list[tuple[int, Site, Tuner]]) -> list[tuple[Site, Tuner]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -214,30 +215,53 @@ def fields(method: Method | type[Method]) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(method)  # type: ignore[arg-type]  # every subclass is a dataclass
 
 
+def needed(method: type[Method]) -> list[str]:
+    """The fields that have no default."""
+    return [f.name for f in fields(method) if f.default is f.default_factory is dataclasses.MISSING]
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A method with the targets it is attached to; empty targets are the method's own."""
+    """A method with the targets it is attached to; empty targets are the method's own.
+
+    lines: of a part from a recipe file, where each of these fields is written there, for errors.
+    """
 
     method: Method
     targets: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
+    lines: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Within the `with`, a ValueError begins with the place in the recipe file, if there is one."""
+        try:
+            yield
+        except ValueError as error:
+            if not self.lines:
+                raise
+            word = str(error).partition(" ")[0]  # of what resolve says about layers and exclude
+            place = self.lines.get(word) or self.lines.get("targets") or self.lines["method"]
+            raise ValueError(f"{place}: {error}") from None
 
     def to_json(self) -> dict[str, Any]:
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {name: _plain(getattr(self, name)) for name in _PART}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Part:
         """The inverse of to_json; all but the method may be left out. ValueError on an unknown key."""
-        known = {f.name for f in dataclasses.fields(Part)}
-        if unknown := set(data) - known:
-            raise ValueError(f"a part has no field {sorted(unknown)}; it has {sorted(known)}")
+        if unknown := set(data) - set(_PART):
+            raise ValueError(f"a part has no field {sorted(unknown)}; it has {sorted(_PART)}")
         return Part(
             Method.from_json(data["method"]),
             words(data.get("targets", ())),
             words(data.get("exclude", ())),
             numbers(data.get("layers")),
         )
+
+
+_PART = ("method", "targets", "exclude", "layers")  # of its JSON
 
 
 def _plain(value: Any) -> Any:

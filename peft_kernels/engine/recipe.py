@@ -26,9 +26,17 @@ class Recipe(Method):
         """The parts, bottom first where several meet at one module. Empty targets are the part's own."""
         raise NotImplementedError(f"{type(self).__name__} does not say its parts")
 
+    def made_of(self) -> set[type[Method]]:
+        """The methods of the parts; to be written where `parts` asks for a model."""
+        return {type(part.method) for part in self.parts()}
+
     def expand(self, part: Part) -> list[Part]:
         """Every part under the targets, excludes and layers given at attach; what a part says itself comes first."""
-        return [inner for own in self.parts() for inner in own.method.expand(under(part, own))]
+        return [inner for own in self.placed(part) for inner in own.method.expand(own)]
+
+    def placed(self, part: Part) -> list[Part]:
+        """`parts`, each at the targets and in the layers that it is attached to."""
+        return [under(part, own) for own in self.parts()]
 
 
 def under(part: Part, own: Part) -> Part:
@@ -38,6 +46,7 @@ def under(part: Part, own: Part) -> Part:
         targets=own.targets or part.targets or own.method.roles,
         exclude=(*own.exclude, *part.exclude),
         layers=part.layers if own.layers is None else own.layers,
+        lines=own.lines or part.lines,
     )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from .attach import Adapter, attach_parts, detach, names_of, state_of, tuners
 from .method import Part, Tuner
+from .parts import part_of
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -82,11 +83,18 @@ def refuse_model(directory: Path) -> None:
 
 
 def load(
-    model: nn.Module, directory: str | os.PathLike, name: str | None = None, *, trainable: bool = False
+    model: nn.Module,
+    directory: str | os.PathLike,
+    name: str | None = None,
+    *,
+    trainable: bool = False,
+    part: str | int | None = None,
 ) -> nn.Module:
     """Attaches a saved adapter, named as it was saved unless `name` says otherwise, and returns the model.
 
     Where several were saved, `directory` holds "default" and, in a subdirectory, the one called `name`.
+    part: of a recipe's adapter this one part alone, by the key of its method or by its number. The parts of a recipe
+        in a recipe are counted in its place, and the modules that were trained whole beside it are the last part.
 
     FileNotFoundError if the directory holds none; ValueError if the file is broken, of another format, or belongs to
     another model. The model is untouched then. Loading reads safetensors and JSON only.
@@ -95,6 +103,11 @@ def load(
     config, digest = read_config(directory)
     adapter, saved_name = from_config(config, str(directory / CONFIG))
     values = read_weights(directory, digest)
+    if part is not None:
+        try:
+            adapter, values = part_of(model, adapter, values, part)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from None
     return attach_filled(model, saved_name if name is None else name, adapter, values, directory, trainable)
 
 

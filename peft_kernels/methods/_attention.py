@@ -19,22 +19,11 @@ from ..engine.method import Loan
 from ..engine.roles import within
 from ..engine.site import Site, adapters_of, base_class, base_modules
 from ..engine.taps import noted
+from ._keys import Prefix, apart, extended, heads
 
 NAME = "peft_kernels"
 _INTERFACE, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
 _files: dict[str, dict[str, Any]] = {}  # modelling file -> its globals
-
-
-class Prefix(NamedTuple):
-    """Keys and values before an attention module's own: k, v [1 or rows, l, width], every row's l the same.
-
-    mask [rows, l] bool: which of them a row has; None: all.   gate [rows, queries, 1]: a factor of both for each query.
-    """
-
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None = None
-    gate: Tensor | None = None
 
 
 class Seam(NamedTuple):
@@ -114,6 +103,8 @@ def attention(
         kwargs["scaling"] = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
         query = torch.cat([query, *(query * gate[:, None].to(query.dtype) for gate in gates)], dim=-1)
     if prefixes:
+        if "flash" in name:
+            _check_flash(name, key.shape[2] + length, kwargs)
         n, causal = query.shape[2], kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         if attention_mask is None and causal and n > 1 and name != "eager" and "flash" not in name:
@@ -123,11 +114,11 @@ def attention(
                 query = F.pad(query, (0, 0, lead, 0))
             else:
                 attention_mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()[None, None]
-        attention_mask = _extended(attention_mask, prefixes, query, key, name)
-        keys = [*(_heads(prefix.k, key) for prefix in prefixes), key]
-        values = [*(_heads(prefix.v, value) for prefix in prefixes), value]
+        attention_mask = extended(attention_mask, prefixes, query, key, name)
+        keys = [*(heads(prefix.k, key) for prefix in prefixes), key]
+        values = [*(heads(prefix.v, value) for prefix in prefixes), value]
         if gates:
-            keys, values = _apart(keys, prefixes), _apart(values, prefixes)
+            keys, values = apart(keys, prefixes), apart(values, prefixes)
         key, value = torch.cat(keys, dim=2), torch.cat(values, dim=2)
         if kwargs.get("position_bias") is not None:  # of T5, by relative position: a prefix has none
             bias = kwargs["position_bias"]
@@ -145,16 +136,14 @@ def attention(
     return out, weights[..., length:] if isinstance(weights, Tensor) else weights
 
 
-def _apart(ts: list[Tensor], prefixes: tuple[Prefix, ...]) -> list[Tensor]:
-    """Keys or values whose features are zeros but for a block of their own where a prefix has a gate.
-
-    Beside a query q its copy g q finds that block: the logits are g q k, and the values come out beside the others'.
-    """
-    gates, made = [prefix.gate is not None for prefix in prefixes], []
-    for i, t in enumerate(ts):
-        place, d = sum(gates[: i + 1]) if i < len(gates) and gates[i] else 0, t.shape[-1]
-        made.append(F.pad(t, (place * d, (sum(gates) - place) * d)))
-    return made
+def _check_flash(name: str, keys: int, kwargs: dict[str, Any]) -> None:
+    """ValueError for what flash attention gets beside a mask and would apply to the prefix too."""
+    window, position_ids = kwargs.get("sliding_window"), kwargs.pop("position_ids", None)
+    if window is not None and keys > window:
+        raise ValueError(f"{name} would slide its window of {window} over the prefix; choose sdpa or eager")
+    packed = position_ids is not None and len(position_ids) == 1 and bool((position_ids.diff() != 1).any())
+    if packed or kwargs.get("cu_seq_lens_q") is not None:
+        raise ValueError(f"{name} on packed sequences has no place for a prefix; choose sdpa or eager")
 
 
 class _Seen:
@@ -165,43 +154,3 @@ class _Seen:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
-
-
-def _heads(flat: Tensor, like: Tensor) -> Tensor:
-    """[1 or rows, l, width] -> [rows, heads, l, d] of keys or values."""
-    rows, heads, _, d = like.shape
-    if flat.shape[0] not in (1, rows):
-        raise RuntimeError(f"a prefix of {flat.shape[0]} rows before keys of {rows}; route the whole batch alike")
-    return flat.to(like.dtype).unflatten(-1, (heads, d)).transpose(1, 2).expand(rows, heads, flat.shape[1], d)
-
-
-def _extended(
-    mask: Tensor | None, prefixes: tuple[Prefix, ...], query: Tensor, key: Tensor, name: str
-) -> Tensor | None:
-    """The mask of keys that have the prefixes before them: bool, additive, or flash attention's of [rows, keys]."""
-    if all(prefix.mask is None for prefix in prefixes):
-        length = sum(prefix.k.shape[1] for prefix in prefixes)
-        return (
-            None if mask is None else F.pad(mask, (length, 0), value=1 if mask.dim() == 2 else mask.dtype == torch.bool)
-        )
-    rows = query.shape[0]
-    front = torch.cat([_present(prefix, rows) for prefix in prefixes], dim=1)  # [rows, l]
-    if "flash" in name:
-        mask = front.new_ones(rows, key.shape[2]) if mask is None else mask
-        return torch.cat([front.to(mask.dtype), mask], dim=1)
-    if mask is None:
-        mask = front.new_ones(1, 1, 1, key.shape[2])
-    if mask.dtype == torch.bool and name == "eager":
-        mask = _additive(mask, query.dtype)
-    own = front[:, None, None] if mask.dtype == torch.bool else _additive(front[:, None, None], mask.dtype)
-    _, heads, n, keys = mask.shape
-    return torch.cat([own.expand(rows, heads, n, -1), mask.expand(rows, heads, n, keys)], dim=-1)
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros((), dtype=dtype, device=mask.device).where(mask, torch.finfo(dtype).min)
-
-
-def _present(prefix: Prefix, rows: int) -> Tensor:
-    l = prefix.k.shape[1]
-    return prefix.k.new_ones(rows, l, dtype=torch.bool) if prefix.mask is None else prefix.mask.expand(rows, l)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from math import prod
 
 import torch
@@ -37,9 +38,16 @@ def best(scores: Sequence[Tensor], k: int, pattern: str = FREE, *, use_abs: bool
     """For each tensor [out, in] the flat int64 positions of what is kept, ascending. ValueError on a NaN.
 
     "free": the k largest of all tensors together, k in all. "n:m": the n largest of every m neighbours in a row,
-    whatever k is. Ties go to the first tensor, and within one to the first position.
+    whatever k is. Ties go to the first tensor, and within one to the first position. On the meta device, where no
+    number is the best, as many positions without values, an even part of each tensor.
     """
     sizes = parsed(pattern)
+    if scores and all(s.is_meta for s in scores):
+        ends = [*accumulate(s.numel() for s in scores)]
+        counts = [round(k * b / ends[-1]) - round(k * a / ends[-1]) for a, b in pairwise((0, *ends))]
+        if sizes is not None:
+            counts = [kept(s.numel(), 1.0, pattern) for s in scores]
+        return [s.new_empty(n, dtype=torch.int64) for s, n in zip(scores, counts, strict=True)]
     if sizes is None:
         threshold, _ = ops.topk_threshold(scores, k, use_abs=use_abs)
         return ops.topk_compact(scores, threshold, k, use_abs=use_abs)

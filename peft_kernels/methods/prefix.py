@@ -23,7 +23,8 @@ from ..engine.rows import Routing, RowBase, in_rows, refuse
 from ..engine.site import Base, Site
 from ..engine.stack import Known
 from ..engine.taps import forget, note, noted
-from ._attention import Prefix, seam
+from ._attention import seam
+from ._keys import Prefix
 from ._phm import normal
 from ._shared import SharedTuner, share
 from ._shift import Shift

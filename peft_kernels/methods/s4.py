@@ -54,6 +54,9 @@ class S4(Placed, roles=(), lr=1e-3, tiny={"budget": 20.0}, kinds=None, family="h
             raise ValueError("S4 has no members before pk.attach has seen the model; attach it alone or in a pk.Union")
         return self.members
 
+    def made_of(self) -> set[type[Method]]:
+        return {Pfeiffer, LoRA, PrefixTuning, BitFit}
+
     def solved(self, model: nn.Module, part: Part) -> Method:
         if self.members:
             return self
