@@ -313,7 +313,7 @@ class LanguageModel(Task, key="lm"):
     def scores(self, model, batches):
         def compute(batch: dict[str, Tensor]) -> Tensor:
             wanted = batch["labels"][:, 1:]
-            return token_losses(_without_labels(model, batch)[:, :-1], wanted)
+            return token_losses(model(**batch).logits[:, :-1], wanted)  # labels say where a prompt may stand
 
         return stacked(model, batches, compute)
 

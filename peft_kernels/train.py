@@ -191,6 +191,16 @@ def tune(job: Job, *, progress: bool = True) -> dict[str, Any]:
         return run(job, setup, checkpoint, directory, progress)
 
 
+class _Words:
+    """Text -> ids without special tokens.   mask: the id of [MASK], or None."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer, self.mask = tokenizer, tokenizer.mask_token_id
+
+    def __call__(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 class Setup:
     """What does not depend on the method: rows, model, tokenizer, and the figures before tuning.
 
@@ -263,7 +273,7 @@ class Setup:
     def method(self, job: Job) -> Method:
         """The job's, which knows the tokens of its words."""
         names = getattr(self.task, "classes", ())
-        return job.method.spelled(lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"], names)
+        return job.method.spelled(_Words(self.tokenizer), names)
 
     def look(self) -> None:
         """Takes the figures before tuning."""

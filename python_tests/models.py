@@ -196,7 +196,7 @@ METHODS = pk.methods()
 
 TIED_HEADS = ("gpt2", "t5", "opt", "gemma", "falcon", "bloom", "bart", "whisper")  # to the embedding
 
-PROMPTS = {"ipt", "prompt", "ptuning", "spot"}  # rows in the sequence of embeddings
+PROMPTS = {"infix", "ipt", "prompt", "ptuning", "spot", "warp"}  # rows in the sequence of embeddings
 HYBRIDS = {"mam", "s4", "unipelt"}
 
 # A gate depends on the input, and a nonlinearity (an adapter's own, or beside KronARes) leaves no weight.
@@ -209,6 +209,10 @@ NO_MLP = {"adapterdrop", "bylayer", "lst", "pfeiffer", "prefix"} | PROMPTS | HYB
 
 # Attention there does not go through transformers' AttentionInterface.
 NO_SEAM = dict.fromkeys(("prefix", *HYBRIDS), ("falcon", "bloom"))
+# A text there is read in both directions, or is none.
+NO_SEAM["infix"] = ("bert", "roberta", "distilbert", "t5", "bart", "vit", "whisper")
+# Nobody there was taught to fill in a [MASK].
+NO_SEAM["warp"] = tuple(f for f in EVERY if f not in ("bert", "roberta", "distilbert"))
 
 
 def mergeable(key, family):
@@ -226,15 +230,19 @@ def targets_of(key, family):
     return own.get(key, ("first", "second"))
 
 
+def fits(key, family):
+    return not (family == "mlp" and key in NO_MLP or family in NO_SEAM.get(key, ()))
+
+
 def over(families):
     """(method, family) for all methods that fit. Quick are the plain MLP and, in turns, two others of FAMILIES."""
 
-    def marks(i, family):
-        return () if family in ("mlp", FAMILIES[1 + i % 4], FAMILIES[1 + (i + 1) % 4]) else pytest.mark.slow
+    def marks(i, key, family):
+        own = [f for f in FAMILIES[1:] if fits(key, f)]
+        return () if family in ("mlp", own[i % len(own)], own[(i + 1) % len(own)]) else pytest.mark.slow
 
-    fitting = [(i, k, f) for (i, k), f in itertools.product(enumerate(METHODS), families)]
-    fitting = [(i, k, f) for i, k, f in fitting if not (f == "mlp" and k in NO_MLP or f in NO_SEAM.get(k, ()))]
-    return [pytest.param(k, f, id=f"{k}-{f}", marks=marks(i, f)) for i, k, f in fitting]
+    fitting = [(i, k, f) for (i, k), f in itertools.product(enumerate(METHODS), families) if fits(k, f)]
+    return [pytest.param(k, f, id=f"{k}-{f}", marks=marks(i, k, f)) for i, k, f in fitting]
 
 
 def attached(key, family, dtype=torch.float32, **kwargs):

@@ -19,6 +19,7 @@ from models import (
     attached,
     calibrated,
     close,
+    fits,
     make,
     mergeable,
     over,
@@ -302,6 +303,7 @@ OTHER_VALUES = {
     "dora": _LORA,
     "houlsby": {**_BOTTLENECK, "norms": False},
     "ia3": {"feedforward": ("v", "down")},
+    "infix": {"length": 4},
     "ipt": {"length": 4, "k": 5, "inner": 6, "decoder": decoder},
     "krona": {"factor": 2, "scale": 3.0, "init": "nearest"},
     "krona_res": {"factor": 2, "scale": 3.0, "residual": False},
@@ -382,6 +384,17 @@ OTHER_VALUES = {
     "svd": {"rank": 3, "energy": 0.5, "form": "kron", "factor": 2},
     "toplayers": {"n": 2},
     "unipelt": {"rank": 1, "length": 4, "hidden": 0, "reduction_factor": 4},
+    "warp": {
+        "length": 5,
+        "front": 2,
+        "behind": 0,
+        "mask_token": 7,
+        "text": "five!",
+        "tokens": (8,),
+        "init": "labels",
+        "classes": ((3, 4), (5,), (6,)),
+        "num_labels": 1,
+    },
 }
 # (method, field) -> other fields with which alone it is read
 BESIDE = {
@@ -407,8 +420,10 @@ BESIDE = {
     ("svd", "energy"): {"rank": 0},
     ("svd", "factor"): {"form": "kron"},
 }
+BESIDE |= {("warp", "init"): {"classes": ((3,), (5,), (6,))}}
+BESIDE |= {("warp", "classes"): {"init": "labels", "classes": ((7,), (5,), (6,))}}
 # (method, field) -> (family, targets) of the sites where alone it is read
-ELSEWHERE = {("lokr", "use_effective_conv2d"): ("vit", "embed")}
+ELSEWHERE = {("infix", "length"): ("gpt2", None), ("lokr", "use_effective_conv2d"): ("vit", "embed")}
 
 
 @every_method
@@ -476,7 +491,7 @@ def test_the_kernels_of_a_method_are_those_that_it_runs_on(key):
     if needed(cls):  # it runs on what it is given
         return
     with recording() as choices:
-        case = attached(key, "bert")
+        case = attached(key, "bert" if fits(key, "bert") else "gpt2")
         case.model.train()
         case.loss(case.model).backward()
     assert {OPS[choice["op"]].family for choice in choices} <= set(cls.kernel)

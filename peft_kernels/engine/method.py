@@ -135,7 +135,8 @@ class Method:
     def spelled(self, encode: Callable[[str], list[int]], names: Sequence[str]) -> Method:
         """Before a training on texts attaches it: the method with the tokens that its words mean.
 
-        encode: text -> ids without special tokens.   names: of the classes; empty where the task has none.
+        encode: text -> ids without special tokens; encode.mask is the id of [MASK], or None.
+        names: of the classes; empty where the task has none.
         """
         return self
 

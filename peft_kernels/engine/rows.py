@@ -244,7 +244,10 @@ class RowBase:
         return y if self.rows is None else _take(y, self.rows.index, self.rows.of, of_output=True)
 
     def seen(self, what: str) -> Tensor:
-        whole = self.shared.base.seen(what)
+        return self.own(self.shared.base.seen(what))
+
+    def own(self, whole: Tensor) -> Tensor:
+        """Of a tensor for all rows, [rows, ...], these."""
         return whole if self.rows is None else _take(whole, self.rows.index, self.rows.of)
 
     def beside(self, module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

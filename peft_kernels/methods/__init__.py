@@ -14,6 +14,7 @@ from .full import FullTuning, Head
 from .gated import Gated
 from .houlsby import Houlsby
 from .ia3 import IA3
+from .infix import InfixTuning
 from .ipt import IPT
 from .krona import KronA, KronARes
 from .layertype import LayerType
@@ -41,6 +42,7 @@ from .svd import SVD
 from .toplayers import TopLayers
 from .union import ByLayer, Union
 from .unipelt import UniPELT
+from .warp import WARP
 
 __all__ = [
     "FAR",
@@ -52,6 +54,7 @@ __all__ = [
     "S4",
     "SAID",
     "SVD",
+    "WARP",
     "AdaMix",
     "AdapterDrop",
     "AdapterL",
@@ -66,6 +69,7 @@ __all__ = [
     "Gated",
     "Head",
     "Houlsby",
+    "InfixTuning",
     "KronA",
     "KronARes",
     "LayerType",
