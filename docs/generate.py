@@ -42,7 +42,7 @@ GROUPS = {
     "Training": "fit search Distillation calibrate penalty hf.Callback",
     "Saving": "save load hf.save hf.load similar_prompts",
     "Quantising": "quantize NF4Linear Int8Linear footprint Footprint",
-    "Merging and combining": "merge unmerge MergeReport combine CombineReport shrink",
+    "Merging and combining": "eject merge unmerge MergeReport combine CombineReport shrink",
     "Masks": "Mask",
     "Factors": "truncated_svd nearest_kronecker",
     "Looking": "counts Counts explain",

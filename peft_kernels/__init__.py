@@ -10,7 +10,7 @@ from .engine.counts import Counts, counts
 from .engine.distil import Distillation
 from .engine.factor import nearest_kronecker, truncated_svd
 from .engine.fit import fit
-from .engine.life import penalty
+from .engine.life import eject, penalty
 from .engine.merge import MergeReport, merge, unmerge
 from .engine.method import Method, Phase, Stats, Tuner
 from .engine.recipe import at
@@ -147,6 +147,7 @@ __all__ = [
     "counts",
     "detach",
     "disabled",
+    "eject",
     "explain",
     "fit",
     "footprint",

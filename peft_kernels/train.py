@@ -22,6 +22,7 @@ from .engine.attach import attach, detach, tuners
 from .engine.calibrate import calibrate
 from .engine.counts import counts
 from .engine.fit import fit
+from .engine.life import eject
 from .engine.merge import merge, unmerge
 from .engine.method import Method
 from .engine.store import CONFIG, WEIGHTS, save
@@ -297,9 +298,9 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
     test, scores = latest.get("test") or task.evaluate(model, setup.batches("test"))
     validation = setup.figures({"validation"} & setup.rows.keys()).get("validation")
     after = setup.figures(setup.further)
-    found = counts(model)
-    # A phase of the training may have had more to train than what it leaves.
-    trainable = max([found.trainable, *(row["trainable"] for row in log if "phase" in row)])
+    # A phase of the training may have had more to train than what it leaves, and so has the network behind a prefix.
+    trainable = max([counts(model).trainable, *(row["trainable"] for row in log if "phase" in row)])
+    found = counts(eject(model))
     learned = {text for text, _ in setup.data.train}
     save(model, directory)
     summary = {

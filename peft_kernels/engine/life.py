@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .attach import state_of, tuners
+from .attach import names_of, state_of, tuners
 from .method import Method, Phase, Tuner
 from .site import base_parameters
 
@@ -35,6 +35,18 @@ def all_tuners(model: nn.Module, name: str) -> Iterator[Tuner]:
     """The tuners of one adapter, those inside other tuners too."""
     for _, tuner in tuners(model, name):
         yield from (module for module in tuner.modules() if isinstance(module, Tuner))
+
+
+def eject(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Takes what only training needed off one adapter (None: all), and returns the model, whose outputs stay bit-equal.
+
+    That is the network that makes a prefix or a prompt; the rows that it makes take its place, in the saved adapter
+    too. Where there is none, nothing happens.
+    """
+    for n in names_of(model, name):
+        for method in {type(tuner.cfg) for tuner in all_tuners(model, n) if tuner.ejectable}:
+            method.eject(model, n)
+    return model
 
 
 def penalty(model: nn.Module) -> Tensor:

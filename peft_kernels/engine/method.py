@@ -143,6 +143,11 @@ class Method:
         """What attaching this method as `part` comes to; a recipe has several parts."""
         return [part]
 
+    @staticmethod
+    def eject(model: nn.Module, name: str = "default") -> nn.Module:
+        """Takes what only training needed from the method's tuners in an adapter where they are `ejectable`."""
+        return model
+
     def ejected(self) -> Method:
         """What is left of it once what only training needed is gone, as the network that makes a prefix."""
         return self
@@ -383,6 +388,11 @@ class Tuner(nn.Module):
     def lends(self, site: Site) -> list[Loan]:
         """Attributes of modules that it needs to have another value; asked for once, by attach."""
         return []
+
+    @property
+    def ejectable(self) -> bool:
+        """Whether it holds what only training needs, and `Method.eject` of its class takes that away."""
+        return False
 
     @property
     def mergeable(self) -> bool:

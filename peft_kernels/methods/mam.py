@@ -29,7 +29,7 @@ class MAM(
     """Mix-and-match adapters: prefixes and scaled parallel adapters. He et al. 2022, arXiv:2110.04366.
 
     Prefixes are in self-attention and cross-attention; the adapters start as LoRA does, with the up-projection zero.
-    `pk.PrefixTuning.eject` drops the network that makes the prefixes. Not mergeable.
+    `pk.eject` drops the network that makes the prefixes. Not mergeable.
     """
 
     length: int = 30  # of the prefix of each attention

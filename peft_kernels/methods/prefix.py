@@ -117,6 +117,10 @@ class PrefixTuner(SharedTuner, method=PrefixTuning):
         k, v = F.linear(h, self.w2, self.b2).chunk(2, dim=-1)
         return k, v
 
+    @property
+    def ejectable(self) -> bool:
+        return "k" not in self._parameters
+
     def eject(self, k: Tensor, v: Tensor) -> None:
         for name in list(self._parameters):
             delattr(self, name)

@@ -96,8 +96,7 @@ def test_counts_of_unipelt_on_bert_base():
     assert numbers(model, LoRATuner) == 294_912 and numbers(model, PfeifferTuner) == 894_528
     gates = [t for _, top in tuners(model, "default") for t in top.modules() if isinstance(t, GatedTuner)]
     assert len(gates) == 12 * 4 and sum(t.w.numel() + t.b.numel() for t in gates) == 36_912
-    pk.PrefixTuning.eject(model)
-    counts = pk.counts(model)
+    counts = pk.counts(pk.eject(model))
     assert counts.trainable == counts.stored == 1_410_672 and counts.changed == counts.rank == 0
     assert numbers(model, PrefixTuner) == 184_320
 
@@ -303,7 +302,7 @@ def test_eject_leaves_every_bit(family, tmp_path):
     for key in ("mam", "unipelt"):
         case = mixed(key, family)
         expected, before = case.call(case.model), pk.counts(case.model).stored
-        pk.PrefixTuning.eject(case.model)
+        pk.eject(pk.eject(case.model))  # the second time nothing is left to do
         assert torch.equal(case.call(case.model), expected) and pk.counts(case.model).stored < before
         fresh = make(family)
         pk.load(fresh.model, pk.save(case.model, tmp_path / key))
@@ -350,3 +349,17 @@ def test_compacter_beside_others(other, family, tmp_path):
     close(fresh.call(fresh.model), expected)
     pk.detach(fresh.model)
     assert torch.equal(fresh.call(fresh.model), plain)
+
+
+@pytest.mark.parametrize("method", [pk.PTuning(length=3, hidden=4), pk.LoRA(rank=2)], ids=["ptuning", "lora"])
+def test_eject_of_any_adapter(method):
+    case = make("bert")
+    pk.attach(case.model, pk.LoRA(rank=2), name="other")
+    pk.attach(case.model, method, name="own")
+    perturb(case.model, "own")
+    expected, before = case.call(case.model), pk.counts(case.model, "own").stored
+    pk.eject(case.model, "own")
+    assert torch.equal(case.call(case.model), expected)
+    assert (pk.counts(case.model, "own").stored < before) == isinstance(method, pk.PTuning)
+    with pytest.raises(ValueError, match="no adapter 'x'"):
+        pk.eject(case.model, "x")
