@@ -55,7 +55,7 @@ class PTuning(Prompt, roles=("backbone",), lr=1e-3, tiny=_TINY, kinds=("module",
         trained on; `pk.save` and `pk.load` take the adapter as it is now. ValueError if there is no network.
         """
         names_of(model, name)
-        own = [t for t in all_tuners(model, name) if isinstance(t, PTuningTuner) and t.mlp_head is not None]
+        own = [t for t in all_tuners(model, name) if isinstance(t, PTuningTuner) and t.ejectable]
         if not own:
             raise ValueError(f"adapter {name!r} has no prompt encoder; expected one of method ptuning, not yet ejected")
         for tuner in own:
@@ -131,7 +131,7 @@ class PTuningTuner(PromptTuner, method=PTuning):
 
     def eject(self) -> None:
         """Puts the rows that the encoder makes in its place; nothing if they are there."""
-        if self.mlp_head is not None:
+        if self.ejectable:
             training = self.training
             with torch.no_grad():
                 self._hold(self.eval().prompt())
@@ -143,7 +143,7 @@ class PTuningTuner(PromptTuner, method=PTuning):
         del self.embedding
 
     def reshape(self, values: dict[str, Tensor]) -> None:
-        if "rows" in values and self.mlp_head is not None:  # the file is of an ejected one
+        if "rows" in values and self.ejectable:  # the file is of an ejected one
             self._hold(torch.empty_like(self.embedding.weight))
 
 
