@@ -38,7 +38,7 @@ def table(summary: dict[str, Any]) -> str:
     resumed = "; since it was resumed" if seconds["resumed"] else ""
     index = summary["index_bytes"]
     stored = f", {size(n.bytes - index)}, and {size(index)} that say which numbers they are" if index else ""
-    dense = "; training was dense, what is stored is not" if n.trainable > n.stored else ""
+    dense = "; training takes more than is stored" if n.trainable > n.stored else ""
     rows = [
         *_figures(summary),
         ("trainable", f"{n.trainable:,}", f"{n.trainable / n.total:.3%} of the model{dense}"),
