@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -28,12 +28,17 @@ class Union(Recipe, roles=(), lr=2e-3, tiny={"members": (LoRA(rank=2), IA3())}, 
     def parts(self) -> tuple[Part, ...]:
         return self.members
 
+    def _each(self, change: Callable[[Part], Method]) -> Method:
+        return replace(self, members=tuple(replace(own, method=change(own)) for own in self.members))
+
     def ejected(self) -> Method:
-        return replace(self, members=tuple(replace(own, method=own.method.ejected()) for own in self.members))
+        return self._each(lambda own: own.method.ejected())
 
     def solved(self, model: nn.Module, part: Part) -> Method:
-        solved = (replace(own, method=own.method.solved(model, under(part, own))) for own in self.members)
-        return replace(self, members=tuple(solved))
+        return self._each(lambda own: own.method.solved(model, under(part, own)))
+
+    def spelled(self, encode: Callable[[str], list[int]], names: Sequence[str]) -> Method:
+        return self._each(lambda own: own.method.spelled(encode, names))
 
 
 @dataclass(frozen=True, init=False)

@@ -451,6 +451,8 @@ def test_words_become_tokens():
 
     assert pk.PromptTuning(init="text", text="a great one").spelled(encode, ()).tokens == (1, 5, 3)
     assert pk.PromptTuning(init="labels").spelled(encode, ["very bad", "good"]).classes == ((4, 3), (4,))
+    both = pk.Union(pk.LoRA(), pk.PromptTuning(init="text", text="a great one"))
+    assert both.spelled(encode, ()).members[1].method.tokens == (1, 5, 3)
     assert pk.PromptTuning().spelled(encode, ["bad"]) == pk.PromptTuning()
     cfg = pk.PromptTuning(init="labels", classes=[[4, 3], [4]])
     assert pk.Method.from_json(cfg.to_json()) == cfg
