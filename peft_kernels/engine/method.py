@@ -23,8 +23,8 @@ _registry: dict[str, type[Method]] = {}
 
 
 def methods() -> dict[str, type[Method]]:
-    """Registry key -> method class, in the order of definition."""
-    return dict(_registry)
+    """Registry key -> method class, by the alphabet."""
+    return dict(sorted(_registry.items()))
 
 
 def method_of(key: str) -> type[Method]:

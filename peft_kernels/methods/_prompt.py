@@ -37,7 +37,7 @@ from ._prompted import (
 )
 from ._sequence import CACHE, indented, make_room, moved, numbered, rest, seen_by, shortened, take
 
-_ENTERED = "peft_prompts"  # in vars(cache): mark of a prompt in it -> rows that the cache has and its tokens have not
+ENTERED = "peft_prompts"  # in vars(cache): mark of a prompt in it -> rows that the cache has and its tokens have not
 
 
 class Prompt(Method):
@@ -170,7 +170,7 @@ class PromptTuner(Tuner):
         """Whether P is in the cache; RuntimeError if that was filled without it, or is of other tokens."""
         if cache is None:
             return False
-        known, length, mask = vars(cache).get(_ENTERED, {}), cache.get_seq_length(), given.get("attention_mask")
+        known, length, mask = vars(cache).get(ENTERED, {}), cache.get_seq_length(), given.get("attention_mask")
         if isinstance(length, Tensor):  # of a static cache, on which a graph must not depend
             length, mask = int(self.mark in known) if torch.compiler.is_compiling() else int(length), None
         if not length:
@@ -190,7 +190,7 @@ class PromptTuner(Tuner):
         if cache is not None and rows:
             length = cache.get_seq_length()
             more = rows if isinstance(length, Tensor) else length - n
-            vars(cache)[_ENTERED] = {**vars(cache).get(_ENTERED, {}), self.mark: more}
+            vars(cache)[ENTERED] = {**vars(cache).get(ENTERED, {}), self.mark: more}
 
     # -- routes: encoder outputs of one length, the rows of shorter prompts beginning with zeros ----------------------
 

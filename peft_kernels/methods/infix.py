@@ -18,7 +18,7 @@ from ..engine.method import Loan, Method, Part, Tuner
 from ..engine.rows import Routing, RowBase
 from ..engine.site import Base, Site, base_modules
 from ..engine.taps import forget, note, noted
-from ._prompt import _ENTERED, Prompt, crosses
+from ._prompt import ENTERED, Prompt, crosses
 from ._sequence import CACHE
 from ._spliced import SplicedTuner, ordered, shortened, spliced, two_dimensional
 
@@ -101,7 +101,7 @@ class InfixTuner(SplicedTuner, method=InfixTuning):
     def continued(self, base: Base | RowBase, given: dict[str, Any], n: int) -> Any:
         """The output for n more of the text, P being in the cache."""
         cache, mask = given[CACHE], two_dimensional(self, given.get("attention_mask"))
-        seen = int(cache.get_seq_length()) - vars(cache)[_ENTERED][self.mark] + n
+        seen = int(cache.get_seq_length()) - vars(cache)[ENTERED][self.mark] + n
         order = spliced(seen, (vars(cache)[_BEGINS][self.mark], self.length))
         if mask is not None:
             given["attention_mask"] = ordered(mask, mask.new_ones(1, self.length), order)

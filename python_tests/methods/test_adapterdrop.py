@@ -30,6 +30,17 @@ def deep(layers=5, kind="bert"):
     return Case(model, {"input_ids": torch.randint(50, (2, 7))})
 
 
+def trained():
+    """In training mode with random adapters off their start, and no other draws."""
+    case = deep()
+    pk.attach(case.model, small(drop=3, random=True))
+    perturb(case.model).train()
+    for m in case.model.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+    return case
+
+
 def running(case):
     """The layers whose adapters run in a call."""
     found = []
@@ -119,12 +130,7 @@ def test_fit_draws_before_each_step_and_resumes_bit_equal(tmp_path):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_recomputation_drops_the_same_layers(reentrant):
-    case = deep()
-    pk.attach(case.model, small(drop=3, random=True))
-    perturb(case.model).train()
-    for m in case.model.modules():
-        if isinstance(m, nn.Dropout):
-            m.p = 0.0
+    case = trained()
     method, own = pk.AdapterDrop(drop=3, random=True), [t for _, t in tuners(case.model, "default")]
     case.model.enable_input_require_grads()
 
@@ -145,12 +151,7 @@ def test_a_recomputation_drops_the_same_layers(reentrant):
 
 
 def test_one_compiled_graph_serves_all_draws():
-    case = deep()
-    pk.attach(case.model, small(drop=3, random=True))
-    perturb(case.model).train()
-    for m in case.model.modules():
-        if isinstance(m, nn.Dropout):
-            m.p = 0.0
+    case = trained()
     own, graphs = [t for _, t in tuners(case.model, "default")], []
 
     def backend(graph, inputs):

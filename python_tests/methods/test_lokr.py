@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import close, make, perturb
 from safetensors.torch import load_file, save_file
+from theirs import moved
 from torch import nn
 
 import peft_kernels as pk
@@ -203,15 +204,6 @@ def test_a_pattern_without_a_target_is_refused():
 def outputs(case, model):
     with torch.no_grad():
         return case.call(model.eval())
-
-
-def moved(model):
-    made = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=made))
-    return model
 
 
 SETTINGS = [

@@ -1,12 +1,12 @@
 """LoRA, DoRA and (IA)^3 in the files of HF PEFT: read, written, and read again by PEFT without a warning."""
 
 import json
-import warnings
 
 import pytest
 import torch
 from models import close, make, perturb
 from safetensors.torch import load_file, save_file
+from theirs import adapted, read_by_peft
 from torch import nn
 
 import peft_kernels as pk
@@ -17,26 +17,6 @@ peft = pytest.importorskip("peft")
 def outputs(case, model):
     with torch.no_grad():
         return case.call(model.eval())
-
-
-def adapted(family, config):
-    """PEFT's model, off its start."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of fan_in_fan_out, which it sets for Conv1D
-        model = peft.get_peft_model(make(family).model, config)
-    made = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=made))
-    return model
-
-
-def read_by_peft(family, where):
-    """Without a missing or an unknown key, of which it warns."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        return peft.PeftModel.from_pretrained(make(family).model, where)
 
 
 LORA = [
@@ -66,7 +46,7 @@ LORA = [
 @pytest.mark.parametrize(("family", "settings"), LORA, ids=range(len(LORA)))
 def test_lora_of_peft_is_read_and_written_back(tmp_path, family, settings):
     case = make(family)
-    theirs = adapted(family, peft.LoraConfig(**settings))
+    theirs = adapted(make(family).model, peft.LoraConfig(**settings))
     theirs.save_pretrained(tmp_path / "theirs")
     model = pk.hf.load(case.model, tmp_path / "theirs", trainable=True)
     wanted = outputs(case, theirs)
@@ -79,7 +59,7 @@ def test_lora_of_peft_is_read_and_written_back(tmp_path, family, settings):
     before = {key: value for key, value in before.items() if ".base_layer." not in key}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    close(outputs(case, read_by_peft(family, tmp_path / "ours")), wanted)
+    close(outputs(case, read_by_peft(make(family).model, tmp_path / "ours")), wanted)
     read, written = (peft.PeftConfig.from_pretrained(tmp_path / where).to_dict() for where in ("theirs", "ours"))
     for key in ("lora_dropout", "use_rslora", "use_dora", "bias"):
         assert read[key] == written[key]
@@ -99,7 +79,7 @@ IA3 = [
 @pytest.mark.parametrize(("family", "settings"), IA3, ids=range(len(IA3)))
 def test_ia3_of_peft_is_read_and_written_back(tmp_path, family, settings):
     case = make(family)
-    theirs = adapted(family, peft.IA3Config(**settings))
+    theirs = adapted(make(family).model, peft.IA3Config(**settings))
     theirs.save_pretrained(tmp_path / "theirs")
     wanted = outputs(case, theirs)
     model = pk.hf.load(case.model, tmp_path / "theirs")
@@ -108,7 +88,7 @@ def test_ia3_of_peft_is_read_and_written_back(tmp_path, family, settings):
     before, after = (load_file(tmp_path / where / "adapter_model.safetensors") for where in ("theirs", "ours"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    close(outputs(case, read_by_peft(family, tmp_path / "ours")), wanted)
+    close(outputs(case, read_by_peft(make(family).model, tmp_path / "ours")), wanted)
 
 
 WRITTEN = [
@@ -131,7 +111,7 @@ def test_what_is_written_is_read_by_peft(tmp_path, family, method, targets):
     pk.attach(case.model, method, targets, train=("head",) if family == "bert" else ())
     perturb(case.model)
     pk.hf.save(case.model, tmp_path)
-    close(outputs(case, read_by_peft(family, tmp_path)), outputs(case, case.model))
+    close(outputs(case, read_by_peft(make(family).model, tmp_path)), outputs(case, case.model))
     close(outputs(case, pk.hf.load(make(family).model, tmp_path)), outputs(case, case.model))
 
 
@@ -190,7 +170,7 @@ def test_what_cannot_be_read_is_told_and_the_model_untouched(tmp_path, fields, t
 
 def test_an_embedding_that_was_trained_beside_is_told(tmp_path):
     """PEFT saves the embedding that it adapts; if that is not the model's, the adapter was another model's."""
-    adapted("llama", peft.LoraConfig(target_modules=["embed_tokens"], r=2)).save_pretrained(tmp_path)
+    adapted(make("llama").model, peft.LoraConfig(target_modules=["embed_tokens"], r=2)).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     values = load_file(file)
     (key,) = (key for key in values if ".base_layer." in key)

@@ -1,12 +1,12 @@
 """Prompts and prefixes in the files of HF PEFT: the same outputs as its model's, and files that it reads."""
 
 import json
-import warnings
 
 import pytest
 import torch
 from models import close, make, perturb
 from safetensors.torch import load_file, save_file
+from theirs import adapted, read_by_peft
 
 import peft_kernels as pk
 
@@ -41,25 +41,6 @@ def text(check, a, b, inputs):
     check(a, b)
 
 
-def adapted(family, config):
-    model, _ = bare(family)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(model, config)
-    made = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.3 * torch.randn(p.shape, generator=made))
-    return model
-
-
-def read_by_peft(model, where):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        return peft.PeftModel.from_pretrained(model, where)
-
-
 TASKS = {"bert": "FEATURE_EXTRACTION", "roberta": "FEATURE_EXTRACTION", "t5": "SEQ_2_SEQ_LM", "bart": "SEQ_2_SEQ_LM"}
 
 
@@ -85,7 +66,7 @@ CONFIGS = {
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bert", "bart"])
 def test_prompts_of_peft_are_read_and_written_back(tmp_path, family, kind):
     cls, fields = CONFIGS[kind]
-    theirs = adapted(family, cls(task_type=task(family), num_virtual_tokens=L, **fields))
+    theirs = adapted(bare(family)[0], cls(task_type=task(family), num_virtual_tokens=L, **fields), by=0.3)
     theirs.save_pretrained(tmp_path / "theirs")
     model, inputs = bare(family)
     plain = states(model, inputs)
@@ -157,7 +138,7 @@ def test_prefixes_of_peft_are_read_and_written_back(tmp_path, family, projected)
     config = peft.PrefixTuningConfig(
         task_type=task(family), num_virtual_tokens=L, prefix_projection=projected, encoder_hidden_size=8
     )
-    theirs = adapted(family, config)
+    theirs = adapted(bare(family)[0], config, by=0.3)
     theirs.save_pretrained(tmp_path / "theirs")
     model, inputs = bare(family)
     plain = states(model, inputs)
