@@ -105,6 +105,19 @@ def test_gradient_is_the_vjp_of_the_reference(op, name, device, dtype):
             _assert_as_good(g, p, t, f"{sample.id}, gradient of argument {sample.differentiable[i]}")
 
 
+@differentiable_kernels
+def test_an_output_may_be_written_into(op, name, device):
+    """As Falcon does with what its layers return."""
+    sample = next(iter(op.samples(torch.float32, device)))
+    args, _ = with_leaves(sample)
+    with pk.backend(name):
+        made = op(*args)
+        for out in made if isinstance(made, (list, tuple)) else (made,):
+            if out.requires_grad:
+                before = out.detach().clone()
+                assert torch.equal(out.add_(1), before + 1)
+
+
 @gradients_of_kernels
 def test_each_gradient_alone(op, name, device):
     """Asking for one gradient gives the bits that asking for all gives; of kernels that are interpreted, in turn."""

@@ -399,12 +399,20 @@ class _Short(torch.autograd.Function):
         first = op._result(out)
         if inplace and first is args[0]:
             ctx.mark_dirty(first)
-        return tuple(first) if isinstance(first, list) else first
+            return first
+        return tuple(_owned(t, args) for t in first) if isinstance(first, list) else _owned(first, args)
 
     @staticmethod
     def backward(ctx, *grads):
         grads = (list(grads),) if ctx.kept[0]._lists else grads
         return None, None, *_differentiate(ctx, ctx.needs_input_grad[2:], grads)
+
+
+def _owned(out: Tensor, args: tuple) -> Tensor:
+    """The output as no view of what the kernel made: autograd lets nobody write into a view from inside a Function."""
+    if not out._is_view() or any(isinstance(a, Tensor) and (out._base is a or out._base is a._base) for a in args):
+        return out
+    return out.data
 
 
 def write(target: Tensor, out: Tensor) -> None:
