@@ -49,7 +49,9 @@ def param_groups(model: nn.Module, lr: float | None = None, phases: Iterable[Ent
     seen: set[int] = set()
     for name in trained(model):
         rates = [
-            part.method.lr if lr is None or not main else lr for part, main in state_of(model).adapters[name].expanded()
+            whole.method.rate(own) if lr is None or i else lr
+            for i, whole in enumerate(state_of(model).adapters[name].parts)
+            for own in whole.method.expand(whole)
         ]
         latest = {entry.part: entry.phase.lr for entry in phases if entry.adapter == name}
         rates = [rate if (now := latest.get(part)) is None else now for part, rate in enumerate(rates)]

@@ -162,6 +162,10 @@ class Method:
         """A low-rank method with these ranks, by Site.address; written where the tuner has `factors`."""
         raise NotImplementedError(f"{self.key} has no rank")
 
+    def rate(self, own: Part) -> float:
+        """The learning rate of one of the parts that `expand` returned."""
+        return own.method.lr
+
     def solved(self, model: nn.Module, part: Part) -> Method:
         """What `pk.attach` attaches as `part`, and `pk.save` saves: the method with what follows from the model."""
         return self

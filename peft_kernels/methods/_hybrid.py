@@ -7,7 +7,10 @@ from ..engine.recipe import Recipe
 
 
 class Placed(Recipe):
-    """A recipe with targets of its own: `pk.attach` may leave out modules and layers and gives no others."""
+    """A recipe with a learning rate and targets of its own: `pk.attach` may leave out modules and layers, no more."""
+
+    def rate(self, own: Part) -> float:
+        return self.lr
 
     def expand(self, part: Part) -> list[Part]:
         if part.targets:

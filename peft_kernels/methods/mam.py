@@ -20,7 +20,7 @@ from .prefix import PrefixTuning
 class MAM(
     Placed,
     roles=(),
-    lr=1e-3,
+    lr=2e-4,
     tiny={"length": 3, "hidden": 4, "size": 6},
     kinds=None,
     family="hybrid",

@@ -10,6 +10,7 @@ from models import close, make, perturb
 
 import peft_kernels as pk
 from peft_kernels.engine.attach import state_of, tuners
+from peft_kernels.engine.fit import param_groups
 from peft_kernels.engine.roles import resolve
 from peft_kernels.methods.gated import GatedTuner
 from peft_kernels.methods.lora import LoRATuner
@@ -363,3 +364,9 @@ def test_eject_of_any_adapter(method):
     assert (pk.counts(case.model, "own").stored < before) == isinstance(method, pk.PTuning)
     with pytest.raises(ValueError, match="no adapter 'x'"):
         pk.eject(case.model, "x")
+
+
+@pytest.mark.parametrize("cls", [pk.MAM, pk.UniPELT, pk.S4])
+def test_a_hybrid_trains_at_its_own_rate(cls):
+    model = pk.attach(make("bert").model, cls(**cls.tiny))
+    assert {group["lr"] for group in param_groups(model)} == {cls.lr}
