@@ -7,7 +7,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from peft_kernels.bench.cases import cases, timed
+from peft_kernels.bench.case import timed
+from peft_kernels.bench.cases import cases
 
 CASES = [case for case in cases("cpu") if case.selection == "quick" and case.work().flops < 5e9]
 

@@ -10,7 +10,8 @@ import torch
 from texts import refused, run
 
 import peft_kernels as pk
-from peft_kernels.bench import cases, measure, results, rivals, runner
+from peft_kernels.bench import case as parts
+from peft_kernels.bench import cases, lora_cases, measure, results, rivals, runner
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FIGURES = {
@@ -52,7 +53,7 @@ def quick(monkeypatch):
     """Ceilings that nobody waits for, and a pool of two."""
     monkeypatch.setattr(measure, "copy_rate", lambda device: 1e10)
     monkeypatch.setattr(measure, "gemm_rate", lambda device, dtype: 1e11)
-    monkeypatch.setattr(cases, "cache_bytes", lambda device: 512)
+    monkeypatch.setattr(parts, "cache_bytes", lambda device: 512)
     monkeypatch.setattr(measure, "ROUND", 1e-5)
 
 
@@ -106,8 +107,8 @@ def test_every_op_has_a_case_and_every_name_is_one_case(device):
     names = [case.name for case in found]
     assert len(set(names)) == len(names)
     assert {case.op for case in found} == {*pk.ops.all_ops(), *runner.LAYERS}
-    assert {case.mode for case in found} == set(cases.MODES)
-    assert {case.selection for case in found} == set(cases.SELECTIONS)
+    assert {case.mode for case in found} == set(parts.MODES)
+    assert {case.selection for case in found} == set(parts.SELECTIONS)
 
 
 def test_popularity():
@@ -122,7 +123,7 @@ def test_popularity():
 
 
 def test_a_selection_holds_the_smaller_ones():
-    quick, default, every = ({c.name for c in runner.selected(runner.Options(s))} for s in cases.SELECTIONS)
+    quick, default, every = ({c.name for c in runner.selected(runner.Options(s))} for s in parts.SELECTIONS)
     assert quick < default < every
     with pytest.raises(ValueError, match="no case of the quick ones"):
         runner.selected(runner.Options("quick", ("nothing",)))
@@ -147,7 +148,7 @@ def test_every_case_runs_and_its_rows_are_whole(case):
 
 def test_a_pool_of_weights_is_larger_than_the_cache():
     case = next(c for c in TINY if c.cold and c.op == "lora_linear")
-    made = cases._pool(case, "cpu", lambda: cases._layer(case, "cpu"))
+    made = parts.pooled(case, "cpu", lambda: parts.lora_layer(case, "cpu"))
     held = sum(t.numel() * t.element_size() for t in rivals.tensors(made))
     assert len(made) > 1 and held >= 4 * 512
     assert len({t.data_ptr() for t in rivals.tensors(made)}) == len(list(rivals.tensors(made)))
@@ -161,7 +162,7 @@ def wrong_lora(*args, **kwargs):
 
 
 def test_a_wrong_kernel_is_refused(monkeypatch):
-    monkeypatch.setattr(cases, "lora_linear", wrong_lora)
+    monkeypatch.setattr(lora_cases, "lora_linear", wrong_lora)
     ours = next(row for row in rows_of(lora_case()) if row["rival"] == "ours (cpu)")
     assert "output: error" in ours["failed"] and "gradient 0" in ours["failed"] and "wall_p50" not in ours
     assert "FAILED" in results.line(ours)
@@ -171,7 +172,7 @@ def test_a_kernel_that_raises_costs_the_others_nothing(monkeypatch):
     def broken(*args, **kwargs):
         raise IndexError("out of\nbounds")
 
-    monkeypatch.setattr(cases, "lora_linear", broken)
+    monkeypatch.setattr(lora_cases, "lora_linear", broken)
     rows = {row["rival"]: row for row in rows_of(lora_case())}
     assert rows["ours (cpu)"]["failed"] == "IndexError: out of bounds" and "wall_p50" in rows["frozen"]
 
@@ -231,7 +232,7 @@ def test_the_command_writes_rows_and_a_picture(capsys, tmp_path, few):
 
 
 def test_a_failed_check_is_shown_not_written_and_the_exit_code(capsys, tmp_path, few, monkeypatch):
-    monkeypatch.setattr(cases, "lora_linear", wrong_lora)
+    monkeypatch.setattr(lora_cases, "lora_linear", wrong_lora)
     file = tmp_path / "rows.jsonl"
     code, out, _ = run(capsys, "bench", "--device", "cpu", "--quick", "--seconds", "0.01", "--json", file)
     assert code == 1 and "FAILED" in out

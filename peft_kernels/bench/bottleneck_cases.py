@@ -19,7 +19,7 @@ from ..methods.ia3 import IA3
 from ..ops import all_ops, bottleneck, rescale
 from ..ops._op import Cost
 from . import rivals
-from .cases import LLAMA, Case, Problem, Run, _of_reference, _randn, evaluate
+from .case import LLAMA, Case, Problem, Run, evaluate, of_reference, randn
 
 _PLAIN = "plain torch"
 _ACTS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
@@ -47,10 +47,10 @@ def bottleneck_cases(device: str) -> Iterator[Case]:
 
 def _bottleneck(case: Case, device: str, stack: ExitStack, m: int, norm: bool, act: str) -> Problem:
     ops, n, m = all_ops(), case.n_in, min(m, case.n_in)
-    x, g = (_randn(case.rows, n, like=case, device=device) for _ in range(2))
-    wd = _randn(m, n, like=case, device=device, scale=n**-0.5)
-    wu = _randn(n, m, like=case, device=device, scale=m**-0.5)
-    bd, bu, ln_w, ln_b = (_randn(size, like=case, device=device) for size in (m, n, n, n))
+    x, g = (randn(case.rows, n, like=case, device=device) for _ in range(2))
+    wd = randn(m, n, like=case, device=device, scale=n**-0.5)
+    wu = randn(n, m, like=case, device=device, scale=m**-0.5)
+    bd, bu, ln_w, ln_b = (randn(size, like=case, device=device) for size in (m, n, n, n))
     leaves = [t.requires_grad_() for t in (x, *((ln_w, ln_b) if norm else ()), wd, bd, wu, bu)]
     ln = (ln_w, ln_b) if norm else None
 
@@ -79,7 +79,7 @@ def _bottleneck(case: Case, device: str, stack: ExitStack, m: int, norm: bool, a
             "adapter-hub": rivals.no_adapter_hub() or hub(),
         },
         g,
-        *_of_reference(ops["bottleneck"], args, places, g, case.mode),
+        *of_reference(ops["bottleneck"], args, places, g, case.mode),
         forward=[ops["bottleneck"].cost(*args)],
         backward=[ops["bottleneck_backward"].cost(*back)],
     )
@@ -116,15 +116,15 @@ def rescale_cases(device: str) -> Iterator[Case]:
 
 def _rescale(case: Case, device: str, stack: ExitStack) -> Problem:
     ops = all_ops()
-    x = _randn(case.rows, case.n_in, like=case, device=device).requires_grad_()
-    l = _randn(case.n_in, like=case, device=device, dtype=torch.float32).requires_grad_()
+    x = randn(case.rows, case.n_in, like=case, device=device).requires_grad_()
+    l = randn(case.n_in, like=case, device=device, dtype=torch.float32).requires_grad_()
     g = torch.randn_like(x)
     return Problem(
         _PLAIN,
         [Run(lambda: rescale(x, l), (x, l))],
         {_PLAIN: [Run(lambda: (x * l).to(x.dtype), (x, l))]},
         g,
-        *_of_reference(ops["rescale"], (x, l), (0, 1), g, case.mode),
+        *of_reference(ops["rescale"], (x, l), (0, 1), g, case.mode),
         forward=[ops["rescale"].cost(x, l)],
         backward=[ops["rescale_backward"].cost(g, x, l, (True, True))],
     )
@@ -133,8 +133,8 @@ def _rescale(case: Case, device: str, stack: ExitStack) -> Problem:
 def _dl(case: Case, device: str, stack: ExitStack) -> Problem:
     """The gradient of l alone."""
     op = all_ops()["rescale_backward"]
-    g, x = (_randn(case.rows, case.n_in, like=case, device=device) for _ in range(2))
-    l = _randn(case.n_in, like=case, device=device)
+    g, x = (randn(case.rows, case.n_in, like=case, device=device) for _ in range(2))
+    l = randn(case.n_in, like=case, device=device)
     args = (g, x, l, (False, True))
 
     def dl(dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -154,9 +154,9 @@ def _dl(case: Case, device: str, stack: ExitStack) -> Problem:
 def _layer(case: Case, device: str, stack: ExitStack, on_input: bool) -> Problem:
     """A linear layer with (IA)^3 on it; without gradients over the bare layer, and so in training."""
     ops, (k, n) = all_ops(), (case.n_in, case.n_out)
-    x = _randn(case.rows, k, like=case, device=device).requires_grad_(case.mode != "forward")
-    w, bias = _randn(n, k, like=case, device=device, scale=k**-0.5), _randn(n, like=case, device=device)
-    g = _randn(case.rows, n, like=case, device=device)
+    x = randn(case.rows, k, like=case, device=device).requires_grad_(case.mode != "forward")
+    w, bias = randn(n, k, like=case, device=device, scale=k**-0.5), randn(n, like=case, device=device)
+    g = randn(case.rows, n, like=case, device=device)
     l = (torch.rand(k if on_input else n, device=device) + 0.5).requires_grad_()
     model = nn.Sequential(rivals.linear(w, bias))
     attach(model, IA3(feedforward=("0",) if on_input else ()), "0")

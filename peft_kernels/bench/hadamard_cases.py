@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops import all_ops, fastfood, fastfood_norm, fastfood_state, fwht
 from . import rivals
-from .cases import Case, Problem, Run, _of_reference, _randn
+from .case import Case, Problem, Run, of_reference, randn
 
 _BY_LEVEL, _PUBLISHED = "torch, a level at a time", "published (two transforms)"
 
@@ -42,7 +42,7 @@ def hadamard_cases(device: str) -> Iterator[Case]:
 
 def _fwht(case: Case, device: str, stack: ExitStack) -> Problem:
     op, (rows, n) = all_ops()["fwht"], (case.rows, case.n_in)
-    x = _randn(rows, n, like=case, device=device).requires_grad_()
+    x = randn(rows, n, like=case, device=device).requires_grad_()
     g = torch.randn_like(x)
     right = rivals.butterflies(torch.eye(1 << n.bit_length() // 2, dtype=x.dtype, device=device))
     left = right[: n // len(right), : n // len(right)]  # the leading block of H is H too
@@ -59,7 +59,7 @@ def _fwht(case: Case, device: str, stack: ExitStack) -> Problem:
             "torch, two products": [Run(products, (x,))],
         },
         g,
-        *_of_reference(op, args, (0,), g, case.mode),
+        *of_reference(op, args, (0,), g, case.mode),
         forward=[op.cost(*args)],
         backward=[op.cost(*args)],
     )
@@ -68,8 +68,8 @@ def _fwht(case: Case, device: str, stack: ExitStack) -> Problem:
 def _fastfood(case: Case, device: str, stack: ExitStack, d: int) -> Problem:
     """The rival holds signs, permutation and gaussians of all n dimensions, of which ours needs less."""
     ops, numel = all_ops(), case.rows * case.n_in
-    base = _randn(case.rows, case.n_in, like=case, device=device)
-    theta = _randn(d, like=case, device=device, dtype=torch.float32).requires_grad_()
+    base = randn(case.rows, case.n_in, like=case, device=device)
+    theta = randn(d, like=case, device=device, dtype=torch.float32).requires_grad_()
     g = torch.randn_like(base)
     n = len(fastfood_state(0, numel, d)[1])
     signs, permutation, gaussians = fastfood_state(0, numel, n, device)
@@ -84,7 +84,7 @@ def _fastfood(case: Case, device: str, stack: ExitStack, d: int) -> Problem:
         [Run(lambda: fastfood(theta, sign, pi_mod, gaussians, numel, scale, base=base), (theta,))],
         {_PUBLISHED: [Run(lambda: rivals.fastfood(theta, *full, base), (theta,))]},
         g,
-        *_of_reference(ops["fastfood"], args, (0,), g, case.mode),
+        *of_reference(ops["fastfood"], args, (0,), g, case.mode),
         forward=[ops["fastfood"].cost(*args)],
         backward=[ops["fastfood_backward"].cost(g, sign, pi_mod, gaussians, scale)],
     )

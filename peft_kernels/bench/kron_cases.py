@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ops import all_ops, kron_add_, kron_linear, kron_sum_weight
 from . import rivals
-from .cases import Case, Problem, Run, _of_reference, _randn
+from .case import Case, Problem, Run, of_reference, randn
 
 # p, r of square factors, and how many tokens
 _GRID = {
@@ -62,16 +62,16 @@ def _linear(case: Case, device: str, stack: ExitStack, p: int) -> Problem:
     """As LoKr calls it: the factors of the weight transposed, W = w1 kron w2 [out, in]."""
     ops, p = all_ops(), min(p, case.n_in)
     r = case.n_in // p
-    x = _randn(case.rows, case.n_in, like=case, device=device).requires_grad_()
-    g = _randn(case.rows, case.n_in, like=case, device=device)
-    w1, w2 = (_randn(n, n, like=case, device=device, scale=n**-0.5).requires_grad_() for n in (p, r))
+    x = randn(case.rows, case.n_in, like=case, device=device).requires_grad_()
+    g = randn(case.rows, case.n_in, like=case, device=device)
+    w1, w2 = (randn(n, n, like=case, device=device, scale=n**-0.5).requires_grad_() for n in (p, r))
     leaves = (x, w1, w2)
 
     def run(call: Callable[..., Tensor]) -> list[Run]:
         return [Run(lambda: call(x, w1.T, w2.T), leaves)]
 
     args = (x, w1.T, w2.T, None, 1.0)
-    ours, theirs = _of_reference(ops["kron_linear"], args, (0, 1, 2), g, case.mode)
+    ours, theirs = of_reference(ops["kron_linear"], args, (0, 1, 2), g, case.mode)
 
     def as_ours(results: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
         """The gradients of w1 and w2 from those of their transposes."""
@@ -108,9 +108,9 @@ def _peft(x: Tensor, w1: Tensor, w2: Tensor) -> Run:
 
 def _phm(case: Case, device: str, stack: ExitStack) -> Problem:
     n, k, m = 4, case.rows, case.n_out
-    a = _randn(n, n, n, like=case, device=device).requires_grad_()
-    b = _randn(n, k // n, m // n, like=case, device=device).requires_grad_()
-    g = _randn(k, m, like=case, device=device)
+    a = randn(n, n, n, like=case, device=device).requires_grad_()
+    b = randn(n, k // n, m // n, like=case, device=device).requires_grad_()
+    g = randn(k, m, like=case, device=device)
     ops = all_ops()
 
     def terms() -> Tensor:
@@ -125,7 +125,7 @@ def _phm(case: Case, device: str, stack: ExitStack) -> Problem:
             "one product, permuted": [Run(lambda: ops["kron_sum_weight"].reference(a, b, 1.0), (a, b))],
         },
         g,
-        *_of_reference(ops["kron_sum_weight"], (a, b, 1.0), (0, 1), g, case.mode),
+        *of_reference(ops["kron_sum_weight"], (a, b, 1.0), (0, 1), g, case.mode),
         forward=[ops["kron_sum_weight"].cost(a, b, 1.0)],
         backward=[ops["kron_sum_weight_backward"].cost(g, a, b, 1.0, (True, True))],
     )
@@ -133,8 +133,8 @@ def _phm(case: Case, device: str, stack: ExitStack) -> Problem:
 
 def _merge(case: Case, device: str, stack: ExitStack) -> Problem:
     left = 1 << case.n_in.bit_length() // 2
-    w = _randn(case.n_in, case.n_in, like=case, device=device)
-    w1, w2 = (_randn(n, n, like=case, device=device, scale=0.01) for n in (left, case.n_in // left))
+    w = randn(case.n_in, case.n_in, like=case, device=device)
+    w1, w2 = (randn(n, n, like=case, device=device, scale=0.01) for n in (left, case.n_in // left))
     own, other = w.clone(), w.clone()
     op = all_ops()["kron_add"]
 
@@ -147,6 +147,6 @@ def _merge(case: Case, device: str, stack: ExitStack) -> Problem:
         [on_a_copy(own, lambda to: kron_add_(to, w1, w2, 0.5))],
         {"torch.kron": [on_a_copy(other, lambda to: to.add_(torch.kron(w1, w2), alpha=0.5))]},
         w,
-        *_of_reference(op, args, (), w, case.mode),
+        *of_reference(op, args, (), w, case.mode),
         forward=[op.cost(*args)],
     )

@@ -16,7 +16,7 @@ from ..engine.attach import attach, tuners
 from ..methods.prefix import PrefixTuner, PrefixTuning
 from ..ops._op import Cost
 from . import rivals
-from .cases import Case, Problem, Run, _randn, evaluate
+from .case import Case, Problem, Run, evaluate, randn
 
 _LENGTH, _LAYERS, _HEAD = 30, 2, 64
 _PEFT = "HF PEFT's past_key_values"
@@ -36,8 +36,8 @@ def _prefix(case: Case, device: str, stack: ExitStack, causal: bool) -> Problem:
     plain = copy.deepcopy(model)
     attach(model, PrefixTuning(_LENGTH, hidden=0, shift=True))  # as HF PEFT has it
     flat = [p for _, t in tuners(model, "default") if isinstance(t, PrefixTuner) for p in (t.k, t.v)]
-    x, g = (_randn(1, n, d, like=case, device=device) for _ in range(2))
-    longer = _randn(1, n + _LENGTH, d, like=case, device=device).requires_grad_()
+    x, g = (randn(1, n, d, like=case, device=device) for _ in range(2))
+    longer = randn(1, n + _LENGTH, d, like=case, device=device).requires_grad_()
     leaves = (x.requires_grad_(), *flat)
 
     def ours() -> Tensor:

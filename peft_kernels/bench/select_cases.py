@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import all_ops, fisher_linear_, hard_concrete, sparse_adamw_, topk_compact, topk_threshold
-from .cases import LLAMA, Case, Problem, Run, _of_reference, _randn
+from .case import LLAMA, Case, Problem, Run, of_reference, randn
 
 _SIDE = LLAMA["7b qkvo"]  # 16.8 million elements
 _TOKENS = 32  # of a sample
@@ -43,7 +43,7 @@ def _topk(case: Case, device: str, stack: ExitStack, share: float) -> Problem:
     """Threshold and positions together, of several tensors. The rival joins them, and sorts the indices only."""
     ops, total = all_ops(), case.rows * case.n_in
     k = max(1, round(share * total))
-    scores = list(_randn(total, like=case, device=device).split(total // 3 + 1))
+    scores = list(randn(total, like=case, device=device).split(total // 3 + 1))
 
     def ours() -> Tensor:
         threshold, _ = topk_threshold(scores, k, use_abs=True)
@@ -71,8 +71,8 @@ def _topk(case: Case, device: str, stack: ExitStack, share: float) -> Problem:
 def _fisher(case: Case, device: str, stack: ExitStack) -> Problem:
     """From the gradient of the outputs, as one backward of the batch gives it. The rivals go sample by sample."""
     op, (k, n) = all_ops()["fisher_linear"], (case.n_in, case.n_out)
-    x, dy = (_randn(case.rows, width, like=case, device=device) for width in (k, n))
-    w = _randn(n, k, like=case, device=device, scale=k**-0.5).requires_grad_()
+    x, dy = (randn(case.rows, width, like=case, device=device) for width in (k, n))
+    w = randn(n, k, like=case, device=device, scale=k**-0.5).requires_grad_()
     ends = torch.arange(0, case.rows + 1, _TOKENS, device=device)
     pairs = list(zip(x.split(_TOKENS), dy.split(_TOKENS), strict=True))
     with torch.enable_grad():
@@ -106,7 +106,7 @@ def _fisher(case: Case, device: str, stack: ExitStack) -> Problem:
         [Run(functools.partial(ours, f.clone()), ())],
         {name: [Run(functools.partial(summed, f.clone(), loop), ())] for name, loop in loops.items()},
         _NONE,
-        *_of_reference(op, args, (), _NONE, case.mode),
+        *of_reference(op, args, (), _NONE, case.mode),
         forward=[op.cost(*args)],
     )
 
@@ -115,8 +115,8 @@ def _adamw(case: Case, device: str, stack: ExitStack, share: float, decay: float
     """One step on the values of a mask; the rivals mask the gradient of the whole weight and step on all of it."""
     op, total = all_ops()["sparse_adamw"], case.rows * case.n_in
     idx = torch.randperm(total, device=device)[: max(1, round(share * total))].sort().values.int()
-    w = _randn(total, like=case, device=device)
-    start = [_randn(len(idx), like=case, device=device) for _ in range(3)]
+    w = randn(total, like=case, device=device)
+    start = [randn(len(idx), like=case, device=device) for _ in range(3)]
     start[2].abs_()
     state, grad, step = [t.clone() for t in start], torch.randn_like(start[0]), torch.tensor(3.0, device=device)
     mask = torch.zeros(total, device=device).index_fill_(0, idx.long(), 1)
@@ -148,7 +148,7 @@ def _adamw(case: Case, device: str, stack: ExitStack, share: float, decay: float
         [Run(ours, ())],
         {"fused dense masked AdamW": [dense(True)], "dense masked AdamW": [dense(False)]},
         _NONE,
-        *_of_reference(op, args, (), _NONE, case.mode),
+        *of_reference(op, args, (), _NONE, case.mode),
         forward=[op.cost(*args)],
         same=False,  # theirs is a whole weight
     )
@@ -156,8 +156,8 @@ def _adamw(case: Case, device: str, stack: ExitStack, share: float, decay: float
 
 def _gates(case: Case, device: str, stack: ExitStack) -> Problem:
     ops = all_ops()
-    w0, g = (_randn(case.rows, case.n_in, like=case, device=device) for _ in range(2))
-    w, alpha = (_randn(case.rows, case.n_in, like=case, device=device).requires_grad_() for _ in range(2))
+    w0, g = (randn(case.rows, case.n_in, like=case, device=device) for _ in range(2))
+    w, alpha = (randn(case.rows, case.n_in, like=case, device=device).requires_grad_() for _ in range(2))
     group = torch.ones((), device=device, requires_grad=True)
     rng = torch.tensor([1, 2], device=device)
 
@@ -171,7 +171,7 @@ def _gates(case: Case, device: str, stack: ExitStack) -> Problem:
         [Run(lambda: hard_concrete(w0, w, alpha, alpha_group=group, rng=rng), (w, alpha, group))],
         {"plain torch": [Run(lambda: w0 + w * gate(alpha) * gate(group), (w, alpha, group))]},
         g,
-        *_of_reference(ops["hard_concrete"], args, (1, 2, 3), g, case.mode),
+        *of_reference(ops["hard_concrete"], args, (1, 2, 3), g, case.mode),
         forward=[ops["hard_concrete"].cost(*args)],
         backward=[ops["hard_concrete_backward"].cost(g, *args[1:], (True, True, True))],
         same=False,  # theirs draws other numbers

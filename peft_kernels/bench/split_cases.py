@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import all_ops, far_linear
-from .cases import LLAMA, Case, Problem, Run, _of_reference, _randn
+from .case import LLAMA, Case, Problem, Run, of_reference, randn
 
 _SHAPES = {"distilbert up": (768, 3072), "7b qkvo": LLAMA["7b qkvo"]}
 _PUBLISHED = "published (cat, permute)"
@@ -39,14 +39,14 @@ def split_cases(device: str) -> Iterator[Case]:
 
 def _split(case: Case, device: str, stack: ExitStack, share: float) -> Problem:
     ops, (k, n) = all_ops(), (case.n_in, case.n_out)
-    x = _randn(case.rows, k, like=case, device=device).requires_grad_()
-    g = _randn(case.rows, n, like=case, device=device)
-    w, bias = _randn(n, k, like=case, device=device, scale=k**-0.5), _randn(n, like=case, device=device)
+    x = randn(case.rows, k, like=case, device=device).requires_grad_()
+    g = randn(case.rows, n, like=case, device=device)
+    w, bias = randn(n, k, like=case, device=device, scale=k**-0.5), randn(n, like=case, device=device)
     order = torch.randperm(n, device=device)
     rows, rest = order[: round(share * n)].sort().values, order[round(share * n) :].sort().values
     # Trained in fp32 beside a 16-bit W, as LoRA is here; what the rivals train is of W's dtype.
-    wt = _randn(len(rows), k, like=case, device=device, scale=k**-0.5).float().requires_grad_()
-    bt = _randn(len(rows), like=case, device=device).float().requires_grad_()
+    wt = randn(len(rows), k, like=case, device=device, scale=k**-0.5).float().requires_grad_()
+    bt = randn(len(rows), like=case, device=device).float().requires_grad_()
     own = [t.detach().to(w.dtype).requires_grad_() for t in (wt, bt)]
     whole = [t.index_copy(0, rows, s.detach()).requires_grad_() for t, s in ((w, own[0]), (bias, own[1]))]
     frozen, back = (w[rest], bias[rest]), torch.cat([rows, rest]).argsort()
@@ -65,7 +65,7 @@ def _split(case: Case, device: str, stack: ExitStack, share: float) -> Problem:
             "frozen": [Run(lambda: F.linear(x, w, bias), (x,))],
         },
         g,
-        *_of_reference(ops["far_linear"], args, (0, 3, 4), g, case.mode),
+        *of_reference(ops["far_linear"], args, (0, 3, 4), g, case.mode),
         forward=[ops["far_linear"].cost(*args)],
         backward=[ops["far_linear_backward"].cost(g, x, w, wt, rows, needs)],
     )
