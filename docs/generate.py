@@ -25,9 +25,9 @@ from torch import nn
 import peft_kernels as pk
 from peft_kernels import cli, comparison
 from peft_kernels.bench import results
+from peft_kernels.engine.families import FAMILIES, Family
 from peft_kernels.engine.method import Method, Part, Tuner, fields
 from peft_kernels.engine.recipe import Recipe
-from peft_kernels.engine.roles import FAMILIES, Family
 from peft_kernels.ops._op import BACKENDS, KERNELS, Op, _has
 from peft_kernels.overview import COUNTED, field_comments, grouped, on_copy, overview
 
@@ -40,6 +40,7 @@ GROUPS = {
     "Attaching": "attach detach active set_active disabled rename",
     "Routing": "route shared_trunk AdapterBank checkpoint_context",
     "Training": "fit search Distillation calibrate penalty hf.Callback",
+    "Models of Hugging Face PEFT": "hf.accelerate hf.Report",
     "Saving": "save load hf.save hf.load similar_prompts",
     "Quantising": "quantize NF4Linear Int8Linear footprint Footprint",
     "Merging and combining": "eject merge unmerge MergeReport combine CombineReport shrink",

@@ -9,14 +9,13 @@ import itertools
 import json
 import os
 import sys
-import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .engine.text import shown
+from .engine.text import columns, shown
 
 PROGRAM = "peft-kernels"
 MODEL = "PATH_OR_HUB_ID"
@@ -224,88 +223,6 @@ def _add_method(parser: argparse.ArgumentParser, required: bool, more: str = "")
     parser.add_argument("--targets", nargs="+", metavar="ROLE", help="roles or globs; default the method's own")
 
 
-# -- method fields from text ------------------------------------------------------------------------------------------
-
-
-def method_from(key: str, settings: Sequence[str]) -> Any:
-    """The method `key`, or that of a recipe file, with its fields set from "field=value" words.
-
-    ValueError names the known methods or fields.
-    """
-    from .engine.method import fields, needed
-
-    given = _method_of(key)
-    cls: Any = given if isinstance(given, type) else type(given)
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in fields(cls)]
-    values = {}
-    for word in settings:
-        name, equals, text = word.partition("=")
-        if not equals:
-            raise ValueError(f"--set {word}: expected field=value")
-        if name not in known:
-            raise ValueError(f"--set {word}: {cls.key} has no field {name!r}; it has {', '.join(known) or 'none'}")
-        try:
-            values[name] = parse(hints[name], text)
-        except (ValueError, TypeError):  # of json and int too, whose text says less than the line below
-            raise ValueError(f"--set {word}: expected {shown(hints[name])}") from None
-    if cls is not given:
-        return dataclasses.replace(given, **values)
-    if missing := [name for name in needed(cls) if name not in values]:
-        raise ValueError(f"--method {key} needs --set {missing[0]}=..., {shown(hints[missing[0]])} such as lora")
-    return cls(**values)
-
-
-def _method_of(key: str) -> Any:
-    """The class of a method, or the method of a recipe file."""
-    from .engine.method import method_of
-    from .recipes import is_recipe, recipe
-
-    return recipe(key) if is_recipe(key) else method_of(key)
-
-
-def parse(hint: Any, text: str) -> Any:
-    """`text` as a value of the type `hint`; ValueError if it is none.
-
-    bool: true, false, 1 or 0; a tuple: a,b,c or a JSON list; a dict: a JSON object; an optional value: none; a method:
-    its key, or its JSON as in an adapter's configuration.
-    """
-    from .engine.method import Method, Part
-
-    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        for choice in sorted(inner, key=lambda t: t is str):  # any text is a str, so that comes last
-            with contextlib.suppress(ValueError, TypeError):
-                return parse(choice, text)
-    elif origin is typing.Literal and text in map(str, inner):
-        return next(choice for choice in inner if str(choice) == text)
-    elif origin is type(None) and text.lower() in ("none", "null"):
-        return None
-    elif origin is bool and text.lower() in _BOOL:
-        return _BOOL[text.lower()]
-    elif origin in (tuple, list):
-        items = json.loads(text) if text.startswith("[") else [word for word in text.split(",") if word]
-        return origin(parse(inner[0], _text(item)) if inner else item for item in items)
-    elif origin is dict:
-        items = json.loads(text)
-        return {name: parse(inner[1], str(item)) if inner else item for name, item in dict(items).items()}
-    elif origin in (int, float, str):
-        return origin(text)
-    elif origin is Method:
-        return Method.from_json(json.loads(text) if text.startswith("{") else {"method": text})
-    elif origin is Part:
-        data = json.loads(text) if text.startswith("{") else {"method": text}
-        return Part.from_json(data) if isinstance(data.get("method"), dict) else Part(Method.from_json(data))
-    raise ValueError(f"{text!r} is no {shown(hint)}")
-
-
-def _text(item: Any) -> str:
-    return item if isinstance(item, str) else json.dumps(item)
-
-
-_BOOL = {"true": True, "1": True, "false": False, "0": False}
-
-
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -343,6 +260,7 @@ _OF_ONE = ("set", "targets", "sweep", "eval_data", "teacher", "validation", "pat
 
 def _compare(args: argparse.Namespace) -> int:
     from . import compare, comparison, hf
+    from .settings import method_from
 
     for option in _OF_ONE:
         if getattr(args, option) not in (None, []):
@@ -390,10 +308,11 @@ def _job(args: argparse.Namespace, values: dict[str, str], method: Any = None) -
     method: None takes --method.
     """
     from .engine.method import fields
+    from .settings import method_from, method_of_word, parse
     from .train import Job
 
     hints = typing.get_type_hints(Job)
-    own = {f.name for f in fields(_method_of(args.method))} if method is None else set()
+    own = {f.name for f in fields(method_of_word(args.method))} if method is None else set()
     words = {f.name: getattr(args, f.name) for f in dataclasses.fields(Job) if f.name != "method"}
     settings = list(args.set)
     for name, text in values.items():
@@ -442,6 +361,7 @@ def _explain(args: argparse.Namespace) -> None:
     from .engine.store import CONFIG, load
     from .explain import explain
     from .methods import SVD
+    from .settings import method_from
 
     if (Path(args.source) / CONFIG).is_file():
         if args.method or args.set or args.targets:
@@ -558,7 +478,7 @@ def _show(row: dict[str, Any], before: dict[str, Any] | None) -> None:
 
 
 def _methods(args: argparse.Namespace) -> None:
-    from .overview import grouped, overview
+    from .overview import details, grouped, overview, table
 
     if args.rank is not None:
         if args.key or args.model or args.log:
@@ -572,8 +492,7 @@ def _methods(args: argparse.Namespace) -> None:
     found = overview(args.key, model, args.log)
 
     def text() -> str:
-        lines = [_overview(grouped(found), args)]
-        lines += [_details(row) for row in found] if args.key else []
+        lines = [table(grouped(found)), *(map(details, found) if args.key else ())]
         if model is not None:
             total = sum(p.numel() for p in model.parameters())
             lines.append(f"{args.model}: {type(model).__name__}, {total:,} numbers; counts without a head")
@@ -582,60 +501,11 @@ def _methods(args: argparse.Namespace) -> None:
     _print(args, found, text)
 
 
-def _overview(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
-    """A line for each method; the counts only of a model, the figures only of a log."""
-    from .files import size
-
-    def number(row: dict[str, Any], name: str, form: str = ",") -> str:
-        return "-" if row.get(name) is None else f"{row[name]:{form}}"
-
-    counts = ("trainable", "changed", "rank", "stored") if args.model else ()
-    header = ["method", "family", "kernel", "merges", *counts]
-    header += ["file", "peak", "CPU", "accuracy", "inference", "merged"] if args.log else []
-    lines = [tuple([*header, "targets", "lr", "paper", ""])]
-    for row in rows:
-        merges = {True: "yes", False: "no", None: "as its parts"}[row["mergeable"]]
-        cells = [row["key"], row["family"], " ".join(row["kernel"]) or "-", merges]
-        cells += [number(row, name) for name in counts]
-        last = row["what"]
-        if args.log:
-            own = row["measured"] or {}
-            cells += ["-" if own.get(name) is None else size(own[name]) for name in ("bytes", "peak_bytes")]
-            forms = {"train_cpu_s": ".1f", "accuracy": ".1%", "inference_ratio": ".2f", "merged_ratio": ".2f"}
-            cells += [number(own, name, form) for name, form in forms.items()]
-            last = f"failed: {own['failed']}" if "failed" in own else last
-        if args.model:
-            own = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
-            last = f"not on this model: {row['why']}" if row["why"] else f"({own}) {last}" if own else last
-        lines.append((*cells, " ".join(row["roles"]) or "-", f"{row['lr']:g}", row["paper"] or "-", last))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    figures = range(4, len(header))  # are aligned to the right
-    return columns([tuple(c.rjust(widths[i]) if i in figures else c for i, c in enumerate(line)) for line in lines])
-
-
-def _details(row: dict[str, Any]) -> str:
-    """The fields of a method, a line for each."""
-    fields = [
-        (f"  --set {f['name']}={'...' if f['required'] else f['default']}", f["type"], f["comment"])
-        for f in row["fields"]
-    ]
-    return "\n".join([f"{row['key']} (pk.{row['class']}): {row['summary']}", *([columns(fields)] if fields else [])])
-
-
 def _ranks(args: argparse.Namespace) -> None:
-    from .ranks import ranks
+    from .ranks import ranks, table
 
     found = ranks(args.rank)
-
-    def text() -> str:
-        rows = [("method", "numbers", "rank", "rank per number", "")]
-        for r in found:
-            fields = ", ".join(f"{name}={value}" for name, value in r["settings"].items())
-            numbers, share = (f"{r['numbers']:,}", f"{r['rank_per_number']:.2g}") if r["numbers"] else ("-", "-")
-            rows.append((f"{r['method']} {fields}".strip(), numbers, str(r["rank"] or "-"), share, r["why"]))
-        return columns(rows)
-
-    _print(args, found, text)
+    _print(args, found, lambda: table(found))
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -692,13 +562,6 @@ def _flat(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {_flat(v)}" for k, v in value.items())
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value).lower()
-
-
-def columns(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows in aligned columns; the last one runs free."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    padded = [[*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]] for row in rows]
-    return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
 def _print(args: argparse.Namespace, data: Any, text: Callable[[], str]) -> None:

@@ -11,7 +11,7 @@ import os
 import re
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from .engine.counts import counts
 from .engine.life import timeline
 from .engine.method import FAMILIES, Method, Tuner, fields, method_of, methods, needed
 from .engine.recipe import Recipe
-from .engine.text import shown
+from .engine.text import columns, shown
+from .files import size
 from .methods._select import Masked, best, kept
 from .methods._sparse import SparseTuner
 from .methods.structured import StructuredPruning, StructuredTuner
@@ -104,11 +105,7 @@ def mergeable(cls: type[Method]) -> bool | None:
     """
     if issubclass(cls, Recipe):
         return None if needed(cls) else all(mergeable(own) for own in cls().made_of())
-    return _folds(cls.tuner)
-
-
-def _folds(tuner: type[Tuner]) -> bool:
-    return tuner.fold is not Tuner.fold or tuner.folded is not Tuner.folded
+    return cls.tuner.folds()
 
 
 # -- fields -----------------------------------------------------------------------------------------------------------
@@ -174,7 +171,7 @@ def on_copy(model: nn.Module, method: Method) -> tuple[dict[str, int | None], li
     for entry in timeline(model, active(model), _STEPS):
         try:
             entry.enter(model)
-        except (RuntimeError, NotImplementedError):  # what is kept is seen in the values
+        except RuntimeError:  # what is kept is seen in the values
             chosen = False
             break
         if entry.phase.steps:
@@ -219,3 +216,51 @@ def measured(log: str | os.PathLike) -> dict[str, dict[str, Any]]:
 def grouped(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows family by family."""
     return sorted(rows, key=lambda row: FAMILIES.index(row["family"]))
+
+
+# -- as text ----------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each method: the counts if they are of a model, the figures if they are of a log."""
+    counted, logged = "trainable" in rows[0], "measured" in rows[0]
+    header = ["method", "family", "kernel", "merges", *(COUNTS[:-1] if counted else ())]
+    header += ["file", "peak", "CPU", "accuracy", "inference", "merged"] if logged else []
+    lines = [(*header, "targets", "lr", "paper", "")]
+    for row in rows:
+        merges = {True: "yes", False: "no", None: "as its parts"}[row["mergeable"]]
+        cells = [row["key"], row["family"], " ".join(row["kernel"]) or "-", merges]
+        cells += [_cell(row[name], "{:,}".format) for name in COUNTS[:-1]] if counted else []
+        cells += _figures(row["measured"] or {}) if logged else []
+        lines.append((*cells, " ".join(row["roles"]) or "-", f"{row['lr']:g}", row["paper"] or "-", _said(row)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    figures = range(4, len(header))  # are aligned to the right
+    return columns([tuple(c.rjust(widths[i]) if i in figures else c for i, c in enumerate(line)) for line in lines])
+
+
+def _figures(own: dict[str, Any]) -> list[str]:
+    shapes = (size, size, "{:.1f}".format, "{:.1%}".format, "{:.2f}".format, "{:.2f}".format)
+    return [_cell(own.get(name), shape) for name, shape in zip(AXES, shapes, strict=True)]
+
+
+def _cell(value: Any, shape: Callable[[Any], str]) -> str:
+    return "-" if value is None else shape(value)
+
+
+def _said(row: dict[str, Any]) -> str:
+    """What the method is, with the fields that it was counted with, or why there are no counts or figures."""
+    if why := row.get("why"):
+        return f"not on this model: {why}"
+    if failed := (row.get("measured") or {}).get("failed"):
+        return f"failed: {failed}"
+    own = ", ".join(f"{name}={value}" for name, value in row.get("settings", {}).items())
+    return f"({own}) {row['what']}" if own else row["what"]
+
+
+def details(row: dict[str, Any]) -> str:
+    """The fields of a method, a line for each."""
+    fields = [
+        (f"  --set {f['name']}={'...' if f['required'] else f['default']}", f["type"], f["comment"])
+        for f in row["fields"]
+    ]
+    return "\n".join([f"{row['key']} (pk.{row['class']}): {row['summary']}", *([columns(fields)] if fields else [])])

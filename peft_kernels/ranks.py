@@ -14,6 +14,7 @@ from .engine.counts import counts
 from .engine.life import timeline
 from .engine.method import Method, Tuner, methods, needed
 from .engine.site import Site
+from .engine.text import columns
 from .methods.lora import LoRA
 from .methods.svd import SVD, SVDTuner
 
@@ -87,3 +88,13 @@ def _without(why: str) -> dict[str, Any]:
 def _randomize(tuner: Tuner) -> None:
     for p in tuner.parameters():
         p.copy_(torch.randn(p.shape))
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """A line for each method."""
+    rows = [("method", "numbers", "rank", "rank per number", "")]
+    for r in found:
+        fields = ", ".join(f"{name}={value}" for name, value in r["settings"].items())
+        numbers, share = (f"{r['numbers']:,}", f"{r['rank_per_number']:.2g}") if r["numbers"] else ("-", "-")
+        rows.append((f"{r['method']} {fields}".strip(), numbers, str(r["rank"] or "-"), share, r["why"]))
+    return columns(rows)

@@ -11,7 +11,7 @@ from models import METHODS, UNMERGEABLE, calibrated, make
 from texts import bert, run
 
 import peft_kernels as pk
-from peft_kernels import cli, overview
+from peft_kernels import overview, settings
 from peft_kernels.engine.life import timeline
 from peft_kernels.engine.method import FAMILIES
 
@@ -131,7 +131,7 @@ def test_methods_shows_what_a_comparison_measured(capsys, tmp_path):
     ],
 )
 def test_field_values_follow_their_type(hint, text, value):
-    got = cli.parse(hint, text)
+    got = settings.parse(hint, text)
     assert got == value and type(got) is type(value)
 
 
@@ -140,7 +140,7 @@ def test_field_values_follow_their_type(hint, text, value):
 )
 def test_field_values_of_another_type_are_refused(hint, text):
     with pytest.raises((ValueError, TypeError)):
-        cli.parse(hint, text)
+        settings.parse(hint, text)
 
 
 def test_import_stays_light():

@@ -20,7 +20,7 @@ import peft_kernels as pk
 from peft_kernels import cli, tasks
 from peft_kernels.bench import results, runner
 from peft_kernels.engine import method as registry
-from peft_kernels.engine.roles import FAMILIES
+from peft_kernels.engine.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "peft_kernels"

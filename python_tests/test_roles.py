@@ -10,7 +10,7 @@ from torch import nn
 
 import peft_kernels as pk
 from peft_kernels.engine.attach import tuners
-from peft_kernels.engine.roles import FAMILIES as TABLE
+from peft_kernels.engine.families import FAMILIES as TABLE
 from peft_kernels.engine.roles import ROLES, family, layer_of, resolve
 from peft_kernels.engine.site import Rows, Site
 from peft_kernels.engine.stack import _assemble
