@@ -22,11 +22,12 @@ from .._version import __version__
 from ..check import compare
 from ..ops import BackendError, all_ops, backend
 from . import measure
-from .cases import SELECTIONS, Case, Problem, Run, cases, evaluate, roofline, timed
+from .case import SELECTIONS, Case, Problem, Run, evaluate, roofline, timed
+from .cases import cases
 from .rivals import OTHERS, missing
 
 # Cases of a layer or model -> the op that it runs on; "": plain torch, as the backend "reference" is.
-LAYERS = {"route": "multi_lora_linear", "ia3": "rescale", "prefix": ""}
+LAYERS = {"accelerate": "lora_linear", "route": "multi_lora_linear", "ia3": "rescale", "prefix": ""}
 LOOSE = 0.05  # of the largest number: what a rival may be off before it is taken for something else
 LIMIT = 2.0  # a case is left out if a round of it takes so many times the seconds it has in all
 RIVALS = 5  # in a round, about

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..engine.method import Method
 from ..engine.site import Site
+from ._rng import seeds
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -109,8 +110,7 @@ class Bottleneck(nn.Module):
         """
         how["act"] = self.activation
         if self.training and self.dropout:
-            # From torch's generator, so that seeds, checkpointing and compile all see the draw.
-            how |= {"p": self.dropout, "rng": torch.randint(-(2**62), 2**62, (2,), device=x.device)}
+            how |= {"p": self.dropout, "rng": seeds(x)}
         if residual is not None and fresh:
             return ops.bottleneck_(residual, x, *self.weights(), **how)
         return ops.bottleneck(x, *self.weights(), residual=residual, **how)

@@ -23,6 +23,7 @@ from .. import ops
 from ..engine.method import Changes, Phase, Tuner
 from ..engine.site import Base, Site
 from ..ops.hard_concrete import LEFT, RIGHT
+from ._rng import seeds
 from ._select import Masked, best, kept
 from ._sparse import SparseTuner
 
@@ -114,8 +115,7 @@ class DiffPruningTuner(SparseTuner, method=DiffPruning):
         if self.w is None or self.alpha is None:
             return super().forward(base, x)
         weight, bias = base.effective()
-        # From torch's generator, so that seeds, checkpointing and compile all see the draw.
-        rng = torch.randint(-(2**62), 2**62, (2,), device=x.device) if self.training else None
+        rng = seeds(x) if self.training else None
         tuned = ops.hard_concrete(weight, self.w, self.alpha, alpha_group=self.alpha_group, rng=rng)
         return base.site.apply(tuned, bias, x)
 

@@ -17,6 +17,7 @@ from ..engine.rows import Routing, by_rows
 from ..engine.site import Base, Site
 from ._kept import Kept
 from ._patterns import Ranked
+from ._rng import seeds
 from ._routed import in_one_op
 
 
@@ -91,8 +92,7 @@ class LoRATuner(Tuner, method=LoRA):
         """(p, rng) of the dropout of one call."""
         if not (self.training and self.dropout):
             return 0.0, None
-        # From torch's generator, so that seeds, checkpointing and compile all see the draw.
-        return self.dropout, torch.randint(-(2**62), 2**62, (2,), device=x.device)
+        return self.dropout, seeds(x)
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         if base.site.kind != "linear":
