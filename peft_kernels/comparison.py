@@ -36,10 +36,7 @@ Row = dict[str, Any]
 
 def table(summary: Row) -> str:
     """A line per method, the baselines first, then the most accurate; below it what the columns are."""
-    rows = [(*cells(row), row["family"]) for row in ranked(summary)]
-    blank = ["-"] * (len(COLUMNS) - 2)
-    rows += [(row["method"], *blank, f"failed: {row['failed']}") for row in summary["rows"] if "failed" in row]
-    lines = [lined(title(summary), [COLUMNS, *rows]), "", *notes(summary)]
+    lines = [lined(title(summary), [COLUMNS, *_lines(summary)]), "", *notes(summary)]
     lines += [f"left out: {own['method']}: {own['reason']}" for own in summary["left_out"]]
     return "\n".join(lines)
 
@@ -47,12 +44,17 @@ def table(summary: Row) -> str:
 def markdown(summary: Row) -> str:
     """The same for a document."""
     head = [COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 2), "---")]
-    rows = [(*cells(row), row["family"]) for row in ranked(summary)]
-    blank = ["-"] * (len(COLUMNS) - 2)
-    rows += [(row["method"], *blank, f"failed: {row['failed']}") for row in summary["rows"] if "failed" in row]
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in [*head, *rows]]
+    rows = [*head, *_lines(summary)]
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
     out = [f"- `{own['method']}` is left out: {own['reason']}" for own in summary["left_out"]]
     return "\n".join([f"{title(summary)}:", "", *lines, "", *(f"- {note}" for note in notes(summary)), *out]) + "\n"
+
+
+def _lines(summary: Row) -> list[tuple[str, ...]]:
+    """Of COLUMNS: those that are ranked, then those that failed."""
+    blank = ["-"] * (len(COLUMNS) - 2)
+    failed = [(row["method"], *blank, f"failed: {row['failed']}") for row in summary["rows"] if "failed" in row]
+    return [*((*cells(row), row["family"]) for row in ranked(summary)), *failed]
 
 
 def ranked(summary: Row) -> list[Row]:

@@ -149,6 +149,18 @@ class Job:
         return {"epochs": self.epochs or 1} if self.budget is None else budget(self.budget)
 
     @property
+    def training(self) -> dict[str, Any]:
+        """What of it fit takes, and decides the numbers."""
+        precision = None if self.precision == "fp32" else self.precision
+        return {
+            **self.duration,
+            "lr": self.lr,
+            "seed": self.seed,
+            "accumulate": self.accumulate,
+            "precision": precision,
+        }
+
+    @property
     def on_cuda(self) -> bool:
         return torch.cuda.is_available() if self.device is None else self.device.startswith("cuda")
 
@@ -330,13 +342,9 @@ def run(job: Job, setup: Setup, checkpoint: Checkpoint, directory: Path, progres
             model,
             setup.batches("train", job.batch_size),
             teacher=teacher,
-            **job.duration,
-            lr=job.lr,
-            seed=job.seed,
+            **job.training,
             progress=progress,
             on_epoch=on_epoch,
-            accumulate=job.accumulate,
-            precision=None if job.precision == "fp32" else job.precision,
             patience=job.patience,
             checkpoint=place,
             checkpoint_every=job.checkpoint_every,

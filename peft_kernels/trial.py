@@ -111,16 +111,7 @@ def method_row(job: Job, setup: Setup, second: SecondTask | None, seconds: float
         wanted = length.get("steps", 0) * job.accumulate or length.get("epochs", 0) * len(batches)
         say("training", taken / wanted if wanted else (time.perf_counter() - began) / length["seconds"])
 
-    log = fit(
-        model,
-        Watched(batches, training),
-        **length,
-        lr=job.lr,
-        seed=job.seed,
-        progress=False,
-        accumulate=job.accumulate,
-        precision=None if job.precision == "fp32" else job.precision,
-    )
+    log = fit(model, Watched(batches, training), **job.training, progress=False)
     wall, cpu = watch.read()
     peak = memory.peak()
     say("scoring", 0.0)

@@ -77,7 +77,7 @@ class Position:
     seconds: float = 0.0  # since the beginning
     spent: float = 0.0  # of them on steps
     pace: float = 0.0  # of a step, lately
-    begins: int | None = None  # the step before which the phase under way was entered
+    begins: int = 0  # the step before which the phase under way was entered
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

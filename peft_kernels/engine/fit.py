@@ -48,11 +48,8 @@ def param_groups(model: nn.Module, lr: float | None = None, phases: Iterable[Ent
     groups: dict[float, list[nn.Parameter]] = {}
     seen: set[int] = set()
     for name in trained(model):
-        rates = [
-            whole.method.rate(own) if lr is None or i else lr
-            for i, whole in enumerate(state_of(model).adapters[name].parts)
-            for own in whole.method.expand(whole)
-        ]
+        parts = state_of(model).adapters[name].expanded()
+        rates = [lr if main and lr is not None else part.rate for part, main in parts]
         latest = {entry.part: entry.phase.lr for entry in phases if entry.adapter == name}
         rates = [rate if (now := latest.get(part)) is None else now for part, rate in enumerate(rates)]
         for tuner in all_tuners(model, name):
@@ -331,8 +328,7 @@ class _Run:
             losses.append(finite(loss, f"step {at.step + 1}", "lower the learning rate"))
             self.scaler.scale(loss / size).backward()
         with files.uninterrupted():
-            begins = at.begins or 0
-            factor = _triangle(at.step - begins, self.plan.ends(at) - begins, settings.warmup)
+            factor = _triangle(at.step - at.begins, self.plan.ends(at) - at.begins, settings.warmup)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             self.scaler.unscale_(self.optimizer)
@@ -386,8 +382,6 @@ class _Run:
     def _begin(self) -> None:
         """A new optimizer and schedule, up to where the next phase begins."""
         entered = self.plan.entries[: self.at.entered]
-        if self.at.begins is None:  # of a checkpoint of an earlier version, which knew no other length than epochs
-            self.at.begins = entered[-1].start
         groups = param_groups(self.model, self.settings.lr, entered)
         if not groups:
             raise ValueError(f"nothing is trainable in phase {entered[-1].phase.name!r}")

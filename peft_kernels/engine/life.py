@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -44,8 +44,16 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     too. Where there is none, nothing happens.
     """
     for n in names_of(model, name):
-        for method in {type(tuner.cfg) for tuner in all_tuners(model, n) if tuner.ejectable}:
-            method.eject(model, n)
+        with torch.no_grad():  # all before the first goes: tuners share parts of their networks
+            made = [(tuner, values) for tuner in all_tuners(model, n) if (values := tuner.ejected())]
+        for tuner, values in made:
+            trainable = any(p.requires_grad for p in tuner.parameters())
+            for own in (*tuner._parameters, *tuner._modules):
+                delattr(tuner, own)
+            for own, value in values.items():
+                setattr(tuner, own, nn.Parameter(value.clone(), trainable))
+        adapter = state_of(model).adapters[n]
+        adapter.parts = [replace(part, method=part.method.ejected()) for part in adapter.parts]
     return model
 
 

@@ -144,11 +144,6 @@ class Method:
         """What attaching this method as `part` comes to; a recipe has several parts."""
         return [part]
 
-    @staticmethod
-    def eject(model: nn.Module, name: str = "default") -> nn.Module:
-        """Takes what only training needed from the method's tuners in an adapter where they are `ejectable`."""
-        return model
-
     def ejected(self) -> Method:
         """What is left of it once what only training needed is gone, as the network that makes a prefix."""
         return self
@@ -161,10 +156,6 @@ class Method:
     def with_ranks(self, ranks: dict[str, int]) -> Method:
         """A low-rank method with these ranks, by Site.address; written where the tuner has `factors`."""
         raise NotImplementedError(f"{self.key} has no rank")
-
-    def rate(self, own: Part) -> float:
-        """The learning rate of one of the parts that `expand` returned."""
-        return own.method.lr
 
     def solved(self, model: nn.Module, part: Part) -> Method:
         """What `pk.attach` attaches as `part`, and `pk.save` saves: the method with what follows from the model."""
@@ -233,6 +224,7 @@ def needed(method: type[Method]) -> list[str]:
 class Part:
     """A method with the targets it is attached to; empty targets are the method's own.
 
+    lr: the learning rate of a part of a recipe that has one itself; None: the method's.
     lines: of a part from a recipe file, where each of these fields is written there, for errors.
     """
 
@@ -240,7 +232,12 @@ class Part:
     targets: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
+    lr: float | None = None
     lines: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def rate(self) -> float:
+        return self.method.lr if self.lr is None else self.lr
 
     @contextmanager
     def located(self) -> Iterator[None]:
@@ -394,14 +391,18 @@ class Tuner(nn.Module):
         """Attributes of modules that it needs to have another value; asked for once, by attach."""
         return []
 
-    @property
-    def ejectable(self) -> bool:
-        """Whether it holds what only training needs, and `Method.eject` of its class takes that away."""
-        return False
+    def ejected(self) -> dict[str, Tensor]:
+        """What takes the place of all its parameters and modules once training is over; {}: they stay."""
+        return {}
 
     @property
     def mergeable(self) -> bool:
-        return type(self).fold is not Tuner.fold or type(self).folded is not Tuner.folded
+        return self.folds()
+
+    @classmethod
+    def folds(cls) -> bool:
+        """Whether there is a weight-space form."""
+        return cls.fold is not Tuner.fold or cls.folded is not Tuner.folded
 
     def folded(self, site: Site, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """The site's own parameters by name -> their values with this tuner folded in."""

@@ -82,13 +82,13 @@ def _again(config: Any, key: str, file: str) -> Config:
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The true implementation, on keys and values [rows, heads, n, d] with the noted prefixes before them.
 
     Attention weights that it returns are those of the module's own keys.
     """
-    config: Any = module.config
+    config = module.config
     if not isinstance(config, Config):
         raise ValueError(
             f"attention {NAME!r} is no implementation of its own; choose sdpa or eager and attach a method"
@@ -124,7 +124,7 @@ def attention(
             bias = kwargs["position_bias"]
             kwargs["position_bias"] = F.pad(bias[..., : key.shape[2] - length], (length, 0, lead, 0))
     if name == "eager" and getattr(module, "reorder_and_upcast_attn", False):  # GPT-2's, beside the interface
-        out, weights = module._upcast_and_reordered_attn(query, key, value, attention_mask)  # type: ignore[operator]
+        out, weights = module._upcast_and_reordered_attn(query, key, value, attention_mask)
     else:
         run = names[_INTERFACE].get_interface(name, names[_EAGER])
         seen = module if "flash" not in name else _Seen(module, config.true)

@@ -71,13 +71,13 @@ class ClozeTuner(SplicedTuner, method=Cloze):
         self.rows = site.param(cfg.length, self.width, init=lambda t, _: t.copy_(words.detach()[first]))
         front, between, behind = cfg.places
         self.groups, self.place_of_mask = (front, between + 1 + behind), front + between
-        self.length += 1  # [MASK]
+        self.mask_token, self.length = cfg.mask_token, self.length + 1  # which stands for [MASK]
 
     def prompt(self) -> Tensor:
         return self.rows
 
     def inserted(self, base: Base | RowBase, x: Tensor) -> Tensor:
-        ids = torch.full((1, 1), self.cfg.mask_token, device=x.device)  # type: ignore[attr-defined]
+        ids = torch.full((1, 1), self.mask_token, device=x.device)
         mask = base.beside(cast(Any, base.site.module).get_input_embeddings(), ids).to(x.dtype)
         p, at = self.of(x), self.place_of_mask
         return torch.cat([p[:, :at], mask.expand(len(x), 1, -1), p[:, at:]], dim=1)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..engine.method import Part
 from ..engine.recipe import Recipe
 
 
 class Placed(Recipe):
     """A recipe with a learning rate and targets of its own: `pk.attach` may leave out modules and layers, no more."""
-
-    def rate(self, own: Part) -> float:
-        return self.lr
 
     def expand(self, part: Part) -> list[Part]:
         if part.targets:
@@ -19,4 +18,4 @@ class Placed(Recipe):
                 f"{name} puts each of its parts in a place of its own, and got targets {part.targets}; give exclude "
                 "or layers, or write pk.Union(pk.at(targets, method), ...)"
             )
-        return super().expand(part)
+        return [replace(own, lr=self.lr) for own in super().expand(part)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -14,25 +15,25 @@ from ..engine.site import base_numbers
 from .full import Head
 
 
-class Form:
+class Form(ABC):
     """A kind of PEFT's files.   kind: its peft_type.   title: of the method."""
 
     kind: ClassVar[str]
     title: ClassVar[str]
 
+    @abstractmethod
     def takes(self, method: Method) -> bool:
         """Whether these files are for such a method."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(
         self, model: nn.Module, config: Mapping[str, Any], given: dict[str, Tensor], where: str
     ) -> tuple[Adapter, dict[str, Tensor]]:
         """(what to attach, its tensors under our keys)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors under PEFT's keys, what its adapter_config.json says) of an adapter of ours."""
-        raise NotImplementedError
 
     def whole(
         self, model: nn.Module, given: Mapping[str, Tensor], prefix: str, names: Iterable[str], where: str

@@ -11,9 +11,7 @@ from .ia3 import IA3, IA3Tuner
 class IA3Files(Layers):
     kind, title = "IA3", "(IA)^3"
     key = re.compile(r"(.+)\.(ia3_l)")
-
-    def takes(self, method):
-        return method.tuner is IA3Tuner
+    tuners = (IA3Tuner,)
 
     def ours(self, config, own, where):
         listed = config.get("feedforward_modules") or ()
@@ -30,13 +28,13 @@ class IA3Files(Layers):
         values: Own = {}
         inputs = []
         for path, some in own.items():
-            l = some[0].tuner.l.detach()  # noqa: E741
+            l = some[0].tuner.l.detach()
             if some[0].tuner.on_input:
                 inputs.append(path)
                 values[path] = {"ia3_l": l[None]}
                 continue
-            l = l.new_ones(width(some[0].site))  # noqa: E741
+            l = l.new_ones(width(some[0].site))
             for m in some:
-                l = placed(m, m.tuner.l.detach(), l)  # noqa: E741
+                l = placed(m, m.tuner.l.detach(), l)
             values[path] = {"ia3_l": l[:, None]}
         return values, {"feedforward_modules": inputs, "fan_in_fan_out": conv1d(own)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -34,23 +35,27 @@ class Member(NamedTuple):
 
 
 class Layers(Form):
-    """A kind of methods of single layers.   key: (path, tensor) of PEFT's keys."""
+    """A kind of methods of single layers.   key: (path, tensor) of PEFT's keys.   tuners: of the methods."""
 
     key: ClassVar[re.Pattern]
+    tuners: ClassVar[tuple[type[Tuner], ...]]
+
+    def takes(self, method):
+        return method.tuner in self.tuners
 
     # -- what a kind says ---------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def ours(self, config: Mapping[str, Any], own: Own, where: str) -> tuple[Method, dict[str, Tensor]]:
         """(the method, its tensors under our keys)"""
-        raise NotImplementedError
 
+    @abstractmethod
     def unfit(self, member: Member) -> str:
         """Why PEFT has no such layer, or ""."""
-        raise NotImplementedError
 
+    @abstractmethod
     def theirs(self, own: dict[str, list[Member]], where: str) -> tuple[Own, dict[str, Any]]:
         """(PEFT's tensors, fields of its configuration)   own: path -> the tuners of its rows, or the one of all."""
-        raise NotImplementedError
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -75,12 +80,12 @@ class Layers(Form):
         own: dict[str, list[Member]] = {}
         whole: list[str] = []
         for _, method, site in chosen_sites(model, state_of(model).adapters[name]):
-            tuner: Tuner = made[site.name]
+            tuner = made[site.name]
             if isinstance(tuner, Replica) and site.name:
                 whole.append(site.name)
                 continue
             if isinstance(tuner, Parts):
-                tuner = tuner.get_submodule(site.role)  # type: ignore[assignment]
+                tuner = tuner.get_submodule(site.role)
             if not self.takes(method) or type(tuner) is not method.tuner:
                 raise ValueError(f"{name!r} has {method.key} at {site}; these files of PEFT take {self.title} alone")
             member = Member(site, method, tuner)

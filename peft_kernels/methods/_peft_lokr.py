@@ -24,9 +24,7 @@ _LYCORIS = "lycoris"
 class LoKrFiles(Layers):
     kind, title = "LOKR", "LoKr"
     key = re.compile(r"(.+)\.lokr_(w1|w2|w1_a|w1_b|w2_a|w2_b|t2)")
-
-    def takes(self, method):
-        return method.tuner is LoKrTuner
+    tuners = (LoKrTuner,)
 
     def ours(self, config, own, where):
         for path, some in own.items():

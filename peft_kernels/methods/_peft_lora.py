@@ -17,9 +17,7 @@ from .lora import LoRA, LoRATuner
 class LoRAFiles(Layers):
     kind, title = "LORA", "LoRA"
     key = re.compile(r"(.+)\.lora_(?:embedding_)?(A|B|magnitude_vector)(?:\.weight)?")
-
-    def takes(self, method):
-        return method.tuner in (LoRATuner, DoRATuner)
+    tuners = (LoRATuner, DoRATuner)
 
     def ours(self, config, own, where):
         if other := unlike(config, known=("use_dora", "modules_to_save")):

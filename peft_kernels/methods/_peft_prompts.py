@@ -5,14 +5,15 @@ prompt_embeddings [length, width]    base_model.<path>.<parameter> of a head
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..engine.attach import Adapter, chosen_sites, state_of, tuners
-from ..engine.method import Part, Replica
-from ..engine.site import base_modules, base_values
+from ..engine.method import Method, Part, Replica, Tuner
+from ..engine.site import Site, base_modules, base_values
 from ..engine.store import tensors
 from ._peft_form import Form, common, kept
 from ._prompt import PromptTuner
@@ -51,7 +52,10 @@ class PromptFiles(Form):
         # PEFT makes as many rows again for a decoder, which never sees them.
         return Adapter([part, *heads], 0), {**values, f"{site.name}.rows".lstrip("."): rows[:length]}
 
-    def heads(self, model, config, given, where):
+    def heads(
+        self, model: nn.Module, config: Mapping[str, Any], given: dict[str, Tensor], where: str
+    ) -> tuple[list[Part], dict[str, Tensor]]:
+        """Of modules trained whole, and those that PEFT takes for heads: a part, if any, and its tensors."""
         names = [*(config.get("modules_to_save") or ()), *_TASKS.get(str(config.get("task_type")), ("", ()))[1]]
         return self.whole(model, given, PREFIX, names, where)
 
@@ -72,7 +76,7 @@ class PromptFiles(Form):
             **fields,
         }
 
-    def parts(self, model, name):
+    def parts(self, model: nn.Module, name: str) -> tuple[list[tuple[Site, Method, Tuner]], list[str]]:
         """([(site, method, tuner)] but for modules trained whole, the paths of those); ValueError for other methods."""
         made, found, whole = dict(tuners(model, name)), [], []
         for level, method, site in chosen_sites(model, adapter := state_of(model).adapters[name]):

@@ -105,7 +105,7 @@ class PromptTuner(Tuner):
 
     def around(self, base: Base | RowBase, module: Any, given: dict[str, Any]) -> Any:
         """The module's output for what it was given by name, P in it."""
-        l, cache, mask = self.length, given.get(CACHE), cast(Tensor, given.get("attention_mask"))  # noqa: E741
+        l, cache, mask = self.length, given.get(CACHE), cast(Tensor, given.get("attention_mask"))
         x = self.embedded(base, module, given)
         n = x.shape[1]
         rows = 0 if self.entered(base.site, cache, given, n) else l

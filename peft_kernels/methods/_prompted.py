@@ -69,7 +69,7 @@ def first_position(module: nn.Module) -> int:
     return getattr(getattr(module, "embeddings", None), "padding_idx", -1) + 1
 
 
-def check_positions(site: Site, l: int, n: int) -> None:  # noqa: E741
+def check_positions(site: Site, l: int, n: int) -> None:
     """ValueError if a table of positions is too short for l rows of a prompt and n tokens."""
     for path, m in base_modules(site.module):
         if path.rpartition(".")[2] in _TABLES and isinstance(m, nn.Embedding):

@@ -26,7 +26,7 @@ def saved_prompt(directory: str | os.PathLike) -> Tensor:
     if len(found) != 1:
         raise ValueError(
             f"{place} holds {len(found) or 'no'} prompts; expected an adapter with one, of a method such as prompt, or "
-            "of ptuning after pk.PTuning.eject"
+            "of ptuning after pk.eject"
         )
     return found[0]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 CACHE = "past_key_values"
 
 
-def seen_by(mask: Any, l: int, rows: int, causal: bool, cache: Any) -> Any:  # noqa: E741
+def seen_by(mask: Any, l: int, rows: int, causal: bool, cache: Any) -> Any:
     """An attention mask with l columns more in front, which everyone sees, and `rows` (0 or l) rows of their own.
 
     mask: None, [batch, keys], [batch, heads, queries, keys] (bool, or added to the scores), or a mapping to such.
@@ -50,14 +50,14 @@ def numbered(mask: Tensor, rows: int) -> Tensor:
     return (torch.arange(mask.shape[1], device=mask.device) - leading(mask)).clamp(min=0)[:, -rows:]
 
 
-def moved(mask: Tensor, l: int, rows: int) -> Tensor:  # noqa: E741
+def moved(mask: Tensor, l: int, rows: int) -> Tensor:
     """Where P comes behind the padding on the left of a mask [batch, n], and the text: index [batch, l + n] into
     [P; x], whose inverse is `rest`."""
     at, j = leading(mask), torch.arange(l + rows, device=mask.device)
     return torch.where(j < at, j + l, torch.where(j < at + l, j - at, j))
 
 
-def rest(mask: Tensor, l: int, rows: int) -> Tensor:  # noqa: E741
+def rest(mask: Tensor, l: int, rows: int) -> Tensor:
     """The places [batch, n] of the text in what `moved` made."""
     j = torch.arange(rows, device=mask.device)
     return torch.where(j < leading(mask), j, j + l)
@@ -128,7 +128,7 @@ def static(cache: Any) -> int | None:
     return max(sizes) if sizes else None
 
 
-def make_room(cache: Any, l: int, n: int, window: int | None) -> None:  # noqa: E741
+def make_room(cache: Any, l: int, n: int, window: int | None) -> None:
     """Makes a static cache that is empty still l longer.
 
     RuntimeError if it has been made and is too short for l more than n tokens, or has no more than a window.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..engine.method import Loan, Method, Part, Tuner
 from ..engine.rows import Routing, RowBase
@@ -152,7 +152,7 @@ class OuterTuner(Tuner, method=Outer):
 class _Generate:
     """A model's `generate`, which notes how long the text is that it continues: without a cache no call shows it."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self.model = model
 
     def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -160,6 +160,6 @@ class _Generate:
         if (text := next((t for t in texts if t is not None), None)) is not None:
             note(_TEXT, text.shape[1])
         try:
-            return type(self.model).generate(self.model, inputs, *args, **kwargs)  # type: ignore[attr-defined]
+            return type(self.model).generate(self.model, inputs, *args, **kwargs)
         finally:
             forget((_TEXT,))

@@ -171,6 +171,9 @@ class _Autoencoder(IPT):
 
 
 class _AutoencoderTuner(_Coder, method=_Autoencoder):
+    w: nn.Parameter
+    b: nn.Parameter
+
     def __init__(self, cfg: _Autoencoder, site: Site):
         super().__init__(cfg, site)
         self.weight = cfg.reconstruction
@@ -180,9 +183,6 @@ class _AutoencoderTuner(_Coder, method=_Autoencoder):
             self.register_parameter(name, site.param(*shape, init=_within(1 / math.sqrt(fan_in))))
         self.given = [saved_prompt(place).flatten().to(self.w) for place in cfg.sources]
         self.task = 0
-
-    w: nn.Parameter
-    b: nn.Parameter
 
     def prompt(self) -> Tensor:
         return self.decoded(F.linear(self.given[self.task], self.w, self.b))

@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engine.attach import names_of, state_of
-from ..engine.life import all_tuners
 from ..engine.method import Loan, Method, Part, Tuner
 from ..engine.rows import Routing, RowBase, in_rows, refuse
 from ..engine.site import Base, Site
@@ -38,7 +36,7 @@ class PrefixTuning(
 
     The text sees the prefix and the prefix sees nothing; it is not rotated, not cached, and T5's position bias of it
     is 0. It needs the family's attention to go through transformers' AttentionInterface (Bloom's and Falcon's do not).
-    Not mergeable; `PrefixTuning.eject` leaves 2 * length * width numbers per layer and drops the network.
+    Not mergeable; `pk.eject` leaves 2 * length * width numbers per layer and drops the network.
     """
 
     length: int = 30  # l
@@ -65,25 +63,6 @@ class PrefixTuning(
             kinds.setdefault(re.sub(r"\d+", "#", tuner.site_name), []).append(tuner)
         for own in kinds.values():
             share(own, "e", "w1", "b1")
-
-    @staticmethod
-    def eject(model: nn.Module, name: str = "default") -> nn.Module:
-        """The prefixes of an adapter as they are now, without the network that makes them; the same bits.
-
-        The model is changed in place and returned; what is saved from here on has hidden=0. ValueError if the adapter
-        has no prefix.
-        """
-        names_of(model, name)
-        own = [tuner for tuner in all_tuners(model, name) if isinstance(tuner, PrefixTuner)]
-        if not own:
-            raise ValueError(f"adapter {name!r} has no prefix to eject; attach pk.PrefixTuning()")
-        with torch.no_grad():
-            flat = [tuner.prefix() for tuner in own]
-        for tuner, (k, v) in zip(own, flat, strict=True):
-            tuner.eject(k, v)
-        adapter = state_of(model).adapters[name]
-        adapter.parts = [replace(part, method=part.method.ejected()) for part in adapter.parts]
-        return model
 
     def ejected(self) -> PrefixTuning:
         return replace(self, hidden=0)
@@ -117,15 +96,8 @@ class PrefixTuner(SharedTuner, method=PrefixTuning):
         k, v = F.linear(h, self.w2, self.b2).chunk(2, dim=-1)
         return k, v
 
-    @property
-    def ejectable(self) -> bool:
-        return "k" not in self._parameters
-
-    def eject(self, k: Tensor, v: Tensor) -> None:
-        for name in list(self._parameters):
-            delattr(self, name)
-        self.k, self.v = nn.Parameter(k.clone()), nn.Parameter(v.clone())
-        vars(self)["lender"] = self
+    def ejected(self) -> dict[str, Tensor]:
+        return {} if "k" in self._parameters else dict(zip("kv", self.prefix(), strict=True))
 
     def forward(self, base: Base, x: Tensor, *args: Any, gate: Tensor | None = None, **kwargs: Any) -> Any:
         """gate [rows, 1, 1]: a factor of the prefix for each row of the batch, or [rows, queries, 1] for each query."""

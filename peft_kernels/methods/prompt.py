@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ def _random(t: Tensor, generator: torch.Generator) -> Tensor:
 
 def _known(cfg: PromptTuning, site: Site, generator: torch.Generator) -> Tensor:
     """Rows [length, width] made of those of tokens."""
-    embedding: Any = site.module.get_input_embeddings()  # type: ignore[operator]  # a model of transformers
+    embedding = cast(Any, site.module).get_input_embeddings()
     if not hasattr(embedding, "num_embeddings"):
         raise ValueError(f"prompt init = {cfg.init!r}; {site.name} has no vocabulary, so use random")
 

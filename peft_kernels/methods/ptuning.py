@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..engine.attach import names_of, state_of
-from ..engine.life import all_tuners
 from ..engine.site import Site
 from ._phm import normal
 from ._prompt import Prompt, PromptTuner
@@ -28,11 +26,12 @@ _TINY = {"length": 3, "hidden": 4}
 class PTuning(Prompt, roles=("backbone",), lr=1e-3, tiny=_TINY, kinds=("module",), family="additive"):
     """A prompt made by an LSTM or an MLP. Liu et al. 2021, arXiv:2103.10385.
 
-    Once trained, the network has done its work: `pk.PTuning.eject(model)` leaves the rows that it makes.
+    Once trained, the network has done its work: `pk.eject(model)` leaves the rows that it makes. Outputs in eval mode
+    stay bit-equal, but under autocast, where the network ran in 16 bits.
     """
 
     length: int = 20  # tokens of the prompt
-    encoder: str = "lstm"  # the authors'; or "mlp"; "none": the rows alone, as eject leaves them
+    encoder: str = "lstm"  # the authors'; or "mlp"; "none": the rows alone, as pk.eject leaves them
     hidden: int = 0  # m; 0: as wide as an embedding, of the lstm both directions together
     layers: int = 2  # of the lstm
     dropout: float = 0.0  # between the layers of the lstm
@@ -46,26 +45,6 @@ class PTuning(Prompt, roles=("backbone",), lr=1e-3, tiny=_TINY, kinds=("module",
                 f"PTuning length = {self.length}, hidden = {self.hidden}, layers = {self.layers}, dropout = "
                 f"{self.dropout}; expected at least 1, 0 and 1, and a probability below 1"
             )
-
-    @staticmethod
-    def eject(model: nn.Module, name: str = "default") -> nn.Module:
-        """Runs the network once, keeps the l d numbers that it makes in its place, and returns the model.
-
-        Outputs in eval mode stay bit-equal, but under autocast, where the network ran in 16 bits. The rows may be
-        trained on; `pk.save` and `pk.load` take the adapter as it is now. ValueError if there is no network.
-        """
-        names_of(model, name)
-        own = [t for t in all_tuners(model, name) if isinstance(t, PTuningTuner) and t.ejectable]
-        if not own:
-            raise ValueError(f"adapter {name!r} has no prompt encoder; expected one of method ptuning, not yet ejected")
-        for tuner in own:
-            tuner.eject()
-        adapter = state_of(model).adapters[name]
-        adapter.parts = [
-            replace(part, method=part.method.ejected()) if isinstance(part.method, PTuning) else part
-            for part in adapter.parts
-        ]
-        return model
 
     def ejected(self) -> PTuning:
         return replace(self, encoder="none")
@@ -98,16 +77,15 @@ class LSTM(nn.Module):
 
 
 class PTuningTuner(PromptTuner, method=PTuning):
-    """The encoder, with the names of PEFT; after `eject` the rows alone."""
+    """The encoder, with the names of PEFT; ejected, the rows alone."""
 
     lstm_head: LSTM | None
-    mlp_head: nn.Sequential | None
+    mlp_head: nn.Sequential
     rows: nn.Parameter
 
     def __init__(self, cfg: PTuning, site: Site):
         super().__init__(cfg, site)
         if cfg.encoder == "none":
-            self.lstm_head = self.mlp_head = None
             self.rows = site.param(cfg.length, self.width, init=normal(1.0))
             return
         both = cfg.encoder == "lstm"
@@ -120,31 +98,18 @@ class PTuningTuner(PromptTuner, method=PTuning):
         self.mlp_head = nn.Sequential(*(part for one in made[:-1] for part in (one, nn.ReLU())), made[-1])
 
     def prompt(self) -> Tensor:
-        if self.mlp_head is None:
+        if "rows" in self._parameters:
             return self.rows
         x = self.embedding.weight
         return self.mlp_head(x if self.lstm_head is None else self.lstm_head(x))
 
-    @property
-    def ejectable(self) -> bool:
-        return self.mlp_head is not None
-
-    def eject(self) -> None:
-        """Puts the rows that the encoder makes in its place; nothing if they are there."""
-        if self.ejectable:
-            training = self.training
-            with torch.no_grad():
-                self._hold(self.eval().prompt())
-            self.train(training)
-
-    def _hold(self, rows: Tensor) -> None:
-        self.rows = nn.Parameter(rows, self.embedding.weight.requires_grad)
-        self.lstm_head = self.mlp_head = None
-        del self.embedding
-
-    def reshape(self, values: dict[str, Tensor]) -> None:
-        if "rows" in values and self.ejectable:  # the file is of an ejected one
-            self._hold(torch.empty_like(self.embedding.weight))
+    def ejected(self) -> dict[str, Tensor]:
+        if "rows" in self._parameters:
+            return {}
+        training = self.training
+        rows = self.eval().prompt()
+        self.train(training)
+        return {"rows": rows}
 
 
 def _linear(site: Site, n_in: int, n_out: int) -> nn.Linear:

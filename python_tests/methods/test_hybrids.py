@@ -106,7 +106,7 @@ def test_counts_of_mam_on_bart_large():
     """An adapter in each of 24 layers, a prefix in each of 36 attentions: 12 of them look at the encoder."""
     sizes = dict(d_model=1024, encoder_layers=12, decoder_layers=12, encoder_ffn_dim=4096, decoder_ffn_dim=4096)
     model = pk.attach(meta("bart", **sizes, encoder_attention_heads=16, decoder_attention_heads=16), pk.MAM())
-    pk.PrefixTuning.eject(model)
+    pk.eject(model)
     counts = pk.counts(model)
     assert counts.trainable == counts.stored == 24 * 1_050_112 + 2_211_840 == 27_414_528
     assert round(100 * counts.stored / counts.total, 2) == 6.75
@@ -370,3 +370,6 @@ def test_eject_of_any_adapter(method):
 def test_a_hybrid_trains_at_its_own_rate(cls):
     model = pk.attach(make("bert").model, cls(**cls.tiny))
     assert {group["lr"] for group in param_groups(model)} == {cls.lr}
+    model = pk.attach(make("bert").model, pk.Union(cls(**cls.tiny), pk.IA3()))
+    assert {group["lr"] for group in param_groups(model)} == {cls.lr, pk.IA3.lr}
+    assert {group["lr"] for group in param_groups(model, lr=0.5)} == {0.5}

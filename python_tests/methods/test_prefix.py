@@ -55,7 +55,7 @@ def test_counts_of_gpt2_medium():
     counts = pk.counts(model)
     assert counts.trainable == counts.stored == 25_750_016
     assert counts.changed == counts.rank == 0
-    pk.PrefixTuning.eject(model)
+    pk.eject(model)
     assert pk.counts(model).trainable == pk.counts(model).stored == 2 * 24 * 10 * 1024 == 491_520
 
 
@@ -75,7 +75,7 @@ def test_each_kind_of_attention_has_its_own_network():
 def test_eject_keeps_every_bit(family, tmp_path):
     case = prefixed(family, hidden=4)
     before, trained = case.call(case.model), pk.counts(case.model).trainable
-    assert pk.PrefixTuning.eject(case.model) is case.model
+    assert pk.eject(case.model) is case.model
     assert torch.equal(case.call(case.model), before)
     assert pk.counts(case.model).trainable == sum(2 * 3 * tuner.width for tuner in own(case.model)) < trained
     pk.save(case.model, tmp_path / "flat")
@@ -90,13 +90,17 @@ def test_eject_reaches_into_recipes():
     pk.attach(case.model, pk.Union(pk.LoRA(rank=2), pk.Gated(pk.PrefixTuning(length=3, hidden=4))))
     perturb(case.model)
     before = case.call(case.model)
-    pk.PrefixTuning.eject(case.model)
+    pk.eject(case.model)
     assert torch.equal(case.call(case.model), before)
     inner = state_of(case.model).adapters["default"].parts[0].method.members[1].method.inner
     assert inner == pk.PrefixTuning(length=3, hidden=0)
-    pk.attach(case.model, pk.LoRA(rank=2), name="other")
-    with pytest.raises(ValueError, match="'other' has no prefix to eject"):
-        pk.PrefixTuning.eject(case.model, "other")
+
+
+def test_eject_of_a_frozen_adapter_leaves_it_frozen(tmp_path):
+    where = pk.save(prefixed("bert", hidden=4).model, tmp_path / "adapter")
+    model = pk.eject(pk.load(make("bert").model, where))
+    assert [name for tuner in own(model) for name, _ in tuner.named_parameters()] == ["k", "v"] * len(own(model))
+    assert pk.counts(model).trainable == 0
 
 
 # -- HF PEFT ----------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def test_any_method_that_leaves_rows_is_a_source(method, tmp_path):
     if method == "ptuning":
         with pytest.raises(ValueError, match="holds no prompts.*eject"):
             begun(source=str(pk.save(model, tmp_path / "encoder")))
-        pk.PTuning.eject(model)
+        pk.eject(model)
     where = pk.save(model, tmp_path / "source")
     (kept,) = [p for name, p in model.named_parameters() if name.endswith(".rows")]
     assert torch.equal(begun(source=str(where)), kept)
