@@ -97,7 +97,7 @@ def notes(summary: Row) -> list[str]:
     head, second, file = summary["head"], summary["second"], summary["settings"]["second"]
     lines = [
         f"trainable, changed, rank, stored, file: without the head's {head['trainable']:,} numbers, which every method "
-        "trains too (not the two probes)",
+        "trains too (not the two probes, nor warp, which reads the classes otherwise)",
         "peak: resident memory in training beyond the base's (of the GPU where there is one); CPU, wall: of training, "
         "calibration included, evaluation not",
         "inference, merged: time of a forward pass over the base's, before and after merging (-: does not merge)",

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from .engine.attach import state_of, tuners
 from .engine.store import CONFIG, read_config
 from .engine.store import load as load_adapter
-from .hf_accelerate import Report as Report
-from .hf_accelerate import accelerate as accelerate
 from .methods._peft import load as load
 from .methods._peft import save as save
+from .methods._peft_accelerate import Report as Report
+from .methods._peft_accelerate import accelerate as accelerate
 from .quant import KINDS, NF4Linear, footprint, quantize
 from .shards import shards, tensors
 

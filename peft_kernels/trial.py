@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from .batches import Batches, device_of
 from .bench.measure import measure, ratio
 from .data import Columns, read_data
-from .engine.attach import attach, detach
+from .engine.attach import attach, detach, tuners
 from .engine.calibrate import calibrate
 from .engine.counts import counts
 from .engine.fit import fit
 from .engine.life import eject
 from .engine.merge import merge
-from .engine.method import Method
+from .engine.method import Method, Replica
 from .engine.store import WEIGHTS, save
 from .methods import Head
 from .probe import features, linear_probe
@@ -101,6 +101,9 @@ def method_row(job: Job, setup: Setup, second: SecondTask | None, seconds: float
     head, task = head_counts(job, setup), setup.task
     memory = Memory(job.on_cuda)
     model = setup.attach(job)
+    whole = {path for path, tuner in tuners(model, "default") if isinstance(tuner, Replica)}
+    if not whole & {"", *task.trained(model)}:  # it reads the classes otherwise, as WARP does
+        head = dict.fromkeys(head, 0)
     batches = setup.batches("train")
     watch = Watch()
     calibrate(model, Watched(batches, lambda taken: say("calibrating", taken / len(batches))), progress=False)
@@ -134,7 +137,7 @@ def method_row(job: Job, setup: Setup, second: SecondTask | None, seconds: float
 
 
 def head_counts(job: Job, setup: Setup) -> dict[str, int]:
-    """Of the head that every method trains beside itself, to be left out of its figures; zeros for the head alone."""
+    """Of the head, to be left out of a method's figures; zeros for the head alone."""
     names = ("trainable", "changed", "rank", "stored")
     paths = setup.task.trained(setup.model) if job.train is None else job.train
     if not paths:

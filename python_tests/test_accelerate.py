@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
-from peft_kernels.hf_accelerate import Fused
+from peft_kernels.methods._peft_fused import Fused
 from peft_kernels.ops._op import recording
 
 peft = pytest.importorskip("peft")

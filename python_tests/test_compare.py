@@ -115,6 +115,13 @@ def test_the_counts_are_those_without_the_head(capsys, model_dir, data_file, tmp
     assert rows["full"]["trainable"] + head["trainable"] == pk.counts(alone).total
 
 
+def test_the_counts_of_a_method_without_a_head_are_whole(model_dir, data_file):
+    given = job(model_dir, data_file, pk.WARP(length=3, mask_token=4), budget="3steps", batch_size=8)
+    words = {"job": trial.job_to(given), "second": None, "threads": None, "seconds": 0.01, "baselines": False}
+    row = trial.run(words, lambda stage, done: None)
+    assert row["trainable"] == row["stored"] == (3 + 2) * 32 and row["bytes"] > 0
+
+
 def job(model, data, method=None, **settings):
     return train.Job(str(model), str(data), method or pk.LoRA(), "out", **settings)
 

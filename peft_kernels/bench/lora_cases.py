@@ -19,7 +19,7 @@ from ..check import double
 from ..engine.attach import attach
 from ..engine.route import route
 from ..engine.site import adapters_of
-from ..hf_accelerate import accelerate
+from ..methods._peft_accelerate import accelerate
 from ..methods.lora import LoRA
 from ..ops import all_ops, backend, lora_add, lora_linear, lora_linear_slices
 from ..ops._op import Cost

@@ -16,7 +16,7 @@ from ._prompt import Prompt, crosses
 from ._sequence import numbered, take
 from ._spliced import SplicedTuner, ordered, spliced
 
-LR = 1e-3
+LR = 1e-2
 ASKED, STATE = "who asks for [MASK]", "hidden state at [MASK]"  # notes
 
 

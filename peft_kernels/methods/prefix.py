@@ -30,7 +30,7 @@ from ._shift import Shift
 
 @dataclass(frozen=True)
 class PrefixTuning(
-    Method, roles=("attn",), lr=5e-3, tiny={"length": 3, "hidden": 4}, key="prefix", kinds=None, family="additive"
+    Method, roles=("attn",), lr=1e-3, tiny={"length": 3, "hidden": 4}, key="prefix", kinds=None, family="additive"
 ):
     """Trained keys and values before those of every attention layer. Li & Liang 2021, arXiv:2101.00190.
 
