@@ -7,7 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from ._peft_fused import KINDS, Fused
+from ._peft_fused import Fused
+from ._peft_fused_lokr import FusedLoKr
+from ._peft_fused_lora import FusedLoRA
+
+KINDS: dict[str, type[Fused]] = {"lora": FusedLoRA, "lokr": FusedLoKr}  # module of peft.tuners -> of its Linear
 
 
 class Report:
