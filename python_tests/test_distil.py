@@ -16,6 +16,7 @@ from peft_kernels import cli, report, sweep, train
 from peft_kernels.engine.attach import tuners
 from peft_kernels.engine.distil import digest
 from peft_kernels.engine.losses import counted, distillation, symmetric_kl
+from peft_kernels.settings import method_from
 
 cross_entropy = torch.nn.functional.cross_entropy
 FLAT, TILTED = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, math.log(3)]])
@@ -390,7 +391,7 @@ def data_file(tmp_path_factory):
 def wise(model_dir, data_file, tmp_path_factory):
     """(the directory of a tuned adapter, that of the same as a model, its summary)"""
     place = tmp_path_factory.mktemp("wise")
-    method = cli.method_from("lora", ["rank=8"])
+    method = method_from("lora", ["rank=8"])
     job = train.Job(str(model_dir), str(data_file), method, str(place / "adapter"), epochs=12, batch_size=8, lr=1e-2)
     summary = train.tune(job, progress=False)
     assert cli.main(["merge", "--adapter", str(place / "adapter"), "--out", str(place / "model")]) == 0

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from texts import bert, run, toy, write
 
 import peft_kernels as pk
-from peft_kernels import cli
 from peft_kernels.engine.attach import tuners
 from peft_kernels.engine.life import all_tuners
 from peft_kernels.engine.parts import parts_of
 from peft_kernels.engine.recipe import Recipe
 from peft_kernels.engine.store import from_config, tensors
+from peft_kernels.settings import method_from
 
 RECIPE = """\
 # Two parts.
@@ -41,7 +41,7 @@ def test_a_file_says_the_same_as_python_and_as_set(tmp_path):
     path = tmp_path / "two.yaml"
     path.write_text(RECIPE)
     members = [part.to_json() for part in TWO.members]
-    by_set = cli.method_from("union", [f"members={json.dumps(members)}"])
+    by_set = method_from("union", [f"members={json.dumps(members)}"])
     (tmp_path / "two.json").write_text(json.dumps({"parts": members}, indent="\t"))
     found = [
         pk.recipe(path),
@@ -50,7 +50,7 @@ def test_a_file_says_the_same_as_python_and_as_set(tmp_path):
         pk.recipe(tmp_path / "two.json"),
         by_set,
     ]
-    for method in [*found, cli.method_from(str(path), [])]:
+    for method in [*found, method_from(str(path), [])]:
         assert method == TWO
         assert method.to_json() == TWO.to_json()
 
@@ -179,10 +179,10 @@ def test_tune_and_explain_take_a_recipe(capsys, tmp_path):
 def test_set_changes_a_field_of_a_recipe(tmp_path):
     path = tmp_path / "one.yaml"
     path.write_text("method: lora\nrank: 4\ndropout: 0.5")
-    assert cli.method_from(str(path), ["rank=2"]) == pk.LoRA(rank=2, dropout=0.5)
+    assert method_from(str(path), ["rank=2"]) == pk.LoRA(rank=2, dropout=0.5)
     path.write_text("parts: [lora]")
     with pytest.raises(ValueError, match="union has no field 'rank'; it has members"):
-        cli.method_from(str(path), ["rank=2"])
+        method_from(str(path), ["rank=2"])
 
 
 # -- the parts of a saved stack ---------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from texts import SPECIAL, WORDS, WRITTEN, gpt2, numbers, refused, run, same, to
 from torch import nn
 
 import peft_kernels as pk
-from peft_kernels import cli, hf, report, tasks, train
+from peft_kernels import hf, report, tasks, train
 from peft_kernels.batches import Batches
 from peft_kernels.data import read_data
+from peft_kernels.settings import method_from
 
 for module in ("transformers", "sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(module)
@@ -33,7 +34,7 @@ def data_file(tmp_path_factory):
 def tuned(model_dir, data_file, tmp_path_factory):
     """(summary, directory) of one run."""
     out = tmp_path_factory.mktemp("tuned") / "out"
-    method = cli.method_from("lora", ["rank=4", "alpha=8"])
+    method = method_from("lora", ["rank=4", "alpha=8"])
     job = train.Job(
         str(model_dir), str(data_file), method, str(out), epochs=12, batch_size=8, lr=1e-2, model_dropout=0.0
     )
@@ -66,7 +67,7 @@ def test_tune_reports_what_is_true(tuned):
 
 @pytest.mark.parametrize("settings", [["init=labels"], ["init=text", "text=animal or food"]])
 def test_a_prompt_begins_with_words(settings, model_dir, data_file, tmp_path):
-    method = cli.method_from("prompt", ["length=3", *settings])
+    method = method_from("prompt", ["length=3", *settings])
     job = train.Job(str(model_dir), str(data_file), method, str(tmp_path / "out"), batch_size=8)
     saved = train.tune(job, progress=False)["method"]
     word = {name: i for i, name in enumerate(WORDS)}
