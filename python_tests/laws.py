@@ -1,5 +1,6 @@
 """What the tests of single backends share."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,31 @@ from peft_kernels.check import DTYPES, compare, double
 
 OPS = pk.ops.all_ops()
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
+GPU = torch.cuda.is_available()  # without one, the kernels for it run on the CPU: Triton's interpreted, CUDA's emulated
+
+
+def marks(op, backend):
+    """Of tests of an op's kernels: `gpu` where they run on one, what is made in the test then too (ops/conftest.py)."""
+    there = GPU and backend in ("triton", "cuda")
+    here = backend in ("reference", *(kernel.name for kernel in OPS[op]._load("cuda" if there else "cpu")))
+    skipped = pytest.mark.skipif(not here, reason=f"no {backend} kernels of {op} run here")
+    return [skipped, pytest.mark.gpu] if there else [skipped]
+
+
+def backends(op, *names):
+    """Parameters: these, or reference and every kernel's."""
+    if not names:
+        kernels = [kernel.name for device in ("cpu", "cuda") for kernel in OPS[op]._load(device)]
+        names = dict.fromkeys(("reference", *kernels))
+    return [pytest.param(name, marks=marks(op, name)) for name in names]
+
+
+def native(family):
+    """The module of the CUDA kernels that run here."""
+    name = f"peft_kernels.kernels.{family}.{family}_native"
+    if GPU:
+        return importlib.import_module(name)
+    return importlib.import_module("peft_kernels.kernels.common.library").emulated(name)
 
 
 def at_level(level, code, *args):

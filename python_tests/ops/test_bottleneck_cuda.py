@@ -5,17 +5,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from laws import OPS, as_good
+from laws import OPS, as_good, marks
 
 import peft_kernels as pk
 from peft_kernels.ops import _philox
 from peft_kernels.ops.bottleneck import ACTIVATIONS
 
-for _op in OPS.values():
-    _op._load("cpu")
-pytestmark = pytest.mark.skipif(
-    all(kernel.name != "cuda" for kernel in OPS["bottleneck"]._kernels["cpu"]), reason="no compiler for the emulation"
-)
+pytestmark = marks("bottleneck", "cuda")
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 ALL = (True,) * 8
 both_ways = pytest.mark.parametrize("clusters", ("0", "1"))

@@ -1,19 +1,15 @@
 """Triton kernels of bottlenecks where no sample of the contract leads: tiles, parts of sums, hard LayerNorms."""
 
-import os
-
 import pytest
 import torch
-from laws import as_good
+from laws import OPS, as_good, marks
 
 import peft_kernels as pk
 from peft_kernels.check import compare, double, gradients
 from peft_kernels.ops._op import Sample
 
-pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton runs on the GPU")
+pytestmark = marks("bottleneck", "triton")
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
-RNG = torch.tensor([5, -7])
 
 
 def _args(rows, k, m, n, dtype, low, ln="wb", p=0.25, act=1, x=None):
@@ -24,7 +20,7 @@ def _args(rows, k, m, n, dtype, low, ln="wb", p=0.25, act=1, x=None):
     wd, wu = (torch.randn(i, o, generator=made).mul(i**-0.5).to(low).T for i, o in ((k, m), (m, n)))
     norm = [(t if letter in (ln or "") else None) for t, letter in ((ln_w + 1, "w"), (ln_b, "b"))]
     norm, bd, bu = [None if t is None else t.to(low) for t in norm], bd.to(low), bu.to(low)
-    x, eps, rng = drawn if x is None else x, None if ln is None else 1e-5, RNG if p else None
+    x, eps, rng = drawn if x is None else x, None if ln is None else 1e-5, torch.tensor([5, -7]) if p else None
     return residual.to(dtype), x.to(dtype), *norm, wd, bd, wu, bu, gate, act, 0.5, eps, p, rng
 
 
@@ -57,7 +53,7 @@ def test_a_large_mean_does_not_cancel(dtype):
     x = torch.randn(4, 300, generator=made) + 1000 * torch.arange(4)[:, None]
     x[0, :32] += 300
     _, *args = _args(4, 300, 6, 300, dtype, f32, p=0.0, x=x)
-    op, sample = pk.ops.all_ops()["bottleneck"], Sample("far", tuple(args), tuple(range(8)))
+    op, sample = OPS["bottleneck"], Sample("far", tuple(args), tuple(range(8)))
     with pk.backend("triton"):
         ours = (*op.run(*args), *gradients(op, sample))
     plain = (*op.reference(*args), *gradients(op.reference, sample))
@@ -70,7 +66,7 @@ def test_rows_of_one_number(dtype):
     x = torch.tensor([0.0, 1.0, 1e-20, -3e4])[:, None].expand(4, 300)
     residual, *args = _args(4, 300, 6, 300, dtype, dtype, p=0.0, x=x)
     with pk.backend("triton"):
-        _, z, stats = pk.ops.all_ops()["bottleneck_add"].run(residual, *args)
+        _, z, stats = OPS["bottleneck_add"].run(residual, *args)
     x, ln_b, wd, bd = (args[i].double() for i in (0, 2, 3, 4))
     torch.testing.assert_close(stats.double(), torch.stack((x[:, 0], torch.full((4,), 1e-5**-0.5).double())))
     tolerance = {"atol": 2e-3, "rtol": 2e-3} if dtype == f32 else {"atol": 5e-2, "rtol": 2e-2}
@@ -81,14 +77,14 @@ def test_what_is_not_finite_stays_in_its_row():
     residual, x, *args = _args(20, 40, 5, 40, f32, f32, p=0.0)
     x[3, 5], x[9, 14] = torch.nan, torch.inf
     with pk.backend("triton"):
-        y, *_ = pk.ops.all_ops()["bottleneck_add"].run(residual, x, *args)
+        y, *_ = OPS["bottleneck_add"].run(residual, x, *args)
     assert (~y.isfinite()).any(1).nonzero().flatten().tolist() == [3, 9]
 
 
 @pytest.mark.parametrize("strided", (False, True))
 def test_in_place(strided):
     residual, *args = _args(20, 40, 5, 24, bf16, f32)
-    op, own = pk.ops.all_ops()["bottleneck_add"], torch.empty(24, 20, dtype=bf16).T if strided else residual.clone()
+    op, own = OPS["bottleneck_add"], torch.empty(24, 20, dtype=bf16).T if strided else residual.clone()
     with pk.backend("triton"):
         expected = op.run(residual, *args)
         got = op.run(own.copy_(residual), *args, inplace=True)

@@ -2,17 +2,13 @@
 
 import pytest
 import torch
-from laws import OPS, as_good
+from laws import OPS, as_good, marks
 
 import peft_kernels as pk
 from peft_kernels.check import DTYPES
 from peft_kernels.ops.fastfood_state import UNIT, fastfood_state
 
-for _op in OPS.values():
-    _op._load("cpu")
-pytestmark = pytest.mark.skipif(
-    all(kernel.name != "cuda" for kernel in OPS["fwht"]._kernels["cpu"]), reason="no compiler for the emulation"
-)
+pytestmark = marks("fwht", "cuda")
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 SMALL = str(99 << 10)  # bytes of shared memory on sm_86: tiles of 2^15 have no room
 

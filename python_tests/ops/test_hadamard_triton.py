@@ -2,33 +2,29 @@
 
 import pytest
 import torch
+from laws import OPS, as_good, marks
 
 import peft_kernels as pk
-from peft_kernels.check import DTYPES, compare, double
+from peft_kernels.check import DTYPES
 from peft_kernels.ops.fastfood_state import UNIT, fastfood_state
 
-OPS = pk.ops.all_ops()
-pytest.importorskip("peft_kernels.kernels.hadamard.hadamard_triton", reason="Triton is not installed")
+pytestmark = marks("fwht", "triton")
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def as_good(op, *args):
-    """The output on Triton, as good as that of plain torch."""
-    with pk.backend("triton"):
-        out = OPS[op].run(*args)
-    _, wrong = compare(out, OPS[op].reference(*args).to(out.dtype), OPS[op].reference(*double(args)))
-    assert not wrong, f"{op}: {wrong}"
+def _good(op, *args):
+    return as_good(op, *args, backend="triton")
 
 
 @pytest.mark.parametrize("levels", range(1, 15))
 def test_factors(levels):
     """One to three factors; the last number is padding."""
-    as_good("fwht", torch.randn(2, (1 << levels) - 1).to(DTYPES[levels % 3]), 0.5)
+    _good("fwht", torch.randn(2, (1 << levels) - 1).to(DTYPES[levels % 3]), 0.5)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((1, 20001), f32), ((2, 16400), bf16)], ids=str)
 def test_two_launches(shape, dtype):
-    as_good("fwht", torch.randn(shape).to(dtype), 0.01)
+    _good("fwht", torch.randn(shape).to(dtype), 0.01)
 
 
 @pytest.mark.slow
@@ -67,5 +63,5 @@ def test_fastfood(d, numel, theta, dtype, base, floats):
     if floats:
         pi_mod, g = pi_mod.int(), g * UNIT
     t, b, dy = (torch.randn(n, generator=made) for n in (d, numel, numel))
-    as_good("fastfood", t.to(theta), sign, pi_mod, g, b.to(dtype) if base else None, numel, 0.01)
-    as_good("fastfood_backward", dy.to(dtype), sign, pi_mod, g, 0.01)
+    _good("fastfood", t.to(theta), sign, pi_mod, g, b.to(dtype) if base else None, numel, 0.01)
+    _good("fastfood_backward", dy.to(dtype), sign, pi_mod, g, 0.01)

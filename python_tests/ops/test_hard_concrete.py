@@ -5,15 +5,13 @@ import math
 
 import pytest
 import torch
+from laws import backends
 
 import peft_kernels as pk
 from peft_kernels.ops import _philox
 
-OPS = pk.ops.all_ops()
 CONTRACT = importlib.import_module("peft_kernels.ops.hard_concrete")  # the name in pk.ops is the function
-OPS["hard_concrete"]._load("cpu")
-BACKENDS = ["reference", *(kernel.name for kernel in OPS["hard_concrete"]._kernels["cpu"])]
-every_backend = pytest.mark.parametrize("name", BACKENDS)
+every_backend = pytest.mark.parametrize("name", backends("hard_concrete"))
 
 
 def gates(alpha, **kw):

@@ -2,15 +2,11 @@
 
 import pytest
 import torch
-from laws import OPS, as_good
+from laws import OPS, as_good, marks
 
 import peft_kernels as pk
 
-for _op in OPS.values():
-    _op._load("cpu")
-pytestmark = pytest.mark.skipif(
-    all(kernel.name != "cuda" for kernel in OPS["kron_linear"]._kernels["cpu"]), reason="no compiler for the emulation"
-)
+pytestmark = marks("kron_linear", "cuda")
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 MIXED = [(bf16, bf16), (bf16, f32), (f16, f16), (f16, f32)]
 every_mix = pytest.mark.parametrize(("dtype", "low"), MIXED, ids=lambda d: str(d)[6:])

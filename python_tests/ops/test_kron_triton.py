@@ -1,15 +1,12 @@
 """Triton kernels of Kronecker products where no sample of the contract leads: many tiles, steps and parts."""
 
-import os
-
 import pytest
 import torch
-from laws import as_good
+from laws import as_good, marks
 
 import peft_kernels as pk
 
-pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton runs on the GPU")
+pytestmark = marks("kron_linear", "triton")
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 
 

@@ -2,15 +2,11 @@
 
 import pytest
 import torch
-from laws import OPS, as_good
+from laws import OPS, as_good, marks
 
 import peft_kernels as pk
 
-for _op in OPS.values():
-    _op._load("cpu")
-pytestmark = pytest.mark.skipif(
-    all(kernel.name != "cuda" for kernel in OPS["lora_add"]._kernels["cpu"]), reason="no compiler for the emulation"
-)
+pytestmark = marks("lora_add", "cuda")
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 
 

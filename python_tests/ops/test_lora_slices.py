@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import backends
 
 import peft_kernels as pk
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = backends("lora_linear_slices", "reference", "cpu", "triton")
 SLICES = ((40, 3), (17, 0), (51, 8), (24, 70))  # (out, rank)
 RNG = torch.tensor([5, 6])
 slices, linear = pk.ops.lora_linear_slices, pk.ops.lora_linear
@@ -59,8 +60,9 @@ def test_on_the_cpu_it_has_the_bits_of_separate_calls(rows, dtype, low, p):
 def test_equals_separate_calls(name, p):
     """On every backend, and so does each mask, which the results of a large x would tell apart."""
     args = problem()
+    rng = RNG.to(args[0].device)
     with pk.backend(name):
-        own, many = slices(*args, p=p, rng=RNG), apart(*args, p=p, rng=RNG)
+        own, many = slices(*args, p=p, rng=rng), apart(*args, p=p, rng=rng)
         grads = [gradients(ys, args[0], *args[3:5]) for ys in (own, many)]
     for a, b in zip((*own, *grads[0]), (*many, *grads[1]), strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
@@ -92,7 +94,7 @@ def test_nothing_is_kept_but_x_once_t_and_the_seed():
 def test_rank_zero_is_the_frozen_linear(name):
     x, ws, biases, as_, bs, scales = problem()
     with pk.backend(name):
-        ys = slices(x, ws, biases, as_, bs, scales, p=0.5, rng=RNG)
+        ys = slices(x, ws, biases, as_, bs, scales, p=0.5, rng=RNG.to(x.device))
     assert torch.equal(ys[1], F.linear(x, ws[1]))
 
 

@@ -8,12 +8,13 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import OPS, backends
 
 import peft_kernels as pk
 from peft_kernels.check import DTYPES, compare
 from peft_kernels.ops import _philox
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = backends("multi_lora_add", "reference", "cpu", "triton")
 RANKS = (3, 0, 8, 1, 24, 70)
 
 
@@ -140,13 +141,13 @@ def test_threads_and_row_counts_do_not_change_a_bit():
     x, _, _, a, b, r_indptr, scaling, ids = problem((300,), k=800, n=500, ranks=(4, 16, 70) + (8,) * 40)
     ids[:100] = 1
     bank, y, rng = (*flat(a, b), r_indptr, scaling, ids, None, 70, 0.1), torch.randn(300, 500), torch.tensor([1, 2])
-    ops, before, outs = pk.ops.all_ops(), torch.get_num_threads(), []
+    before, outs = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 8):
             torch.set_num_threads(threads)
             with pk.backend("cpu"):
-                added = ops["multi_lora_add"].run(y, x, *bank, rng)
-                outs.append((added, *ops["multi_lora_add_backward"].run(y, x, *bank, rng, (True, True, True))))
+                added = OPS["multi_lora_add"].run(y, x, *bank, rng)
+                outs.append((added, *OPS["multi_lora_add_backward"].run(y, x, *bank, rng, (True, True, True))))
     finally:
         torch.set_num_threads(before)
     for other in outs[1:]:
@@ -306,15 +307,14 @@ def test_a_bank_shorter_than_its_ranks_is_refused():
 # -- a given plan, any shapes, slices ---------------------------------------------------------------------------------
 
 ANY_RANK = (0, 1, 3, 4, 8, 12, 16, 24, 64, 100)
-OPERATIONS = pk.ops.all_ops()
 
 
 def outputs(name, y, x, bank, plan, r_max, p=0.0, rng=None):
     """(y, dx, da, dbt) of the sum's op and its backward, y being the gradient too."""
     args = (*bank, plan, r_max, p, rng)
     with pk.backend(name):
-        added = OPERATIONS["multi_lora_add"].run(y, x, *args)
-        return added, *OPERATIONS["multi_lora_add_backward"].run(y, x, *args, (True, True, True))
+        added = OPS["multi_lora_add"].run(y, x, *args)
+        return added, *OPS["multi_lora_add_backward"].run(y, x, *args, (True, True, True))
 
 
 def close(ours, plain, truth, what):
@@ -332,7 +332,7 @@ def against_fp64(name, y, x, bank, plan, r_max, p=0.0, rng=None, what=""):
 
 
 @pytest.mark.parametrize("block_m", (5, 16, 32, 64, 96))
-@pytest.mark.parametrize("name", ("cpu", "triton"))
+@pytest.mark.parametrize("name", BACKENDS[1:])
 def test_a_given_plan_changes_nothing(name, block_m):
     """Bit for bit where it is the plan that a backend makes by itself, and on the CPU, which makes none."""
     x, _, _, a, b, *index = problem((70,))
@@ -345,7 +345,7 @@ def test_a_given_plan_changes_nothing(name, block_m):
 
 
 @pytest.mark.parametrize("r_max", (100, 106))
-@pytest.mark.parametrize("name", ("cpu", "triton"))
+@pytest.mark.parametrize("name", BACKENDS[1:])
 def test_a_wide_bound_of_the_ranks_changes_nothing(name, r_max):
     x, _, _, a, b, *index = problem((20,))
     bank, y = (*flat(a, b), *index), torch.randn(20, 37)
@@ -366,7 +366,7 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("case", PATTERNS)
-@pytest.mark.parametrize("name", ("cpu", "triton"))
+@pytest.mark.parametrize("name", BACKENDS[1:])
 def test_ids_and_ranks_of_every_kind(name, case):
     ids, ranks = PATTERNS[case]
     x, _, _, a, b, r_indptr, scaling, _ = problem((len(ids),), 33, 18, ranks or (0,))
@@ -408,10 +408,11 @@ def test_any_problem(drawn):
         assert torch.equal(ours, again)
 
 
+@pytest.mark.parametrize("name", BACKENDS[2:])
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(any_problem(rows=20))
-def test_any_problem_in_triton(drawn):
-    for ours, again in zip(against_fp64("triton", *drawn), outputs("triton", *drawn), strict=True):
+@given(drawn=any_problem(rows=20))
+def test_any_problem_on_a_gpu(name, drawn):
+    for ours, again in zip(against_fp64(name, *drawn), outputs(name, *drawn), strict=True):
         assert torch.equal(ours, again)
 
 
@@ -434,13 +435,13 @@ def test_slices_are_separate_calls(name, slice_n, ranks):
     (y, x, a, bt, r_indptr, scaling, ids), own = sliced(slice_n, ranks)
     index = r_indptr, scaling, ids
     truth = [
-        OPERATIONS["multi_lora_add"].reference(
+        OPS["multi_lora_add"].reference(
             part.double(), x.double(), *(f.double() for f in factors), *index, None, 0, 0.0, None
         )
         for part, factors in zip(y.split(slice_n, 1), own, strict=True)
     ]
     plain = [
-        OPERATIONS["multi_lora_add"].reference(part, x, *factors, *index, None, 0, 0.0, None)
+        OPS["multi_lora_add"].reference(part, x, *factors, *index, None, 0, 0.0, None)
         for part, factors in zip(y.split(slice_n, 1), own, strict=True)
     ]
     base = (ids < 0) | (ids >= len(ranks)) | (r_indptr.diff()[ids.clamp(0, len(ranks) - 1)] == 0)

@@ -4,15 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import LEVELS, at_level, same_nf4_bits
+from laws import LEVELS, OPS, at_level, backends, same_nf4_bits
 
 import peft_kernels as pk
 from peft_kernels.bench.measure import peak_bytes
 from peft_kernels.check import DTYPES, compare, double, outputs
 from peft_kernels.ops import nf4
 
-OPS = pk.ops.all_ops()
-every_backend = pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+every_backend = pytest.mark.parametrize("backend", backends("nf4_linear", "reference", "cpu", "triton"))
 
 
 def packed_weight(n, k, blocksize=64, nested=False, seed=0):

@@ -1,22 +1,16 @@
 """NF4's CUDA kernels where no sample of a contract leads: bits of the format, parts of sums, panels, ranks, NaN."""
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import OPS, as_good, equal, same_nf4_bits
+from laws import OPS, as_good, equal, marks, native, same_nf4_bits
 
 import peft_kernels as pk
 from peft_kernels.check import DTYPES
 from peft_kernels.ops import nf4
 
-for _op in OPS.values():
-    _op._load("cpu")
-pytestmark = pytest.mark.skipif(
-    all(kernel.name != "cuda" for kernel in OPS["nf4_linear"]._kernels["cpu"]), reason="no compiler for the emulation"
-)
+pytestmark = marks("nf4_linear", "cuda")
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -41,11 +35,6 @@ def _both_ways(m, n, k, dtype=bf16, blocksize=64, blocksize2=256):
     x, g, bias = _drawn(dtype, (m, k), (m, n), (n,))
     as_good("nf4_linear", x, packed, absmax, n, blocksize, bias, *nested)
     as_good("nf4_linear_dgrad", g, packed, absmax, k, blocksize, *nested)
-
-
-def _module():
-    library = importlib.import_module("peft_kernels.kernels.common.library")
-    return library.emulated("peft_kernels.kernels.nf4.nf4_native")
 
 
 # -- the format -------------------------------------------------------------------------------------------------------
@@ -86,7 +75,7 @@ def test_panels_are_cut_out_of_the_weights(n, k, row, column, rows, columns, dty
     for blocksize2 in (0, 7):
         packed, absmax, blocksize, nested = _packed(n, k, 32, blocksize2)
         out = torch.empty(rows, columns, dtype=dtype)
-        _module()._ops.nf4_panel_(out, packed, absmax, n, k, row, column, blocksize, *nested)
+        native("nf4")._ops.nf4_panel_(out, packed, absmax, n, k, row, column, blocksize, *nested)
         whole = OPS["dequantize_nf4"].reference(packed, absmax, (n, k), blocksize, dtype, *nested)
         assert torch.equal(out, whole[row : row + rows, column : column + columns])
 
@@ -145,9 +134,9 @@ def test_many_rows_go_by_panels(dtype, monkeypatch):
     as_good("nf4_linear", x, packed, absmax, n, blocksize, bias.float(), *nested)
     as_good("nf4_linear_dgrad", g, packed, absmax, k, blocksize, *nested)
     room = 64 * k * dtype.itemsize
-    monkeypatch.setattr(_module(), "_PANEL_BYTES", room)
+    monkeypatch.setattr(native("nf4"), "_PANEL_BYTES", room)
     for u, along, across in ((x, n, k), (g, k, n)):
-        where, held = _module()._panels(u, along, across)
+        where, held = native("nf4")._panels(u, along, across)
         assert len(where) >= 3
         assert [i for i, _ in where] == [0, *torch.tensor([size for _, size in where]).cumsum(0).tolist()][:-1]
         assert sum(size for _, size in where) == along

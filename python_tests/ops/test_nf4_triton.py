@@ -4,14 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import same_nf4_bits
+from laws import OPS, marks, same_nf4_bits
 from test_nf4 import packed_weight
 
 import peft_kernels as pk
 from peft_kernels.check import DTYPES, compare, double, outputs
 from peft_kernels.ops import nf4
 
-OPS = pk.ops.all_ops()
+pytestmark = marks("nf4_linear", "triton")
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,14 @@
 """Rescaling where no sample of the contract leads: long sums in each of its orders, and the form in place."""
 
-import os
-
 import pytest
 import torch
-from laws import as_good
+from laws import as_good, backends
 from torch import nn
 
 import peft_kernels as pk
 from peft_kernels.ops import rescale, rescale_
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
-interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton runs on the GPU")
 
 
 def _tensors(m, n, dtype, low):
@@ -32,15 +29,15 @@ def test_long_sums(shape, dtype, low):
     assert torch.equal(both[1], as_good("rescale_backward", g, x, l, (False, True), backend="cpu")[1])
 
 
-@interpreted
+@pytest.mark.parametrize("name", backends("rescale", "triton"))
 @pytest.mark.parametrize(
     ("shape", "dtype", "low"), [((150, 300), bf16, f32), ((9, 1100), f32, f32), ((0, 5), f16, f16)]
 )
-def test_triton_tiles_and_parts(shape, dtype, low):
+def test_tiles_and_parts(shape, dtype, low, name):
     g, x, l = _tensors(*shape, dtype, low)
-    as_good("rescale", x, l, backend="triton")
-    as_good("rescale_backward", g, x, l, (True, True), backend="triton")
-    with pk.backend("triton"):
+    as_good("rescale", x, l, backend=name)
+    as_good("rescale_backward", g, x, l, (True, True), backend=name)
+    with pk.backend(name):
         own = x.clone()
         assert pk.ops.rescale_(own, l) is own and torch.equal(own, rescale(x, l))
 

@@ -6,16 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import backends
 
 import peft_kernels as pk
 from peft_kernels.check import DTYPES
-
-OPS = pk.ops.all_ops()
-
-
-def backends(op):
-    OPS[op]._load("cpu")
-    return ["reference", *(kernel.name for kernel in OPS[op]._kernels["cpu"])]
 
 
 def chosen(scores, k, use_abs=False):

@@ -1,28 +1,18 @@
 """CUDA kernels of sparse training where no sample of a contract leads: many tiles, parts of sums, ties, long lists."""
 
-import importlib
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import OPS, as_good, equal
+from laws import OPS, as_good, equal, marks, native
 
 import peft_kernels as pk
 from peft_kernels.check import DTYPES
 
-for _op in OPS.values():
-    _op._load("cpu")
-pytestmark = pytest.mark.skipif(
-    all(kernel.name != "cuda" for kernel in OPS["sddmm"]._kernels["cpu"]), reason="no compiler for the emulation"
-)
+pytestmark = marks("sddmm", "cuda")
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
-
-
-def _module():
-    library = importlib.import_module("peft_kernels.kernels.common.library")
-    return library.emulated("peft_kernels.kernels.sparse.sparse_native")
 
 
 # -- sddmm ------------------------------------------------------------------------------------------------------------
@@ -105,7 +95,7 @@ def test_what_is_no_mask_leads_nowhere(index):
     with pk.backend("cuda"):
         for starts in (crow, crow % 400, crow.sort().values % 400):
             for columns in (col, col % 200, col % 1000 - 300):
-                assert _module()._ops.sddmm(dy, x, starts, columns).shape == (400,)
+                assert native("sparse")._ops.sddmm(dy, x, starts, columns).shape == (400,)
 
 
 def test_what_is_not_finite_stays_in_its_row_and_column():
@@ -236,7 +226,7 @@ def test_a_step_of_the_device_is_that_of_the_host(betas):
     for number in (1.0, 7.0, 20000.0):
         for step in ((torch.tensor(number), 0.0), (None, number)):
             own = [t.clone() for t in (vals, m, v)]
-            _module()._ops.sparse_adamw_cuda_(*own, g, *step, base, idx, 1e-3, *betas, 1e-8, 0.1)
+            native("sparse")._ops.sparse_adamw_cuda_(*own, g, *step, base, idx, 1e-3, *betas, 1e-8, 0.1)
             results.append(own)
         assert all(map(torch.equal, *results[-2:]))
 

@@ -5,24 +5,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import OPS, as_good, marks
 
 import peft_kernels as pk
-from peft_kernels.check import DTYPES, compare, double, outputs
+from peft_kernels.check import DTYPES, outputs
 from peft_kernels.ops import _philox
 
-OPS = pk.ops.all_ops()
 kernels = pytest.importorskip("peft_kernels.kernels.sparse.sparse_triton", reason="Triton is not installed")
+pytestmark = marks("sparse_linear", "triton")
 
 
-def as_good(op, *args):
-    """The outputs on Triton, as good as those of plain torch, and the same at a second run."""
-    with pk.backend("triton"):
-        outs, again = outputs(OPS[op].run(*args)), outputs(OPS[op].run(*args))
-    plain, truth = outputs(OPS[op].reference(*args)), outputs(OPS[op].reference(*double(args)))
-    for i, (o, other, p, t) in enumerate(zip(outs, again, plain, truth, strict=True)):
-        assert torch.equal(o, other), f"output {i} of {op} differs from run to run"
-        assert not (wrong := compare(o, p, t)[1]), f"output {i} of {op}: {wrong}"
-    return outs
+def _good(op, *args):
+    return as_good(op, *args, backend="triton")
 
 
 def csr(mask, dtype=torch.int32):
@@ -61,7 +55,7 @@ MASKS = {
     ids=str,
 )
 def test_sddmm(mask, t, m, n, dtype, whole):
-    as_good("sddmm", torch.randn(t, m).to(dtype), torch.randn(t, n).to(dtype), *csr(MASKS[mask](m, n), whole))
+    _good("sddmm", torch.randn(t, m).to(dtype), torch.randn(t, n).to(dtype), *csr(MASKS[mask](m, n), whole))
 
 
 def test_a_nan_stays_in_its_row_and_its_column():
@@ -93,11 +87,11 @@ def test_products(mask, t, dtype, low, panel, monkeypatch):
     crow, col = csr(MASKS[mask](m, n))
     delta = (torch.randn(len(col)) * n**-0.5).to(low), crow, col
     x, y, w = torch.randn(t, n).to(dtype), torch.randn(t, m).to(dtype), (torch.randn(m, n) * n**-0.5).to(dtype)
-    as_good("sparse_linear", x, w, *delta, torch.randn(m).to(dtype))
-    as_good("sparse_linear", x, w, *delta, None)
-    as_good("sparse_linear_dx", y, w, *delta, n)
-    as_good("sparse_linear_dx", y, None, *delta, n)
-    as_good("sparse_add", y, x, *delta)
+    _good("sparse_linear", x, w, *delta, torch.randn(m).to(dtype))
+    _good("sparse_linear", x, w, *delta, None)
+    _good("sparse_linear_dx", y, w, *delta, n)
+    _good("sparse_linear_dx", y, None, *delta, n)
+    _good("sparse_add", y, x, *delta)
 
 
 @pytest.mark.slow
@@ -118,10 +112,10 @@ def test_any_shape(t, m, n, density, dtypes, whole, seed):
     crow, col = csr(torch.rand(m, n) < density, whole)
     delta = (torch.randn(len(col)) * n**-0.5).to(low), crow, col
     x, y, w = torch.randn(t, n).to(dtype), torch.randn(t, m).to(dtype), (torch.randn(m, n) * n**-0.5).to(dtype)
-    as_good("sddmm", y, x, crow, col)
-    as_good("sparse_linear", x, w, *delta, torch.randn(m).to(dtype))
-    as_good("sparse_linear_dx", y, w if seed % 2 else None, *delta, n)
-    as_good("sparse_add", y, x, *delta)
+    _good("sddmm", y, x, crow, col)
+    _good("sparse_linear", x, w, *delta, torch.randn(m).to(dtype))
+    _good("sparse_linear_dx", y, w if seed % 2 else None, *delta, n)
+    _good("sparse_add", y, x, *delta)
 
 
 def test_a_panel_has_the_bits_of_the_weight_and_the_delta_rounded_once():
@@ -178,7 +172,7 @@ def test_topk_counts_every_nan():
 def test_fisher_of_many_tiles(m, n, cu, weighted, dtype, low):
     weight = torch.rand(len(cu) - 1) if weighted else None
     dy, x = torch.randn(130, m).to(dtype), torch.randn(130, n).to(dtype)
-    as_good("fisher_linear", torch.rand(m, n).to(low), dy, x, torch.tensor(cu), weight)
+    _good("fisher_linear", torch.rand(m, n).to(low), dy, x, torch.tensor(cu), weight)
     f = torch.zeros(m, n)
     with pk.backend("triton"):
         pk.ops.fisher_linear_(f, dy, x, torch.tensor(cu), weight=weight)
@@ -203,7 +197,7 @@ def test_gates_have_the_noise_of_the_reference():
 def test_the_groups_gradient_of_many_programs():
     w, alpha, g = (torch.randn(130, 90) for _ in range(3))
     for rng in (torch.tensor([1, 2]), None):
-        as_good("hard_concrete_backward", g, w, alpha, torch.tensor(0.3), rng, (True, True, True))
+        _good("hard_concrete_backward", g, w, alpha, torch.tensor(0.3), rng, (True, True, True))
 
 
 def test_elements_in_place():
