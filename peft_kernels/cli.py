@@ -194,6 +194,7 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("words", nargs="*", metavar="WORD", help="only cases with all of these in their name, as nf4")
+    bench.add_argument("--resume", action="store_true", help="go on with the cases that --json FILE has not yet")
     size = bench.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="the headline cases, about a minute")
     size.add_argument("--all", action="store_true", help="every case; default those that take twenty minutes on a CPU")
@@ -442,6 +443,9 @@ def _bench(args: argparse.Namespace) -> int:
         rivals=not args.no_rivals,
         compiled=args.compile,
     )
+    if args.resume and args.json in (None, "-"):
+        raise ValueError("--resume goes on with a --json FILE; name that")
+    kept = results.read(args.json) if args.resume and os.path.exists(args.json) else []
     if args.source:
         found = [row for row in results.read(args.source) if all(word in row["case"] for word in args.words)]
         source: Iterable[dict[str, Any]] = found
@@ -450,10 +454,11 @@ def _bench(args: argparse.Namespace) -> int:
         if args.list:
             print("\n".join(case.name for case in chosen))
             return 0
-        source = runner.run(chosen, options)
+        done = {row["case"] for row in kept} - {row["case"] for row in kept[-1:]}  # the last may lack rivals
+        source = runner.run([case for case in chosen if case.name not in done], options)
     rows: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(args.json, "w")) if args.json not in (None, "-") else None
+        file = stack.enter_context(open(args.json, "a" if args.resume else "w")) if args.json not in (None, "-") else None
         for row in source:
             if args.json == "-":
                 print(results.dumps(row), flush=True)
@@ -463,7 +468,7 @@ def _bench(args: argparse.Namespace) -> int:
                 print(results.dumps(row), file=file, flush=True)
             rows.append(row)
     if args.plot:
-        results.plot(rows, args.plot)
+        results.plot([*kept, *rows], args.plot)
     return int(any("failed" in row for row in rows))
 
 

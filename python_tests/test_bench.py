@@ -231,6 +231,22 @@ def test_the_command_writes_rows_and_a_picture(capsys, tmp_path, few):
     assert code == 0 and [json.loads(line) for line in out.splitlines()] == [row for row in rows if row["rows"] == 64]
 
 
+def test_an_interrupted_run_goes_on(capsys, tmp_path, few):
+    """Its last case is run again, for it may have been cut off; of two rows the later one counts."""
+    file = tmp_path / "rows.jsonl"
+    words = ("--device", "cpu", "--seconds", "0.01", "--json", file, "--resume")
+    assert run(capsys, "bench", "--quick", *words)[0] == 0
+    before = results.read(file)
+    file.write_text("".join(f"{results.dumps(row)}\n" for row in before[:-1]))
+    code, out, _ = run(capsys, "bench", *words)
+    assert code == 0 and [case.name for case in few if case.name in out.splitlines()] == [c.name for c in few[1:]]
+    rows = results.read(file)
+    assert rows[: len(before) - 1] == before[:-1]
+    assert list(results.by_case(rows)) == [case.name for case in few]
+    assert results.by_case(rows)[few[1].name].keys() == {r["rival"] for r in before if r["case"] == few[1].name}
+    assert "--resume" in refused(capsys, tmp_path, "bench", "--resume")
+
+
 def test_a_failed_check_is_shown_not_written_and_the_exit_code(capsys, tmp_path, few, monkeypatch):
     monkeypatch.setattr(lora_cases, "lora_linear", wrong_lora)
     file = tmp_path / "rows.jsonl"

@@ -126,6 +126,8 @@ def test_links_and_paths_of_the_documents_exist():
     for file in ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*/README.md"))]:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / file).read_text()):
             assert ((ROOT / file).parent / target).exists(), f"{file}: {target}"
+    for path in ROOT.glob("csrc/*/README.md"):
+        assert f"]({path.relative_to(ROOT)})" in (ROOT / "README.md").read_text()
 
 
 def test_nothing_here_depends_on_the_machine_it_was_written_on():

@@ -1,4 +1,4 @@
-"""Every case. A new op appears by itself, on the first of its samples; named shapes are a generator in FAMILIES."""
+"""Every case. Named shapes are a generator in FAMILIES; a new op appears by itself, on the first of its samples."""
 
 from __future__ import annotations
 
@@ -48,7 +48,6 @@ def _sample(case: Case, device: str, stack: ExitStack) -> Problem:
 
 
 FAMILIES = (
-    _sample_cases,
     lora_cases,
     accelerate_cases,
     slices_cases,
@@ -62,6 +61,7 @@ FAMILIES = (
     hadamard_cases,
     bottleneck_cases,
     prefix_cases,
+    _sample_cases,
 )
 
 

@@ -50,10 +50,11 @@ class Options:
 
 
 def selected(options: Options) -> list[Case]:
-    """The cases that the options name; ValueError if there are none."""
-    limit = SELECTIONS.index(options.selection)
-    found = [case for case in cases(options.device) if SELECTIONS.index(case.selection) <= limit]
+    """The cases that the options name, the headlines first: a run may be cut short. ValueError if there are none."""
+    wanted = SELECTIONS[: SELECTIONS.index(options.selection) + 1]
+    found = [case for case in cases(options.device) if case.selection in wanted]
     found = [case for case in found if all(word in case.name for word in options.words)]
+    found.sort(key=lambda case: wanted.index(case.selection))
     if not found:
         raise ValueError(f"no case of the {options.selection} ones has {' '.join(options.words)!r} in its name")
     return found
