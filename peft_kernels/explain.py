@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .engine.attach import all_adapters, state_of
 from .engine.site import Adapters, Site, base_modules
 from .engine.taps import Tap, forget
+from .engine.text import columns
 from .ops._op import recording
 
 
@@ -27,10 +28,7 @@ class Explanation(list):
         for (adapter, op, backend, why), sites in groups.items():
             shown = sites[0] if len(sites) == 1 else f"{len(sites)} sites, {sites[0]} ..."
             lines.append((shown, adapter, op, backend, why))
-        widths = [max(len(line[i]) for line in lines) for i in range(4)]
-        return "\n".join(
-            "  ".join((*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[4])).rstrip() for line in lines
-        )
+        return columns(lines)
 
 
 def explain(model: nn.Module) -> Explanation:

@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..check import double
 from ..engine.attach import attach
 from ..engine.route import route
-from ..engine.site import adapters_of
+from ..engine.site import Adapters, adapters_of
 from ..methods._peft_accelerate import accelerate
 from ..methods.lora import LoRA
 from ..ops import all_ops, backend, lora_add, lora_linear, lora_linear_slices
@@ -339,7 +339,7 @@ def _routed(case: Case, layers: Sequence[tuple]) -> nn.ModuleList:
 
 
 def _factors(layer: nn.Module, adapter: int) -> tuple[Tensor, Tensor]:
-    tuner: Any = adapters_of(layer).tuners[f"a{adapter}"]  # type: ignore[union-attr]  # attached in _routed
+    tuner: Any = cast(Adapters, adapters_of(layer)).tuners[f"a{adapter}"]  # attached in _routed
     return tuner.a, tuner.b
 
 
