@@ -458,7 +458,8 @@ def _bench(args: argparse.Namespace) -> int:
         source = runner.run([case for case in chosen if case.name not in done], options)
     rows: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(args.json, "a" if args.resume else "w")) if args.json not in (None, "-") else None
+        mode = "a" if args.resume else "w"
+        file = stack.enter_context(open(args.json, mode)) if args.json not in (None, "-") else None
         for row in source:
             if args.json == "-":
                 print(results.dumps(row), flush=True)

@@ -104,6 +104,26 @@ def test_gradients_match_the_plain_torch_fold_in_fp64(key, family):
             close(f, s, torch.float64)
 
 
+@pytest.mark.gpu
+@every_method
+def test_a_gpu_computes_what_the_cpu_does(key):
+    """Outputs and gradients, of a model that moves with its adapter."""
+    case = attached(key, "bert" if fits(key, "bert") else "gpt2")
+    params = [p for p in perturb(case.model).eval().parameters() if p.requires_grad]
+
+    def results():
+        grads = torch.autograd.grad(case.loss(case.model), params, allow_unused=True)
+        return [case.call(case.model).detach(), *grads]
+
+    before = results()
+    case.model.cuda()
+    case.inputs.update({name: value.cuda() for name, value in case.inputs.items()})
+    for there, here in zip(results(), before, strict=True):
+        assert (there is None) == (here is None)
+        if here is not None:
+            close(there.cpu(), here)
+
+
 class folded_forwards:
     """Within the `with`, tuners that fold run the engine's default forward instead of their own."""
 

@@ -58,12 +58,14 @@ def _bf16_parts(x, EXACT: tl.constexpr):
     """bf16 tensors that add up to x, largest first: 1 for bf16, 2 for fp16, for fp32 3 or, with 2^-17 lost, 2."""
     if x.dtype == tl.bfloat16:
         return (x,)
-    high = x.to(tl.bfloat16)
-    rest = _rest(x.to(tl.float32), high)
-    mid = rest.to(tl.bfloat16)
-    if EXACT and x.dtype == tl.float32:
-        return (high, mid, _rest(rest, mid).to(tl.bfloat16))
-    return (high, mid)
+    else:  # Triton 3.6 goes on behind a return
+        high = x.to(tl.bfloat16)
+        rest = _rest(x.to(tl.float32), high)
+        mid = rest.to(tl.bfloat16)
+        if EXACT and x.dtype == tl.float32:
+            return (high, mid, _rest(rest, mid).to(tl.bfloat16))
+        else:
+            return (high, mid)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ def ordered(scores, ABSOLUTE: tl.constexpr):
     """(unsigned integers in the order of the scores, which are NaN); -0 is 0."""
     bits = scores.to(tl.uint32, bitcast=True)
     size = bits & 0x7FFFFFFF
-    key = size if ABSOLUTE else tl.where((bits == size) | (size == 0), size | 0x80000000, ~bits)
+    key = size if ABSOLUTE else tl.where((bits == size) | (size == 0), size | 0x80000000, bits ^ 0xFFFFFFFF)
     return key, size > 0x7F800000
 
 
@@ -65,7 +65,7 @@ def sparse_topk_byte_kernel(histogram_ptr, state_ptr, threshold_ptr, rank, ABSOL
     tl.store(state_ptr + 1, above + tl.sum(tl.where(bins > byte, counts, 0)))
     key = prefix.to(tl.uint32)
     if not ABSOLUTE:
-        key = tl.where(key >= 0x80000000, key & 0x7FFFFFFF, ~key)
+        key = tl.where(key >= 0x80000000, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
     tl.store(threshold_ptr, key.to(tl.float32, bitcast=True))
 
 

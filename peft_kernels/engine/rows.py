@@ -84,10 +84,11 @@ class Key:
 
 
 class _Local(threading.local):
-    # Class-level defaults: another thread sees an unrouted model. By model, so that two routed models do not mix.
-    routes: dict[int, Routing] | None = None
-    entered: tuple[routed, ...] = ()
-    kept = False  # a checkpoint's recomputation will take the routes of now
+    # Runs in each thread, which sees an unrouted model. Of class attributes Dynamo of torch 2.11 sees the value alone.
+    def __init__(self) -> None:
+        self.routes: dict[int, Routing] | None = None  # by model, so that two routed models do not mix
+        self.entered: tuple[routed, ...] = ()
+        self.kept = False  # a checkpoint's recomputation will take the routes of now
 
 
 _local = _Local()
@@ -183,7 +184,7 @@ def _is_cache(value: Any) -> bool:
 def refuse(base: Base, args: tuple, kwargs: dict[str, Any]) -> None:
     """Raises where the route would be lost or fixed without a word, or rows cannot be taken."""
     refuse_cache(base.site, args, kwargs, "which has no rows to route")
-    if torch.compiler.is_exporting():
+    if torch.compiler._is_exporting_flag:  # is_exporting() is True whenever torch 2.11 compiles
         raise RuntimeError("torch.export would fix the route of this call for ever; export outside pk.route")
     if torch.compiler.is_compiling():
         return

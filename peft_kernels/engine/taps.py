@@ -10,7 +10,8 @@ from torch import nn
 
 
 class _Local(threading.local):
-    inputs: dict[str, Any] | None = None  # class-level default: every thread has its own
+    def __init__(self) -> None:  # in each thread; see rows.py
+        self.inputs: dict[str, Any] | None = None
 
 
 _local = _Local()

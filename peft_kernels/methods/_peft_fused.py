@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..ops._autocast import autocasting
+
 
 class Fused(ABC):
     """The forward of one layer of PEFT."""
@@ -44,7 +46,7 @@ def bare(base: nn.Module, x: Tensor) -> bool:
     """Whether an op may do the product of the base, in place of calling it."""
     if not plain(base):
         return False
-    return weight(base).dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+    return weight(base).dtype == x.dtype or autocasting(x.device)
 
 
 def wide(factor: Tensor, x: Tensor) -> bool:

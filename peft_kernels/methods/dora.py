@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from .. import ops
 from ..engine.method import Changes, promoted
 from ..engine.rows import Routing, by_rows
 from ..engine.site import Base, Site
+from ..ops._autocast import exact
 from ._routed import in_one_op
 from .lora import LoRA, LoRATuner
 
@@ -124,10 +124,7 @@ def _affine(tuners: list[DoRATuner], weight: Tensor, bias: Tensor | None) -> Ten
 def _norms(tuners: list[DoRATuner], weight: Tensor) -> list[Tensor]:
     """||W + s B A|| of every row for each tuner, [out], constants; the weight is read once for all."""
     source, weight = weight, weight.detach()
-    device = weight.device.type
-    # Autocast would round the products to 16 bits. It does not know the meta device.
-    exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-    with torch.no_grad(), exact:
+    with torch.no_grad(), exact(weight.device):  # the products would be rounded to 16 bits
         squares = [t._kept.once("squares", lambda: _squares(weight), [source]) for t in tuners]
         return _updated(tuners, squares, weight)
 

@@ -12,7 +12,6 @@ so that a merge, which stores Q(W'), computes what was trained.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,7 @@ from .. import ops, quant
 from ..engine.method import Tuner, promoted
 from ..engine.packed import Packed
 from ..engine.site import Base, Site
+from ..ops._autocast import exact
 from .lora import LoRA, LoRATuner
 
 
@@ -91,14 +91,14 @@ class AwareTuner(LoRATuner):
         return y + self._update(x, p, rng) - self._update(x) if p else y
 
     def folded_over(self, base: Base) -> tuple[Tensor, Tensor | None]:
-        with _exact(self.a.device):
+        with exact(self.a.device):
             return super().folded_over(base)
 
     def _packed(self, layer: Packed, keep: bool) -> dict[str, Tensor]:
         """The layer's weight with the update as its format stores it; `keep`: until one of them changes."""
 
         def packed() -> dict[str, Tensor]:
-            with torch.no_grad(), _exact(layer.weight.device):
+            with torch.no_grad(), exact(layer.weight.device):
                 return layer.quantized(self.fold(layer.dense(promoted(layer.dtype)), None)[0])
 
         return self._kept.once("packed", packed, [layer.weight, self.a, self.b]) if keep else packed()
@@ -106,9 +106,3 @@ class AwareTuner(LoRATuner):
     def _update(self, x: Tensor, p: float = 0.0, rng: Tensor | None = None) -> Tensor:
         zero = x.new_zeros(*x.shape[:-1], len(self.b))
         return ops.lora_add(zero, x, self.a, self.b, self.scale, p=p, rng=rng)
-
-
-def _exact(device: torch.device) -> AbstractContextManager:
-    """Without autocast, which would round the product of the factors as no merge does. It does not know all devices."""
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()

@@ -43,8 +43,9 @@ class BackendError(RuntimeError):
 
 
 class _Thread(threading.local):
-    backend: str | None = None  # pk.backend(...)
-    record: list | None = None  # explain() collects the choices of a probe here
+    def __init__(self) -> None:  # in each thread
+        self.backend: str | None = None  # pk.backend(...)
+        self.record: list | None = None  # explain() collects the choices of a probe here
 
 
 _thread = _Thread()

@@ -12,11 +12,11 @@ S r_indptr[l] + s r_l to S r_indptr[l] + (s + 1) r_l are A_l,s, r_l = r_indptr[l
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from ._autocast import exact
 from ._op import Op, Sample, write
 from .lora_bank import FACTORS, Bank
 from .multi_lora import _add, _add_args, _add_reference, _cost, _layouts
@@ -76,8 +76,6 @@ def lora_apply_(
     args = _add_args("lora_apply_", y, x, a_flat, bt_flat, r_indptr, scaling, ids, *rest)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, *args[:2])):
         raise RuntimeError("lora_apply_ has no gradient; call it under torch.no_grad(), or multi_lora_linear")
-    # Autocast would round y, and with it the rows that have no adapter.
-    device = y.device.type
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+    with exact(y.device):  # or y is rounded, and with it the rows that have no adapter
         out = _add.call_(y, x, *args) if len(widths) == 1 else _apply.call_(y, x, *args[:-2], widths)
     write(y, out)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..engine.packed import Stored
+from ..ops._autocast import autocasting
 from .layer import QuantLinear, weight_of
 
 _FORMAT = "weight_format"
@@ -75,9 +76,8 @@ class Int8Linear(QuantLinear):
         return _read(stored["weight"], stored["scb"], dtype)
 
     def linear(self, x: Tensor, stored: Stored) -> Tensor:
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
+        if autocasting(x.device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         # A transform of torch.func knows no autograd.Function.
         if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:

@@ -351,6 +351,8 @@ def test_a_compiled_graph_serves_every_route():
 
 @pytest.mark.parametrize("family", ["bert", "t5", "bart", "gemma3_text"])
 def test_compiled_in_one_graph(family):
+    if family in ("t5", "bart") and torch.__version__ < "2.12":
+        pytest.skip("this torch does not trace the caches of these models")
     case = prefixed(family, hidden=4, shift=family != "t5")
     torch._dynamo.reset()
     close(case.call(torch.compile(case.model, fullgraph=True, backend="aot_eager")), case.call(case.model))
