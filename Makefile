@@ -89,6 +89,7 @@ gpu: ## build with CUDA for $(PYTHON)'s torch, run the GPU tests and the benchma
 	mkdir -p $(OUT)
 	$(PYTHON) -m venv --without-pip build/gpu-env
 	export PYTHONPATH=$$($(PYTHON) -c 'import sys; print(":".join(sys.path[1:]))') PEFT_KERNELS_BUILD=cuda PEFT_KERNELS_UNVERIFIED=1; \
+	export PATH=$$($(PYTHON) -c 'import sys; print(sys.prefix)')/bin:$$PATH; \
 	export TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$($(PYTHON) -c $(CAPABILITY))}; set -e; \
 	build/gpu-env/bin/python -m pip install -q --no-deps --no-build-isolation -e .; \
 	build/gpu-env/bin/python -m pytest -n 8 -q -m gpu --junitxml $(OUT)/tests.xml || failed=1; \
