@@ -88,9 +88,10 @@ docs: $(VENV)/docs ## build the documentation site into build/docs
 gpu: ## build with CUDA for $(PYTHON)'s torch, run the GPU tests and the benchmark (OUT=build/gpu, BENCH=--quick)
 	mkdir -p $(OUT)
 	$(PYTHON) -m venv --without-pip build/gpu-env
-	export PYTHONPATH=$$($(PYTHON) -c 'import sys; print(":".join(sys.path[1:]))') PEFT_KERNELS_BUILD=cuda PEFT_KERNELS_UNVERIFIED=1; \
+	set -e; export PEFT_KERNELS_BUILD=cuda PEFT_KERNELS_UNVERIFIED=1 TORCH_CUDA_ARCH_LIST; \
+	TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$($(PYTHON) -c $(CAPABILITY))}; \
+	export PYTHONPATH=$$($(PYTHON) -c 'import sys; print(":".join(sys.path[1:]))'); \
 	export PATH=$$($(PYTHON) -c 'import sys; print(sys.prefix)')/bin:$$PATH; \
-	export TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$($(PYTHON) -c $(CAPABILITY))}; set -e; \
 	build/gpu-env/bin/python -m pip install -q --no-deps --no-build-isolation -e .; \
 	build/gpu-env/bin/python -m pytest -n 8 -q -m gpu --junitxml $(OUT)/tests.xml || failed=1; \
 	build/gpu-env/bin/python -m peft_kernels bench --json $(OUT)/results.jsonl $(BENCH) || failed=1; \

@@ -44,7 +44,7 @@ def native(family):
 def at_level(level, code, *args):
     """What code prints in a process of its own, where the CPU kernels are those of an instruction set."""
     tests = Path(__file__).resolve().parent
-    found = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    found = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     paths = os.pathsep.join(map(str, (tests, tests / "ops", tests.parent, *found)))
     environment = {**os.environ, "PEFT_KERNELS_CPU_ISA": level, "PYTHONPATH": paths}
     checked = f"from peft_kernels import _C\nassert _C.cpu_isa() == {level!r}\n{code}"
